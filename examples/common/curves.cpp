@@ -1,0 +1,55 @@
+#include "curves.hpp"
+
+#include <mlkit/core/error.hpp>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <sstream>
+
+namespace examples {
+
+bool write_curves(const std::filesystem::path& stem, const axes& axes, const std::vector<curve>& curves) {
+  std::ofstream csv(stem.string() + ".csv");
+  csv << "series," << axes.x << ',' << axes.y << '\n';
+  for (const curve& c : curves)
+    for (std::size_t i = 0; i < c.x.size(); ++i) csv << '"' << c.name << "\"," << c.x[i] << ',' << c.y[i] << '\n';
+  if (!csv) throw mlkit::io_error(stem.string() + ".csv: cannot be written");
+
+  if (std::system("command -v gnuplot > /dev/null 2>&1") != 0) return false;
+  std::ostringstream script;
+  script << "set terminal svg size 860,440 font 'sans-serif,14' background 'white'\n"
+         << "set output '" << stem.string() << ".svg'\n"
+         << "set title '" << axes.title << "'\nset xlabel '" << axes.x << "'\nset ylabel '" << axes.y << "'\n"
+         << "set key outside right top\nset grid lc rgb '#e4e6ea'\nset border 3\nset tics nomirror\n"
+         << (axes.log_y ? "set logscale y\n" : "");
+  constexpr const char* colours[] = {"#0b62a4", "#d1495b", "#2a9d5c", "#8a5cc2", "#e08e1a", "#4a4f5a"};
+  script << "plot ";
+  for (std::size_t i = 0; i < curves.size(); ++i)
+    script << (i ? ", " : "") << "'-' using 1:2 with lines lw 2 lc rgb '" << colours[i % std::size(colours)]
+           << "' title '" << curves[i].name << '\'';
+  script << '\n';
+  for (const curve& c : curves) {
+    for (std::size_t i = 0; i < c.x.size(); ++i) script << c.x[i] << ' ' << c.y[i] << '\n';
+    script << "e\n";
+  }
+  const std::unique_ptr<FILE, int (*)(FILE*)> gnuplot(popen("gnuplot", "w"), pclose);
+  if (!gnuplot) return false;
+  const std::string text = script.str();
+  return std::fwrite(text.data(), 1, text.size(), gnuplot.get()) == text.size();
+}
+
+curve smoothed(std::string name, const std::vector<double>& y, std::size_t width) {
+  curve c{std::move(name), {}, {}};
+  for (std::size_t end = width; end <= y.size(); end += width) {
+    double sum = 0;
+    for (std::size_t i = end - width; i < end; ++i) sum += y[i];
+    c.x.push_back(static_cast<double>(end));
+    c.y.push_back(sum / static_cast<double>(width));
+  }
+  return c;
+}
+
+}  // namespace examples

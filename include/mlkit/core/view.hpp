@@ -1,0 +1,321 @@
+// tensor_view: a non-owning, strided view of any rank, and as_view, which makes one from what users already have.
+#pragma once
+
+#include <array>
+#include <concepts>
+#include <ranges>
+#include <type_traits>
+
+#include "config.hpp"
+#include "dtype.hpp"
+#include "error.hpp"
+
+namespace MLKIT_NAMESPACE {
+
+/// Extents or strides of a view.
+template <int Rank>
+using extents_t = std::array<index_t, Rank>;
+
+namespace detail {
+
+// Shapes come from users before they are checked: a product too large wraps, and check_view refuses it.
+constexpr index_t wrapping_product(index_t a, index_t b) noexcept {
+  return static_cast<index_t>(static_cast<std::uint64_t>(a) * static_cast<std::uint64_t>(b));
+}
+
+template <int Rank>
+constexpr extents_t<Rank> row_major_strides(const extents_t<Rank>& extents) noexcept {
+  extents_t<Rank> strides{};
+  index_t step = 1;
+  for (int d = Rank - 1; d >= 0; --d) {
+    strides[d] = step;
+    step = wrapping_product(step, extents[d]);
+  }
+  return strides;
+}
+
+template <int Rank>
+constexpr index_t element_count(const extents_t<Rank>& extents) noexcept {
+  index_t n = 1;
+  for (index_t e : extents) n = wrapping_product(n, e);
+  return n;
+}
+
+// What std::mdspan and its look-alikes have.
+template <class M>
+concept mdspan_like = requires(const M& m) {
+  { m.extent(0) } -> std::convertible_to<index_t>;
+  { m.stride(0) } -> std::convertible_to<index_t>;
+  {m.data_handle()};
+  { M::rank() } -> std::convertible_to<int>;
+};
+
+}  // namespace detail
+
+/// A non-owning view of `Rank` dimensions. Row-major by default; strides are in elements and may be anything.
+/// Cheap to copy; passing one by value is the rule. It does not keep what it looks at alive.
+template <class T, int Rank>
+struct tensor_view {
+  using value_type = std::remove_const_t<T>;
+  using element_type = T;
+  static constexpr int rank = Rank;
+
+  T* data = nullptr;
+  extents_t<Rank> extents{};
+  extents_t<Rank> strides{};
+
+  constexpr tensor_view() = default;
+  constexpr tensor_view(T* pointer, const extents_t<Rank>& shape) noexcept
+      : data(pointer), extents(shape), strides(detail::row_major_strides<Rank>(shape)) {}
+  constexpr tensor_view(T* pointer, const extents_t<Rank>& shape, const extents_t<Rank>& steps) noexcept
+      : data(pointer), extents(shape), strides(steps) {}
+
+  /// A view of mutable elements converts to one of const elements.
+  template <class U>
+    requires(std::is_same_v<const U, T> && !std::is_same_v<U, T>)
+  constexpr tensor_view(const tensor_view<U, Rank>& other) noexcept
+      : data(other.data), extents(other.extents), strides(other.strides) {}
+
+  constexpr index_t extent(int d) const noexcept { return extents[d]; }
+  constexpr index_t stride(int d) const noexcept { return strides[d]; }
+  constexpr index_t size() const noexcept { return detail::element_count<Rank>(extents); }
+  constexpr bool empty() const noexcept {
+    for (index_t e : extents)
+      if (e == 0) return true;
+    return false;
+  }
+
+  /// The element at the given indices, unchecked.
+  template <std::convertible_to<index_t>... I>
+    requires(sizeof...(I) == Rank)
+  constexpr T& operator()(I... indices) const noexcept {
+    const index_t at[] = {static_cast<index_t>(indices)...};
+    index_t offset = 0;
+    for (int d = 0; d < Rank; ++d) offset += at[d] * strides[d];
+    return data[offset];
+  }
+
+  /// Whether the elements stand one after another in row-major order.
+  constexpr bool contiguous() const noexcept {
+    index_t step = 1;
+    for (int d = Rank - 1; d >= 0; --d) {
+      if (extents[d] != 1 && strides[d] != step) return false;
+      step = detail::wrapping_product(step, extents[d]);
+    }
+    return true;
+  }
+};
+
+template <class T, std::size_t N>
+tensor_view(T*, const std::array<index_t, N>&) -> tensor_view<T, static_cast<int>(N)>;
+
+template <class T>
+using vector_view = tensor_view<T, 1>;
+template <class T>
+using matrix_view = tensor_view<T, 2>;
+
+/// The same elements with the last two dimensions exchanged; nothing is copied.
+template <class T, int Rank>
+  requires(Rank >= 2)
+constexpr tensor_view<T, Rank> transposed(tensor_view<T, Rank> v) noexcept {
+  std::swap(v.extents[Rank - 1], v.extents[Rank - 2]);
+  std::swap(v.strides[Rank - 1], v.strides[Rank - 2]);
+  return v;
+}
+
+namespace detail {
+
+template <class T>
+inline constexpr bool is_tensor_view = false;
+template <class T, int Rank>
+inline constexpr bool is_tensor_view<tensor_view<T, Rank>> = true;
+
+// The difference between a view that outlives the expression and one that does not is left to the caller, as in
+// f(as_view(make())): what as_view gets, it never copies.
+template <class R>
+concept viewable_range = std::ranges::contiguous_range<R> && storage<std::ranges::range_value_t<R>>;
+
+}  // namespace detail
+
+/// Anything that owns or looks at elements and can say so: has a `view()` that is a tensor_view.
+template <class X>
+concept has_view = requires(X& x) {
+  requires detail::is_tensor_view<std::remove_cvref_t<decltype(x.view())>>;
+};
+
+/// A view stays as it is.
+template <class T, int Rank>
+constexpr tensor_view<T, Rank> as_view(tensor_view<T, Rank> v) noexcept {
+  return v;
+}
+
+/// An owning tensor gives its view: of const elements, if it is const. A temporary must live as long as its view is
+/// used.
+template <has_view X>
+constexpr auto as_view(X&& x) noexcept {
+  return x.view();
+}
+
+/// A contiguous container (std::vector, std::array, std::span, ...) gives a view of rank 1, as for tensors.
+template <detail::viewable_range R>
+  requires(!has_view<R>)
+constexpr auto as_view(R&& r) noexcept {
+  using T = std::remove_reference_t<std::ranges::range_reference_t<R>>;
+  return tensor_view<T, 1>(std::ranges::data(r), {static_cast<index_t>(std::ranges::size(r))});
+}
+
+/// Anything with mdspan's members gives a view of its rank, with its strides.
+template <detail::mdspan_like M>
+constexpr auto as_view(const M& m) noexcept {
+  constexpr int rank = static_cast<int>(M::rank());
+  using T = std::remove_pointer_t<std::remove_cvref_t<decltype(m.data_handle())>>;
+  tensor_view<T, rank> v;
+  v.data = m.data_handle();
+  for (int d = 0; d < rank; ++d) {
+    v.extents[d] = static_cast<index_t>(m.extent(d));
+    v.strides[d] = static_cast<index_t>(m.stride(d));
+  }
+  return v;
+}
+
+/// What as_view accepts with the given rank.
+template <class X, int Rank>
+concept viewable = requires(X& x) {
+  requires std::remove_cvref_t<decltype(as_view(x))>::rank == Rank;
+};
+
+/// The element type (without const) of what as_view makes of X.
+template <class X>
+using element_t = typename std::remove_cvref_t<decltype(as_view(std::declval<X&>()))>::value_type;
+
+template <has_view X>
+constexpr auto transposed(X&& x) noexcept {
+  return transposed(x.view());
+}
+
+namespace detail {
+
+template <int Rank>
+std::string shape_text(const extents_t<Rank>& extents) {
+  std::string s = "[";
+  for (int d = 0; d < Rank; ++d) s += (d ? ", " : "") + std::to_string(extents[d]);
+  return s + "]";
+}
+
+// The address range [first, last] that a view can touch, as integers; empty views touch nothing.
+struct byte_range {
+  std::uintptr_t first = 1, last = 0;
+  bool overlaps(const byte_range& other) const noexcept {
+    return first <= last && other.first <= other.last && first <= other.last && other.first <= last;
+  }
+};
+
+template <class T, int Rank>
+byte_range touched(const tensor_view<T, Rank>& v) noexcept {
+  if (v.empty()) return {};
+  index_t low = 0, high = 0;
+  for (int d = 0; d < Rank; ++d) (v.strides[d] < 0 ? low : high) += v.strides[d] * (v.extents[d] - 1);
+  const auto at = [&](index_t offset) {
+    return reinterpret_cast<std::uintptr_t>(v.data) + static_cast<std::uintptr_t>(offset * index_t{sizeof(T)});
+  };
+  return {at(low), at(high) + sizeof(T) - 1};
+}
+
+// A view as rows of `length` bytes that start `period` bytes apart (0 if there is but one), along its largest stride.
+struct byte_rows {
+  std::uintptr_t first = 0, length = 0, period = 0;
+
+  // Whether no row of one shares a byte with a row of the other, modulo a period that both have; as for the column
+  // blocks of one matrix. False where that is not known.
+  bool apart(const byte_rows& other) const noexcept {
+    const std::uintptr_t p = period ? period : other.period;
+    if (p == 0 || (other.period && other.period != p) || length > p || other.length > p) return false;
+    const std::uintptr_t shift = other.first >= first ? (other.first - first) % p : (p - (first - other.first) % p) % p;
+    return shift >= length && shift + other.length <= p;
+  }
+};
+
+template <class T, int Rank>
+byte_rows touched_rows(const tensor_view<T, Rank>& v) noexcept {
+  const auto magnitude = [&](int d) { return v.strides[d] < 0 ? -v.strides[d] : v.strides[d]; };
+  int outer = -1;
+  for (int d = 0; d < Rank; ++d)
+    if (v.extents[d] > 1 && (outer < 0 || magnitude(d) > magnitude(outer))) outer = d;
+  tensor_view<T, Rank> row = v;
+  if (outer >= 0) row.extents[outer] = 1;
+  const byte_range range = touched(row);
+  return {range.first, range.last - range.first + 1,
+          outer < 0 ? 0 : static_cast<std::uintptr_t>(magnitude(outer)) * sizeof(T)};
+}
+
+template <class T, int R, class U, int S>
+bool disjoint(const tensor_view<T, R>& a, const tensor_view<U, S>& b) noexcept {
+  const byte_range all_a = touched(a), all_b = touched(b);
+  if (!all_a.overlaps(all_b)) return true;
+  const byte_rows one_a{all_a.first, all_a.last - all_a.first + 1, 0};
+  const byte_rows one_b{all_b.first, all_b.last - all_b.first + 1, 0};
+  const byte_rows rows_a = touched_rows(a), rows_b = touched_rows(b);
+  return rows_a.apart(rows_b) || one_a.apart(rows_b) || rows_a.apart(one_b);
+}
+
+/// Refuses negative extents, shapes that do not fit into index_t, and null data where there are elements.
+template <class T, int Rank>
+void check_view(std::string_view function, std::string_view name, const tensor_view<T, Rank>& v) {
+  for (int d = 0; d < Rank; ++d)
+    if (v.extents[d] < 0)
+      fail_shape(function, ": ", name, " has the negative extent ", v.extents[d], " in dimension ", d);
+  if (v.empty()) return;
+  index_t count = 1, reach = 1;
+  bool fits = true;
+  for (int d = 0; d < Rank && fits; ++d) {
+    index_t step = 0;
+    fits = !__builtin_mul_overflow(count, v.extents[d], &count) && v.strides[d] > INT64_MIN &&
+           !__builtin_mul_overflow(v.strides[d] < 0 ? -v.strides[d] : v.strides[d], v.extents[d] - 1, &step) &&
+           !__builtin_add_overflow(reach, step, &reach);
+  }
+  index_t bytes = 0;
+  if (!fits || __builtin_mul_overflow(reach, index_t{sizeof(T)}, &bytes))
+    fail_shape(function, ": ", name, " of shape ", shape_text<Rank>(v.extents), " and strides ",
+               shape_text<Rank>(v.strides), " is too large");
+  if (!v.data) fail_value(function, ": ", name, " is null, but has shape ", shape_text<Rank>(v.extents));
+}
+
+/// check_view for an output: also refuses strides that make two indices name the same element.
+template <class T, int Rank>
+void check_output(std::string_view function, std::string_view name, const tensor_view<T, Rank>& v) {
+  static_assert(!std::is_const_v<T>, "an output must be a view of mutable elements");
+  check_view(function, name, v);
+  if (v.empty()) return;
+  extents_t<Rank> order{};  // dimensions by growing stride; each must step over all that came before
+  for (int d = 0; d < Rank; ++d) order[d] = d;
+  const auto magnitude = [&](index_t d) { return v.strides[d] < 0 ? -v.strides[d] : v.strides[d]; };
+  for (int a = 0; a < Rank; ++a)
+    for (int b = a + 1; b < Rank; ++b)
+      if (magnitude(order[b]) < magnitude(order[a])) std::swap(order[a], order[b]);
+  index_t reach = 1;
+  for (int d = 0; d < Rank; ++d) {
+    if (v.extents[order[d]] == 1) continue;
+    if (magnitude(order[d]) < reach)
+      fail_shape(function, ": ", name, " of shape ", shape_text<Rank>(v.extents), " has overlapping strides ",
+                 shape_text<Rank>(v.strides));
+    reach += magnitude(order[d]) * (v.extents[order[d]] - 1);
+  }
+}
+
+/// Refuses an output that shares memory with another argument. Blocks of columns of one matrix share none; other ways
+/// in which two views can interleave without touching are refused.
+template <class T, int R, class U, int S>
+void check_disjoint(std::string_view function, std::string_view output_name, const tensor_view<T, R>& output,
+                    std::string_view name, const tensor_view<U, S>& other) {
+  if (!disjoint(output, other))
+    fail_shape(function, ": ", output_name, " ", shape_text<R>(output.extents), " overlaps ", name, " ",
+               shape_text<S>(other.extents));
+}
+
+inline void check_extent(std::string_view function, std::string_view name, std::string_view unit, index_t have,
+                         std::string_view other, index_t want) {
+  if (have != want) fail_shape(function, ": ", name, " has ", have, " ", unit, ", but ", other, " has ", want);
+}
+
+}  // namespace detail
+}  // namespace MLKIT_NAMESPACE

@@ -1,0 +1,364 @@
+// DoRA: an adapter whose result is given a trained length, row by row of the weight.
+#pragma once
+
+#include "linear.hpp"
+#include "rows.hpp"
+
+namespace MLKIT_NAMESPACE::lora {
+
+/// ||W||^2 of each row of a base, [out]: what DoRA's norms need of the frozen weight, computed once by base_norms.
+template <class A>
+struct base_squares {
+  vector<A> squares;
+};
+
+/// ||W + s B A|| of each row, [out]: all that DoRA needs while neither weight nor adapter changes, computed by
+/// adapted_norms.
+template <class A>
+struct frozen_norms {
+  vector<A> norms;
+};
+
+namespace detail {
+
+template <class P>
+struct dora_element {
+  static_assert(plain_adapter<P>,
+                "lora: dora takes a plain adapter (lora::adapter or lora::adapter_view); DoRA of DoRA or of several "
+                "adapters has no meaning");
+  using type = typename std::remove_cvref_t<P>::value_type;
+};
+
+}  // namespace detail
+
+/// DoRA: y = g * (x W^T + s (x A^T) B^T) + bias with g = magnitude / ||W + s B A||, one factor for each output.
+/// Liu et al.: "DoRA: weight-decomposed low-rank adaptation", 2024. It owns nothing.
+///
+/// `dora{adapter, magnitude}` computes the norms in every call; `dora{adapter, magnitude, base_norms(exec, base)}` has
+/// the weight's part of them; `dora{adapter, magnitude, adapted_norms(exec, base, adapter)}` has all, for inference.
+/// magnitude [out] starts at the norms of the weight's rows.
+template <storage T, storage M = T>
+struct dora {
+  static_assert(std::is_same_v<T, double> == std::is_same_v<M, double>,
+                "lora: f64 goes with f64 alone: adapter and magnitude are both f64, or neither is");
+  using value_type = T;
+  using sums_type = accumulator_t<T>;
+  adapter_view<T> adapter;
+  vector_view<const M> magnitude;
+  vector_view<const sums_type> squares = {};
+  vector_view<const sums_type> norms = {};
+
+  template <plain_adapter P, viewable<1> V>
+  dora(const P& p, V&& m) : adapter(as_adapter(p)), magnitude(as_view(m)) {}
+  template <plain_adapter P, viewable<1> V>
+  dora(const P& p, V&& m, const base_squares<sums_type>& b)
+      : adapter(as_adapter(p)), magnitude(as_view(m)), squares(b.squares.view()) {}
+  template <plain_adapter P, viewable<1> V>
+  dora(const P& p, V&& m, const frozen_norms<sums_type>& n)
+      : adapter(as_adapter(p)), magnitude(as_view(m)), norms(n.norms.view()) {}
+};
+template <class P, viewable<1> V, class... Norms>
+dora(const P&, V&&, const Norms&...)
+    -> dora<typename detail::dora_element<P>::type, element_t<std::remove_reference_t<V>>>;
+
+namespace detail {
+
+template <class T, class M>
+void check_dora(std::string_view function, const dora<T, M>& d, index_t outputs, index_t inputs) {
+  check_adapter(function, d.adapter, outputs, inputs);
+  check_row(function, "magnitude", d.magnitude, outputs);
+  if (!d.magnitude.data && outputs > 0) fail_value(function, ": magnitude is null");
+  if (d.squares.data) check_row(function, "the base's norms", d.squares, outputs);
+  if (d.norms.data) check_row(function, "the adapted norms", d.norms, outputs);
+}
+
+template <class Y, class T, class M>
+void check_disjoint_dora(std::string_view function, std::string_view name, const Y& y, const dora<T, M>& d) {
+  check_disjoint(function, name, y, "magnitude", d.magnitude);
+  check_disjoint(function, name, y, "the base's norms", d.squares);
+  check_disjoint(function, name, y, "the adapted norms", d.norms);
+}
+
+// squares[o] = ||W[o]||^2.
+template <class Base, class A>
+void square_rows(const cpu& exec, const Base& base, A* squares) {
+  const auto weight = left_operand(base.weight());
+  const auto kernel = MLKIT_SELECT(square_lines<typename decltype(weight)::source_type, A>);
+  const cpu limited = limit_threads(exec, static_cast<double>(base.outputs()) * static_cast<double>(base.inputs()));
+  constexpr index_t lines = 16;  // whole cache lines of the result
+  parallel_ranges(limited, ceil_div(base.outputs(), lines), [&](index_t begin, index_t end) {
+    kernel(weight, begin * lines, std::min(base.outputs(), end * lines), squares);
+  });
+}
+
+// norms[o] = ||W[o] + s B[o] A||, from the squares of W's rows:
+// ||W||^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B = ||W||^2 + s [2 (W A^T + B (s/2 A A^T))] . B, where the bracket is one
+// product. Section 4.3 of DoRA proposes to hold the norm constant; the expansion avoids forming W + s B A.
+template <class Base, class T, class A>
+void adapted_rows(const cpu& exec, const Base& base, const adapter_view<T>& p, const A* squares, A* norms) {
+  using Bias = bias_t<Base>;
+  const index_t rank = p.rank(), out = base.outputs();
+  const workspace<A> memory(rank * (rank + out));
+  const matrix_view<A> gram(memory.data(), {rank, rank}), cross(memory.data() + rank * rank, {out, rank});
+  multiply<product_type_t<T, T>>(exec, left_of(p.a), right_of(transposed(p.a)), nothing<A>(rank), nothing<T>(rank),
+                                 gram, finish<A, Bias, A>{.value = static_cast<A>(p.scale / 2)});
+  multiply<sums_t<T>>(exec, left_operand(base.weight()), right_of(transposed(p.a)), left_of(p.b), right_of(gram), cross,
+                      finish<A, Bias, A>{.value = 2});
+  const cpu limited = limit_threads(exec, static_cast<double>(out) * static_cast<double>(rank));
+  parallel_ranges(limited, out, [&](index_t begin, index_t end) {
+    for (index_t o = begin; o < end; ++o) {
+      double dot = 0;
+      for (index_t j = 0; j < rank; ++j) dot += static_cast<double>(cross(o, j)) * static_cast<double>(p.b(o, j));
+      norms[o] = static_cast<A>(std::sqrt(std::max(0.0, static_cast<double>(squares[o]) + p.scale * dot)));
+    }
+  });
+}
+
+// The norms that d brings, or those computed into norms [out].
+template <class Base, class T, class M, class A>
+const A* find_norms(const cpu& exec, const Base& base, const dora<T, M>& d, A* norms) {
+  if (d.norms.data) return d.norms.data;
+  if (d.squares.data) {
+    adapted_rows(exec, base, d.adapter, d.squares.data, norms);
+  } else {
+    const workspace<A> squares(base.outputs());
+    square_rows(exec, base, squares.data());
+    adapted_rows(exec, base, d.adapter, static_cast<const A*>(squares.data()), norms);
+  }
+  return norms;
+}
+
+// g = magnitude / norm; 0 where the adapted row is zero, and its output with it.
+template <class M, class A>
+void find_factors(const vector_view<const M>& magnitude, const A* norms, A* factors) noexcept {
+  for (index_t o = 0; o < magnitude.extent(0); ++o)
+    factors[o] = norms[o] == 0 ? A{} : static_cast<A>(magnitude(o)) / norms[o];
+}
+
+// scaled = factors * b, row by row.
+template <class T, class A>
+void scale_rows_of(const matrix_view<const T>& b, const A* factors, const matrix_view<A>& scaled) noexcept {
+  for (index_t o = 0; o < b.extent(0); ++o)
+    for (index_t j = 0; j < b.extent(1); ++j) scaled(o, j) = factors[o] * static_cast<A>(b(o, j));
+}
+
+template <class T, class A>
+operand<scaled_source<T, A>> scaled_operand(const matrix_view<const T>& v, const A* factors) {
+  const auto plain = dense_operand<T>(v, 0);
+  return {{plain.source, factors, !plain.depth_first}, plain.depth_first};
+}
+
+template <bool Masked, class X, class Base, class T, class M, class Y, class A>
+void run_dora(const cpu& exec, const matrix_view<const X>& x, const Base& base, const dora<T, M>& d,
+              const matrix_view<Y>& y, const linear_options<A>& o) {
+  if (x.extent(0) == 0) return;
+  const index_t out = base.outputs(), rank = d.adapter.rank();
+  const workspace<A> memory(out * (2 + (Masked ? rank : 0)));
+  A* factors = memory.data() + out;
+  find_factors(d.magnitude, find_norms(exec, base, d, memory.data()), factors);
+  if constexpr (!Masked) {
+    run_linear<false>(exec, x, base, d.adapter, y, o, factors);
+  } else {
+    // x W^T + bias + g h B^T, and to it (g - 1) D(x) W^T.
+    const matrix_view<A> scaled(factors + out, {out, rank});
+    scale_rows_of(d.adapter.b, factors, scaled);
+    for (index_t i = 0; i < out; ++i) factors[i] -= 1;
+    const dropout_mask whole = dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1));
+    each_token_block(x.extent(0), rank, o.h, [&](index_t first, index_t count, const matrix_view<A>& h) {
+      const auto masked = masked_operand(rows_of(x, first, count), 0, whole.from(first));
+      const auto ys = rows_of(y, first, count);
+      project_down<bias_t<Base>>(exec, masked, d.adapter, h);
+      project_up(exec, left_of(rows_of(x, first, count)), base, h, as_const(scaled), ys,
+                 finish<A, bias_t<Base>, Y>{.bias = base.bias.data});
+      project_up(exec, masked, base, matrix_view<const A>(&no_elements<A>, {count, 0}),
+                 matrix_view<const A>(&no_elements<A>, {out, 0}), ys,
+                 finish<A, bias_t<Base>, Y>{.columns = factors}.adding(ys));
+    });
+  }
+}
+
+// Columns that one thread takes together: whole cache lines of sums.
+inline constexpr index_t row_columns = 64;
+// Tokens whose unscaled outputs are held at once for the gradient of the magnitude.
+inline constexpr index_t dora_tokens = 256;
+
+template <bool Masked, class X, class Base, class T, class M, class D, class G, class Dx, class A>
+void run_dora_backward(const cpu& exec, const matrix_view<const X>& x, const Base& base, const dora<T, M>& d,
+                       const matrix_view<const D>& dy, const gradients<G>& grads, const matrix_view<Dx>& dx,
+                       const linear_options<A>& o) {
+  using Bias = bias_t<Base>;
+  using E = product_type_t<D, typename Base::value_type>;
+  const adapter_view<T>& p = d.adapter;
+  const index_t tokens = x.extent(0), out = base.outputs(), rank = p.rank();
+  if (!o.accumulate) {
+    clear(grads.da);
+    clear(grads.db);
+    for (index_t i = 0; i < out; ++i) grads.dmagnitude(i) = static_cast<G>(0.0f);
+  }
+  if (tokens == 0) return;
+  const workspace<A> memory(out * (4 + rank) + std::min(tokens, tokens_at_once) * rank +
+                            std::min(tokens, dora_tokens) * out);
+  A* factors = memory.data() + out;
+  A* sums = factors + out;
+  A* less_one = sums + out;
+  const A* norms = find_norms(exec, base, d, memory.data());
+  find_factors(d.magnitude, norms, factors);
+  const matrix_view<A> scaled(less_one + out, {out, rank});
+  scale_rows_of(p.b, factors, scaled);
+  std::fill_n(sums, out, A{});
+  for (index_t i = 0; i < out; ++i) less_one[i] = factors[i] - 1;
+  A* g_memory = less_one + out * (1 + rank);
+  A* z_memory = g_memory + std::min(tokens, tokens_at_once) * rank;
+
+  const dropout_mask whole = dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1));
+  each_token_block(tokens, rank, o.h, [&](index_t first, index_t count, const matrix_view<A>& h) {
+    const auto dys = rows_of(dy, first, count);
+    const auto x_operand = [&](int line_dim, index_t row, index_t rows) {
+      const auto xs = rows_of(x, first + row, rows);
+      if constexpr (Masked)
+        return masked_operand(xs, line_dim, whole.from(first + row));
+      else
+        return dense_operand<X>(xs, line_dim);
+    };
+    if (!o.h.data) project_down<Bias>(exec, x_operand(0, 0, count), p, h);
+
+    // The magnitude's: the output before g, again, times dy.
+    for (index_t row = 0; row < count; row += dora_tokens) {
+      const index_t rows = std::min(dora_tokens, count - row);
+      const matrix_view<A> z(z_memory, {rows, out});
+      project_up(exec, x_operand(0, row, rows), base, rows_of(h, row, rows), p.b, z, finish<A, Bias, A>{});
+      const dense_source<D> dy_rows{&dys(row, 0), rows, out, dys.stride(0), dys.stride(1)};
+      const dense_source<A> z_rows{z.data, rows, out, out, 1};
+      const auto kernel = MLKIT_SELECT(add_column_products<D, A>);
+      const cpu limited = limit_threads(exec, static_cast<double>(rows) * static_cast<double>(out));
+      parallel_ranges(limited, ceil_div(out, row_columns), [&](index_t begin, index_t end) {
+        kernel(dy_rows, z_rows, begin * row_columns, std::min(out, end * row_columns), sums);
+      });
+    }
+
+    const matrix_view<A> g(g_memory, {count, rank});
+    multiply<product_type_t<D, A>>(exec, left_of(dys), right_of(scaled), nothing<A>(count), nothing<T>(rank), g,
+                                   finish<A, Bias, A>{.value = static_cast<A>(p.scale)});
+    add_gradients<Bias>(exec, dys, h, g, x_operand(1, 0, count), p, static_cast<const A*>(factors), grads);
+    if (!dx.data) return;
+    const auto dxs = rows_of(dx, first, count);
+    if constexpr (Masked) {
+      multiply<E>(exec, scaled_operand(dys, less_one), right_operand(base.weight()), left_of(g), right_of(p.a), dxs,
+                  mask_output{whole.from(first)});
+      multiply<E>(exec, left_of(dys), right_operand(base.weight()), nothing<A>(count), nothing<T>(p.inputs()), dxs,
+                  finish<A, Bias, Dx>{}.adding(dxs));
+    } else {
+      multiply<E>(exec, scaled_operand(dys, factors), right_operand(base.weight()), left_of(g), right_of(p.a), dxs,
+                  finish<A, Bias, Dx>{});
+    }
+  });
+  for (index_t i = 0; i < out; ++i)
+    if (norms[i] != 0) grads.dmagnitude(i) = static_cast<G>(static_cast<A>(grads.dmagnitude(i)) + sums[i] / norms[i]);
+}
+
+}  // namespace detail
+
+/// ||W||^2 of each row of a base, for dora{adapter, magnitude, norms}: once for each frozen weight.
+/// Reads W once; 2 in out flops. Throws shape_error or value_error for a base that cannot be read.
+template <executor Executor, linear_base Base>
+auto base_norms(const Executor& exec, const Base& base) {
+  using A = accumulator_t<typename Base::value_type>;
+  detail::check_base("lora::base_norms", base);
+  base_squares<A> result{vector<A>({base.outputs()})};
+  detail::square_rows(exec, base, result.squares.data());
+  return result;
+}
+
+/// ||W + s B A|| of each row, without forming W + s B A. Also where a magnitude starts:
+/// `adapted_norms(exec, base, adapter).norms`. 2 in out (1 + rank) flops.
+/// Throws as linear does for base and adapter.
+template <executor Executor, linear_base Base, plain_adapter Adapter>
+auto adapted_norms(const Executor& exec, const Base& base, const Adapter& adapter) {
+  using P = typename Adapter::value_type;
+  using A = accumulator_t<P>;
+  detail::check_types<typename Base::value_type, P>();
+  const adapter_view<P> p = as_adapter(adapter);
+  detail::check_base("lora::adapted_norms", base);
+  detail::check_adapter("lora::adapted_norms", p, base.outputs(), base.inputs());
+  frozen_norms<A> result{vector<A>({base.outputs()})};
+  const detail::workspace<A> squares(base.outputs());
+  detail::square_rows(exec, base, squares.data());
+  detail::adapted_rows(exec, base, p, static_cast<const A*>(squares.data()), result.norms.data());
+  return result;
+}
+
+/// DoRA: y = g * (x W^T + s (x A^T) B^T) + bias, g = magnitude / ||W + s B A|| (0 where the norm is 0).
+/// One product, as for a plain adapter, with the factors in its epilogue. The norms cost 2 in out (1 + rank) flops and
+/// two readings of W, one with base_norms, nothing with adapted_norms.
+/// Types, errors and determinism as for a plain adapter.
+template <executor Executor, viewable<2> X, linear_base Base, class T, class M, viewable<2> Y>
+void linear(const Executor& exec, const X& x, const Base& base, const dora<T, M>& adapter, Y&& y) {
+  using U = element_t<const X>;
+  const matrix_view<const U> in = as_view(x);
+  const auto out = as_view(y);
+  detail::check_types<U, typename Base::value_type, T, element_t<std::remove_reference_t<Y>>>();
+  const linear_options<accumulator_t<T>> options;
+  detail::check_linear("lora::linear", in, base, adapter.adapter, out, options);
+  detail::check_dora("lora::linear", adapter, base.outputs(), base.inputs());
+  detail::check_disjoint_dora("lora::linear", "y", out, adapter);
+  detail::run_dora<false>(exec, in, base, adapter, out, options);
+}
+
+/// The same with options. With dropout D, y = x W^T + bias + (g - 1) D(x) W^T + g s (D(x) A^T) B^T: two products.
+template <executor Executor, viewable<2> X, linear_base Base, class T, class M, viewable<2> Y>
+void linear(const Executor& exec, const X& x, const Base& base, const dora<T, M>& adapter, Y&& y,
+            const linear_options<accumulator_t<T>>& options) {
+  using U = element_t<const X>;
+  const matrix_view<const U> in = as_view(x);
+  const auto out = as_view(y);
+  detail::check_types<U, typename Base::value_type, T, element_t<std::remove_reference_t<Y>>>();
+  detail::check_linear("lora::linear", in, base, adapter.adapter, out, options);
+  detail::check_dora("lora::linear", adapter, base.outputs(), base.inputs());
+  detail::check_disjoint_dora("lora::linear", "y", out, adapter);
+  if (options.h.data) detail::check_disjoint_dora("lora::linear", "h", options.h, adapter);
+  if (detail::drops(options))
+    detail::run_dora<true>(exec, in, base, adapter, out, options);
+  else
+    detail::run_dora<false>(exec, in, base, adapter, out, options);
+}
+
+/// DoRA's gradients, with the norm held constant (section 4.3 of the paper): with u = g * dy and z = W D(x) + s B A
+/// D(x),
+///   dmagnitude = sum over tokens of dy * z / norm [out],   db = u^T h,   da = (s u B)^T D(x),
+///   dx = u W + s u B A, and with dropout dy W + D^T((g - 1) dy W + s u B A).
+/// z is computed again, 256 tokens at a time. Otherwise as for a plain adapter.
+template <executor Executor, viewable<2> X, linear_base Base, class T, class M, viewable<2> D, class G, viewable<2> Dx>
+void linear_backward(const Executor& exec, const X& x, const Base& base, const dora<T, M>& adapter, const D& dy,
+                     const gradients<G>& grads, Dx&& dx, const linear_options<accumulator_t<T>>& options = {}) {
+  constexpr std::string_view function = "lora::linear_backward";
+  using U = element_t<const X>;
+  using V = element_t<const D>;
+  const matrix_view<const U> in = as_view(x);
+  const matrix_view<const V> dout = as_view(dy);
+  const auto din = as_view(dx);
+  detail::check_types<U, typename Base::value_type, T, V, G, element_t<std::remove_reference_t<Dx>>>();
+  detail::check_backward(function, in, base, adapter.adapter, dout, grads, din, options);
+  detail::check_dora(function, adapter, base.outputs(), base.inputs());
+  detail::check_output(function, "dmagnitude", grads.dmagnitude);
+  if (grads.dmagnitude.extent(0) != base.outputs())
+    detail::fail_shape(function, ": dmagnitude has ", grads.dmagnitude.extent(0), " elements, but base has ",
+                       base.outputs(), " outputs");
+  const auto disjoint = [&](std::string_view name, const auto& c) {
+    detail::check_disjoint_dora(function, name, c, adapter);
+    detail::check_disjoint(function, name, c, "dmagnitude", grads.dmagnitude);
+  };
+  disjoint("da", grads.da);
+  disjoint("db", grads.db);
+  if (din.data) disjoint("dx", din);
+  detail::check_disjoint_dora(function, "dmagnitude", grads.dmagnitude, adapter);
+  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "x", in);
+  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "dy", dout);
+  detail::check_disjoint_base(function, "dmagnitude", grads.dmagnitude, base);
+  detail::check_disjoint_adapter(function, "dmagnitude", grads.dmagnitude, adapter.adapter);
+  if (detail::drops(options))
+    detail::run_dora_backward<true>(exec, in, base, adapter, dout, grads, din, options);
+  else
+    detail::run_dora_backward<false>(exec, in, base, adapter, dout, grads, din, options);
+}
+
+}  // namespace MLKIT_NAMESPACE::lora

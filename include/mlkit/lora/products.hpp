@@ -1,0 +1,105 @@
+// The products that adapters are made of, and how they end. Nothing is checked here.
+#pragma once
+
+#include "../matmul/matmul.hpp"
+#include "adapter.hpp"
+#include "base.hpp"
+
+namespace MLKIT_NAMESPACE::lora::detail {
+
+/// (x * value * rows[row] * columns[col] + bias[col] + row_bias[row] + add[row, col]) * last[row], where null means
+/// absent. One type of stage for all of LoRA's products, so that they share their kernels.
+template <class A, class B, class Out>
+struct finish {
+  A value = 1;
+  const A* rows = nullptr;
+  const A* columns = nullptr;
+  const B* bias = nullptr;
+  const Out* add = nullptr;
+  index_t add_row = 0, add_column = 1;
+  const A* last = nullptr;
+  const B* row_bias = nullptr;
+
+  finish& adding(const matrix_view<Out>& c) noexcept {
+    add = c.data;
+    add_row = c.stride(0);
+    add_column = c.stride(1);
+    return *this;
+  }
+};
+
+/// (x + w[ids[row], col]) * factors[col]: the rows of an embedding's weight; factors may be null.
+template <class W, class I, class A>
+struct add_token_rows {
+  matrix_view<const W> w;
+  const I* ids;
+  const A* factors = nullptr;
+};
+
+// The type that sums over these element types are kept in.
+template <class... T>
+using sums_t = std::conditional_t<(std::is_same_v<T, double> || ...), double, float>;
+
+template <class... T>
+constexpr void check_types() {
+  static_assert((std::is_same_v<T, double> && ...) || (!std::is_same_v<T, double> && ...),
+                "lora: f64 goes with f64 alone: x, base, adapter and outputs are all f64, or none is");
+}
+
+// What an operand of depth 0 points at: nothing of it is read, but an address may be computed.
+template <class T>
+inline constexpr T no_elements{};
+
+/// An operand of depth 0: what a segment without an adapter multiplies.
+template <class T>
+operand<dense_source<T>> nothing(index_t lines) noexcept {
+  return {{&no_elements<T>, lines, 0, 0, 1}, true};
+}
+
+/// c = epilogue(left right + left2 right2): columns appended along k.
+template <class E, class Left, class Right, class Left2, class Right2, class C, class Stage>
+void multiply(const cpu& exec, const operand<Left>& left, const operand<Right>& right, const operand<Left2>& left2,
+              const operand<Right2>& right2, const matrix_view<C>& c, const Stage& stage) {
+  using First = segment<Left, Right>;
+  using Second = segment<Left2, Right2>;
+  const epilogue<Stage> e{stage};
+  run_product<E>(exec, product<C, epilogue<Stage>, First, Second>{{First{left, right}, Second{left2, right2}},
+                                                                  c.extent(0),
+                                                                  c.extent(1),
+                                                                  false,
+                                                                  c.data,
+                                                                  c.stride(0),
+                                                                  c.stride(1),
+                                                                  &e});
+}
+
+template <class T>
+matrix_view<T> rows_of(const matrix_view<T>& v, index_t first, index_t count) noexcept {
+  return {v.data + first * v.stride(0), {count, v.extent(1)}, v.strides};
+}
+
+template <class T>
+matrix_view<const T> as_const(const matrix_view<T>& v) noexcept {
+  return v;
+}
+
+// The operands of a dense matrix.
+template <class T>
+operand<dense_source<std::remove_const_t<T>>> left_of(const matrix_view<T>& v) noexcept {
+  return dense_operand<std::remove_const_t<T>>(v, 0);
+}
+template <class T>
+operand<dense_source<std::remove_const_t<T>>> right_of(const matrix_view<T>& v) noexcept {
+  return dense_operand<std::remove_const_t<T>>(v, 1);
+}
+
+template <class Base>
+using bias_t = typename std::remove_cvref_t<decltype(std::declval<const Base&>().bias)>::value_type;
+
+// Tokens whose h is held at once, so that scratch memory does not grow with their number.
+inline constexpr index_t tokens_at_once = 8192;
+
+}  // namespace MLKIT_NAMESPACE::lora::detail
+
+#define MLKIT_FOREACH "../lora/cpu/stages-inl.hpp"
+#include "../simd/foreach_isa.hpp"

@@ -1,0 +1,128 @@
+// Packing: elements of an operand, decoded from whatever it is stored as, laid out for the tiles.
+
+// out[0, count) = elements [row, col .. col + count) of a source. The overload for sources of the user's own calls
+// their member; other headers add overloads for theirs in this namespace, found through the tag.
+template <class T, class Out>
+void decode_run(set_tag, const dense_source<T>& s, index_t row, index_t col, index_t count,
+                Out* MLKIT_RESTRICT out) noexcept {
+  const T* p = s.data + row * s.row_stride + col * s.col_stride;
+  if (s.col_stride != 1) {
+    for (index_t i = 0; i < count; ++i) out[i] = static_cast<Out>(p[i * s.col_stride]);
+  } else if constexpr (std::is_same_v<T, Out>) {
+    __builtin_memcpy(static_cast<void*>(out), p, static_cast<std::size_t>(count) * sizeof(T));
+  } else if constexpr (std::is_same_v<T, double> || std::is_same_v<Out, double>) {
+    for (index_t i = 0; i < count; ++i) out[i] = static_cast<Out>(p[i]);
+  } else {
+    using V = vec<float>;
+    index_t i = 0;
+    for (; i + V::width <= count; i += V::width) V::load(p + i).store(out + i);
+    if (i < count) V::load(p + i, static_cast<int>(count - i)).store(out + i, static_cast<int>(count - i));
+  }
+}
+
+template <matrix_source S, class Out>
+  requires(!is_dense<S>)
+MLKIT_ALWAYS_INLINE void decode_run(set_tag, const S& s, index_t row, index_t col, index_t count,
+                                    Out* out) noexcept requires requires {
+  s.decode(row, col, 1, out);
+}
+{ s.decode(row, col, static_cast<int>(count), out); }
+
+// How many words of k a block of elements takes.
+template <class Element>
+constexpr index_t words(index_t elements) noexcept {
+  return (elements + compute<Element>::elements_per_word - 1) / compute<Element>::elements_per_word;
+}
+
+// The pairs of bf16 that share a word are padded with zero when k is odd.
+template <class Element>
+MLKIT_ALWAYS_INLINE void pad_last_word(Element* row, index_t elements) noexcept {
+  if constexpr (compute<Element>::elements_per_word == 2) {
+    if (elements % 2) row[elements] = Element::from_bits(0);
+  }
+}
+
+// The smallest scratch that packing needs: one block of runs, before it is transposed.
+template <class Element>
+inline constexpr index_t pack_scratch = 16 * (compute<Element>::depth_block * compute<Element>::elements_per_word + 32);
+
+// Left panel: panel[line][word of k], rows `panel_stride` words apart. [lines] x [k, k + depth).
+template <class Element, class Source>
+void pack_left(const operand<Source>& op, index_t line, index_t lines, index_t k, index_t depth, Element* panel,
+               Element* MLKIT_RESTRICT scratch) noexcept {
+  constexpr index_t stride = panel_stride<Element> * compute<Element>::elements_per_word;
+  if (op.depth_first) {
+    for (index_t l = 0; l < lines; ++l) {
+      decode_run(set_tag{}, op.source, line + l, k, depth, panel + l * stride);
+      pad_last_word(panel + l * stride, depth);
+    }
+    return;
+  }
+  constexpr index_t runs = 16, span = 64;  // a scratch block of runs, each along lines
+  for (index_t p = 0; p < depth; p += runs) {
+    const index_t n = std::min(runs, depth - p);
+    for (index_t l = 0; l < lines; l += span) {
+      const index_t m = std::min(span, lines - l);
+      for (index_t r = 0; r < n; ++r) decode_run(set_tag{}, op.source, k + p + r, line + l, m, scratch + r * span);
+      if constexpr (sizeof(Element) >= 4) {
+        transpose(scratch, span, n, m, panel + l * stride + p, stride);
+      } else {
+        for (index_t i = 0; i < m; ++i)
+          for (index_t r = 0; r < n; ++r) panel[(l + i) * stride + p + r] = scratch[r * span + i];
+      }
+    }
+  }
+  for (index_t l = 0; l < lines; ++l) pad_last_word(panel + l * stride, depth);
+}
+
+// Right panel: panel[word of k][line], `width` words a row; lines beyond the last are zero.
+template <class Element, class Source>
+void pack_right(const operand<Source>& op, index_t line, index_t lines, index_t width, index_t k, index_t depth,
+                typename compute<Element>::word* panel, Element* MLKIT_RESTRICT scratch) noexcept {
+  using word = typename compute<Element>::word;
+  constexpr int per_word = compute<Element>::elements_per_word;
+  if (op.depth_first) {  // lines are runs along k: transpose groups of them, a vector's worth at a time
+    constexpr index_t group = vec<word>::width;
+    constexpr index_t stride = panel_stride<Element> * per_word;
+    for (index_t l = 0; l < width; l += group) {
+      const index_t n = std::max<index_t>(0, std::min(group, lines - l));
+      if constexpr (std::is_same_v<Source, dense_source<Element>> && per_word == 1) {
+        if (op.source.col_stride == 1 && n == group) {
+          transpose(op.source.data + (line + l) * op.source.row_stride + k, op.source.row_stride, group, depth,
+                    panel + l, width);
+          continue;
+        }
+      }
+      for (index_t i = 0; i < n; ++i) {
+        decode_run(set_tag{}, op.source, line + l + i, k, depth, scratch + i * stride);
+        pad_last_word(scratch + i * stride, depth);
+      }
+      for (index_t i = n; i < group; ++i)
+        __builtin_memset(static_cast<void*>(scratch + i * stride), 0,
+                         static_cast<std::size_t>(words<Element>(depth)) * sizeof(word));
+      transpose(reinterpret_cast<const word*>(scratch), stride / per_word, group, words<Element>(depth), panel + l,
+                width);
+    }
+    return;
+  }
+  if constexpr (per_word == 1) {
+    for (index_t p = 0; p < depth; ++p) {
+      decode_run(set_tag{}, op.source, k + p, line, lines, panel + p * width);
+      for (index_t l = lines; l < width; ++l) panel[p * width + l] = word{};
+    }
+  } else {  // two runs interleave into one row of words
+    Element* even = scratch;
+    Element* odd = scratch + 4 * vec<word>::width;
+    for (index_t p = 0; p < depth; p += 2) {
+      decode_run(set_tag{}, op.source, k + p, line, lines, even);
+      if (p + 1 < depth)
+        decode_run(set_tag{}, op.source, k + p + 1, line, lines, odd);
+      else
+        __builtin_memset(static_cast<void*>(odd), 0, static_cast<std::size_t>(lines) * sizeof(Element));
+      std::uint32_t row[4 * vec<word>::width];
+      for (index_t l = 0; l < lines; ++l) row[l] = even[l].bits | std::uint32_t{odd[l].bits} << 16;
+      for (index_t l = lines; l < width; ++l) row[l] = 0;
+      __builtin_memcpy(panel + (p / 2) * width, row, static_cast<std::size_t>(width) * sizeof(word));
+    }
+  }
+}

@@ -1,0 +1,283 @@
+// Products with few lines on one side, which read the other side once, where it stands, without packing it.
+
+// Sums of four registers, as out[0..4). A fixed tree of additions, the same for each of the four.
+MLKIT_ALWAYS_INLINE void sum4(const vec<float>* x, float* out) noexcept {
+#if MLKIT_X86
+#if MLKIT_SET_AVX512
+  __m256 h[4];
+  MLKIT_UNROLL
+  for (int i = 0; i < 4; ++i) h[i] = _mm256_add_ps(_mm512_castps512_ps256(x[i].v), _mm512_extractf32x8_ps(x[i].v, 1));
+#elif MLKIT_SET_AVX2
+  const __m256 h[4] = {x[0].v, x[1].v, x[2].v, x[3].v};
+#endif
+  __m128 q[4];
+  MLKIT_UNROLL
+  for (int i = 0; i < 4; ++i)
+#if MLKIT_SET_AVX2
+    q[i] = _mm_add_ps(_mm256_castps256_ps128(h[i]), _mm256_extractf128_ps(h[i], 1));
+#else
+    q[i] = x[i].v;
+#endif
+  const __m128 a = _mm_add_ps(_mm_unpacklo_ps(q[0], q[1]), _mm_unpackhi_ps(q[0], q[1]));
+  const __m128 b = _mm_add_ps(_mm_unpacklo_ps(q[2], q[3]), _mm_unpackhi_ps(q[2], q[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = x[i].sum();
+#endif
+}
+MLKIT_ALWAYS_INLINE void sum4(const vec<double>* x, double* out) noexcept {
+  for (int i = 0; i < 4; ++i) out[i] = x[i].sum();
+}
+
+// Runs of memory that a dot tile brings closer while it multiplies.
+inline constexpr int lines_ahead = 3;
+
+// sums[i][j] += many[i][0..n) * few[j][0..n), as whole registers of partial sums; both run along k. Each step brings
+// one line of each of the runs `ahead` closer.
+template <int Many, int Few, class T, class A>
+MLKIT_ALWAYS_INLINE void dot_tile(index_t n, const T* MLKIT_RESTRICT many, index_t many_stride,
+                                  const A* MLKIT_RESTRICT few, index_t few_stride, vec<A>* MLKIT_RESTRICT sums,
+                                  index_t sums_stride, const T* const (&ahead)[lines_ahead]) noexcept {
+  using V = vec<A>;
+  V sum[Many][Few];
+  MLKIT_UNROLL
+  for (int i = 0; i < Many; ++i) {
+    MLKIT_UNROLL
+    for (int j = 0; j < Few; ++j) sum[i][j] = sums[i * sums_stride + j];
+  }
+  index_t k = 0;
+  for (; k + V::width <= n; k += V::width) {
+    if constexpr (Few > 1) {
+      MLKIT_UNROLL
+      for (int p = 0; p < lines_ahead; ++p) __builtin_prefetch(ahead[p] + k, 0, 3);
+    }
+    V right[Few];
+    MLKIT_UNROLL
+    for (int j = 0; j < Few; ++j) right[j] = V::load(few + j * few_stride + k);
+    MLKIT_UNROLL
+    for (int i = 0; i < Many; ++i) {
+      const V left = V::load(many + i * many_stride + k);
+      MLKIT_UNROLL
+      for (int j = 0; j < Few; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
+    }
+  }
+  if (k < n) {
+    const int rest = static_cast<int>(n - k);
+    MLKIT_UNROLL
+    for (int i = 0; i < Many; ++i) {
+      const V left = V::load(many + i * many_stride + k, rest);
+      MLKIT_UNROLL
+      for (int j = 0; j < Few; ++j) sum[i][j] = fma(left, V::load(few + j * few_stride + k, rest), sum[i][j]);
+    }
+  }
+  MLKIT_UNROLL
+  for (int i = 0; i < Many; ++i) {
+    MLKIT_UNROLL
+    for (int j = 0; j < Few; ++j) sums[i * sums_stride + j] = sum[i][j];
+  }
+}
+
+// All few lines, in groups of four, two and one; which group a line falls into depends on the shape alone. The groups
+// share a tile of many lines while it is in the first-level cache, and meanwhile bring in the next: the tile below, or
+// after the last one the lines at `next`.
+template <int Many4, int Many1, class T, class A>
+void dot_rows(index_t rows, index_t n, const T* many, index_t many_stride, const A* few, index_t few_stride,
+              index_t few_lines, vec<A>* sums, index_t sums_stride, const T* next) noexcept {
+  const auto group = [&](auto many_c, auto few_c, index_t i, index_t j, const T* below, index_t first_ahead) {
+    constexpr int M = decltype(many_c)::value, F = decltype(few_c)::value;
+    const T* ahead[lines_ahead];
+    const index_t step = std::max<index_t>(1, ceil_div(few_lines, 4));
+    for (int p = 0; p < lines_ahead; ++p) {
+      const index_t line = first_ahead + p * step;
+      ahead[p] = line < Many4 ? below + line * many_stride : many;
+    }
+    dot_tile<M, F>(n, many + i * many_stride, many_stride, few + j * few_stride, few_stride, sums + i * sums_stride + j,
+                   sums_stride, ahead);
+  };
+  const auto all_groups = [&](auto many_c, index_t i, const T* below) {
+    index_t j = 0, part = 0;
+    for (; j + 4 <= few_lines; j += 4) group(many_c, std::integral_constant<int, 4>{}, i, j, below, part++);
+    if (j + 2 <= few_lines) group(many_c, std::integral_constant<int, 2>{}, i, j, below, part++), j += 2;
+    if (j < few_lines) group(many_c, std::integral_constant<int, 1>{}, i, j, below, part);
+  };
+  index_t i = 0;
+  if (few_lines == 1) {
+    for (; i + Many1 <= rows; i += Many1) all_groups(std::integral_constant<int, Many1>{}, i, many);
+  } else {
+    for (; i + Many4 <= rows; i += Many4)
+      all_groups(std::integral_constant<int, Many4>{}, i, i + Many4 < rows ? many + (i + Many4) * many_stride : next);
+  }
+  for (; i < rows; ++i) all_groups(std::integral_constant<int, 1>{}, i, next);
+}
+
+template <class Element>
+struct thin {
+  using sum = typename compute<Element>::sum;
+  using V = vec<sum>;
+  static constexpr index_t chunk = 1024;            // elements of k between visits of the same lines
+  static constexpr index_t decoded_chunk = 256;     // as many of all rows, decoded, stay in the first-level cache
+  static constexpr int many4 = tile_registers / 4;  // tiles of many4 x 4 and 8 x 1 sums
+  static constexpr int rows_at_once = tile_registers == 24 ? 24 : 12;
+
+  // few[line][k] of all segments, decoded.
+  template <class Product>
+  static index_t few_stride(const Product& p) noexcept {
+    return std::apply([](const auto&... s) { return (round_up(s.depth(), V::width) + ... + index_t{0}); }, p.segments) +
+           V::width;
+  }
+  template <class Product>
+  static void decode_few(const Product& p, sum* few) noexcept {
+    const index_t stride = few_stride(p);
+    const auto one = [&](const auto& s) {
+      for (index_t l = 0; l < p.right_lines; ++l) {
+        if (s.right.depth_first)
+          decode_run(set_tag{}, s.right.source, l, 0, s.depth(), few + l * stride);
+        else
+          for (index_t k = 0; k < s.depth(); ++k) decode_run(set_tag{}, s.right.source, k, l, 1, few + l * stride + k);
+      }
+      few += round_up(s.depth(), V::width);
+    };
+    std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
+  }
+
+  // Scratch in elements of `sum`.
+  template <class Product>
+  static index_t scratch(const Product& p) noexcept {
+    return rows_at_once * p.right_lines * V::width + rows_at_once * (chunk + V::width) +
+           rows_at_once * (p.right_lines + V::width) + (p.right_lines + V::width) * (rows_at_once + V::width);
+  }
+
+  // c for left lines [row, row + rows); left operands run along k.
+  template <class Product>
+  static void dot(const Product& p, index_t row, index_t rows, const sum* few, sum* scratch) noexcept {
+    const index_t lines = p.right_lines, stride = few_stride(p);
+    const index_t sums_stride = round_up(lines, V::width);
+    V* partial = reinterpret_cast<V*>(scratch);
+    sum* decoded = scratch + rows_at_once * lines * V::width;
+    sum* sums = decoded + rows_at_once * (chunk + V::width);
+    sum* turned = sums + rows_at_once * sums_stride;
+    for (index_t r = 0; r < rows; r += rows_at_once) {
+      const index_t n = std::min<index_t>(rows_at_once, rows - r);
+      for (index_t i = 0; i < n * lines; ++i) partial[i] = V::zero();
+      const sum* right = few;
+      const auto one = [&](const auto& s) {
+        using Source = typename decltype(s.left)::source_type;
+        for (index_t k = 0; k < s.depth();) {
+          index_t depth = std::min(chunk, s.depth() - k);
+          if constexpr (readable<Source>) {
+            if (s.left.source.col_stride == 1) {
+              if (lines <= 2) depth = s.depth() - k;  // nothing is visited twice: one long run
+              const auto* run = s.left.source.data + (row + r) * s.left.source.row_stride;
+              dot_rows<many4, 8>(n, depth, run + k, s.left.source.row_stride, right + k, stride, lines, partial, lines,
+                                 k + depth < s.depth() ? run + k + depth : run + n * s.left.source.row_stride);
+              k += depth;
+              continue;
+            }
+          }
+          // Sources that can take dots themselves do, where no decoded element would be used often.
+          if constexpr (requires {
+                          dot_decoded(set_tag{}, s.left.source, row, n, k, depth, few, stride, lines, partial);
+                        }) {
+            if (dot_decoded(set_tag{}, s.left.source, row + r, n, k, depth, right + k, stride, lines, partial)) {
+              k += depth;
+              continue;
+            }
+          }
+          depth = std::min(decoded_chunk, depth);
+          for (index_t i = 0; i < n; ++i)
+            decode_run(set_tag{}, s.left.source, row + r + i, k, depth, decoded + i * (chunk + V::width));
+          dot_rows<many4, 8>(n, depth, static_cast<const sum*>(decoded), chunk + V::width, right + k, stride, lines,
+                             partial, lines, static_cast<const sum*>(decoded));
+          k += depth;
+        }
+        right += round_up(s.depth(), V::width);
+      };
+      std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
+      for (index_t i = 0; i < n; ++i) {
+        index_t j = 0;
+        for (; j + 4 <= lines; j += 4) sum4(partial + i * lines + j, sums + i * sums_stride + j);
+        for (; j < lines; ++j) sums[i * sums_stride + j] = partial[i * lines + j].sum();
+      }
+      gemm<Element>::finish(p, row + r, n, 0, lines, sums, sums_stride, turned);
+    }
+  }
+
+  // c for left lines [row, row + rows), for left operands whose runs go along lines: sums stay in cache while source
+  // rows stream by, eight at a time.
+  template <class Product>
+  static void axpy(const Product& p, index_t row, index_t rows, const sum* few, sum* scratch) noexcept {
+    const index_t lines = p.right_lines, stride = few_stride(p);
+    sum* sums = scratch;
+    sum* decoded = sums + lines * axpy_block;
+    sum* turned = decoded + 8 * axpy_block;
+    for (index_t r = 0; r < rows; r += axpy_block) {
+      const index_t n = std::min(axpy_block, rows - r);
+      for (index_t j = 0; j < lines; ++j)
+        for (index_t i = 0; i < round_up(n, V::width); ++i) sums[j * axpy_block + i] = 0;
+      const sum* right = few;
+      const auto one = [&](const auto& s) {
+        using Source = typename decltype(s.left)::source_type;
+        for (index_t k = 0; k < s.depth(); k += 8) {
+          const index_t depth = std::min<index_t>(8, s.depth() - k);
+          if constexpr (readable<Source>) {
+            if (s.left.source.col_stride == 1) {
+              add_rows(depth, n, s.left.source.data + k * s.left.source.row_stride + row + r, s.left.source.row_stride,
+                       right + k, stride, lines, sums);
+              continue;
+            }
+          }
+          for (index_t i = 0; i < depth; ++i)
+            decode_run(set_tag{}, s.left.source, k + i, row + r, n, decoded + i * axpy_block);
+          add_rows(depth, n, static_cast<const sum*>(decoded), axpy_block, right + k, stride, lines, sums);
+        }
+        right += round_up(s.depth(), V::width);
+      };
+      std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
+      if (p.flipped) {  // right lines are rows of c: the sums already lie along its columns
+        for (index_t j = 0; j < lines; ++j) gemm<Element>::finish_run(p, j, row + r, n, sums + j * axpy_block);
+      } else {
+        transpose(sums, axpy_block, lines, n, turned, round_up(lines, V::width));
+        for (index_t i = 0; i < n; ++i)
+          gemm<Element>::finish_run(p, row + r + i, 0, lines, turned + i * round_up(lines, V::width));
+      }
+    }
+  }
+  static constexpr index_t axpy_block = 1024;
+  template <class Product>
+  static index_t axpy_scratch(const Product& p) noexcept {
+    return (p.right_lines + 8 + round_up(p.right_lines, V::width)) * axpy_block;
+  }
+
+ private:
+  // Dense sources whose elements a register can be loaded from.
+  template <class Source>
+  static constexpr bool readable = is_dense<Source> &&
+                                   (std::is_same_v<typename Source::value_type, double> == std::is_same_v<sum, double>);
+
+  template <class T>
+  static void add_rows(index_t depth, index_t n, const T* rows, index_t stride, const sum* few, index_t few_stride,
+                       index_t lines, sum* MLKIT_RESTRICT sums) noexcept {
+    if (depth == 8)
+      add_rows_of<8>(n, rows, stride, few, few_stride, lines, sums);
+    else
+      for (index_t i = 0; i < depth; ++i)
+        add_rows_of<1>(n, rows + i * stride, stride, few + i, few_stride, lines, sums);
+  }
+  template <int Depth, class T>
+  static void add_rows_of(index_t n, const T* rows, index_t stride, const sum* few, index_t few_stride, index_t lines,
+                          sum* MLKIT_RESTRICT sums) noexcept {
+    for (index_t i = 0; i < n; i += V::width) {
+      const int count = static_cast<int>(std::min<index_t>(V::width, n - i));
+      V x[Depth];
+      MLKIT_UNROLL
+      for (int d = 0; d < Depth; ++d)
+        x[d] = count == V::width ? V::load(rows + d * stride + i) : V::load(rows + d * stride + i, count);
+      for (index_t j = 0; j < lines; ++j) {
+        V s = V::load(sums + j * axpy_block + i);
+        MLKIT_UNROLL
+        for (int d = 0; d < Depth; ++d) s = fma(x[d], V::broadcast(few + j * few_stride + d), s);
+        s.store(sums + j * axpy_block + i);
+      }
+    }
+  }
+};

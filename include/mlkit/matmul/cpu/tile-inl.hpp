@@ -1,0 +1,168 @@
+// Register tiles. Panels of the left operand are rows of words along k with a fixed stride, read by broadcast; panels
+// of the right operand are [k][vectors] of words. A word is what one lane multiplies: an element, or a pair of bf16
+// whose two products one instruction adds.
+
+template <class Element>
+struct compute;
+
+template <>
+struct compute<float> {
+  using word = float;
+  using sum = float;
+  static constexpr int elements_per_word = 1;
+  static constexpr index_t depth_block = 768;  // words of k per pass: a 6-row panel is 18 KiB, a 64-wide one 192 KiB
+  static MLKIT_ALWAYS_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) noexcept {
+    return fma(a, b, c);
+  }
+};
+
+template <>
+struct compute<double> {
+  using word = double;
+  using sum = double;
+  static constexpr int elements_per_word = 1;
+  static constexpr index_t depth_block = 384;
+  static MLKIT_ALWAYS_INLINE vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) noexcept {
+    return fma(a, b, c);
+  }
+};
+
+#if MLKIT_SET_BF16
+template <>
+struct compute<bf16> {
+  using word = float;  // two bf16, moved as one 32-bit lane
+  using sum = float;
+  static constexpr int elements_per_word = 2;
+  static constexpr index_t depth_block = 768;
+  static MLKIT_ALWAYS_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) noexcept {
+    return vec<float>::native(_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v));
+  }
+};
+#endif
+
+#if MLKIT_SET_AVX512 || MLKIT_SET_NEON
+inline constexpr int tile_vectors = 4;  // 32 registers: 24 sums, 4 vectors of the right panel, broadcasts
+inline constexpr int tile_registers = 24;
+#else
+inline constexpr int tile_vectors = 2;  // 16 registers: 12 sums
+inline constexpr int tile_registers = 12;
+#endif
+
+// Rows of a tile that is `vectors` wide.
+constexpr int tile_rows(int vectors) noexcept { return tile_registers / vectors; }
+
+// Distance between rows of a left panel. Not a power of two, so that rows do not fall into one cache set.
+template <class Element>
+inline constexpr index_t panel_stride = compute<Element>::depth_block +
+                                        64 / static_cast<int>(sizeof(typename compute<Element>::word));
+
+// Memory that a tile brings closer while it multiplies, for the tiles to come: each step of k one line of `right`, and
+// as many lines of the left operand as the tile consumes, as runs of `left_run` bytes `left_stride` bytes apart.
+struct fetch_ahead {
+  const char* right;
+  const char* left;
+  index_t left_stride;
+  index_t left_run;
+};
+
+// c[Rows][Vectors * width] (+)= a[Rows][depth] b[depth][Vectors * width], all in words. `b_stride` and `c_stride` in
+// words.
+template <class Element, int Rows, int Vectors>
+void tile(index_t depth, const typename compute<Element>::word* MLKIT_RESTRICT a,
+          const typename compute<Element>::word* MLKIT_RESTRICT b, index_t b_stride,
+          typename compute<Element>::sum* MLKIT_RESTRICT c, index_t c_stride, bool accumulate,
+          const fetch_ahead& ahead) noexcept {
+  using V = vec<typename compute<Element>::word>;
+  V sum[Rows][Vectors];
+  MLKIT_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    MLKIT_UNROLL
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = V::zero();
+  }
+  if (accumulate) {
+    MLKIT_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      MLKIT_UNROLL
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = V::load(c + i * c_stride + j * V::width);
+    }
+  }
+  const char* next_right = ahead.right;
+  const char* next_left = ahead.left;
+  const index_t left_stride = ahead.left_stride, left_run = ahead.left_run;
+  index_t run = 0;
+  for (index_t k = 0; k < depth; ++k) {
+    V right[Vectors];
+    MLKIT_UNROLL
+    for (int j = 0; j < Vectors; ++j) right[j] = V::load(b + j * V::width);
+    MLKIT_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      const V left = V::broadcast(a + i * panel_stride<Element>);
+      MLKIT_UNROLL
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = compute<Element>::multiply_add(left, right[j], sum[i][j]);
+    }
+    __builtin_prefetch(next_right, 0, 2);
+    next_right += 64;
+    MLKIT_UNROLL
+    for (int f = 0; f < (Rows > 16 ? 2 : 1); ++f) {
+      __builtin_prefetch(next_left + run, 0, 2);
+      run += 64;
+      next_left += run >= left_run ? left_stride : 0;
+      run = run >= left_run ? 0 : run;
+    }
+    ++a;
+    b += b_stride;
+  }
+  MLKIT_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    MLKIT_UNROLL
+    for (int j = 0; j < Vectors; ++j) sum[i][j].store(c + i * c_stride + j * V::width);
+  }
+}
+
+template <class Element>
+using tile_function = void (*)(index_t, const typename compute<Element>::word*, const typename compute<Element>::word*,
+                               index_t, typename compute<Element>::sum*, index_t, bool, const fetch_ahead&) noexcept;
+
+// Heights of the tiles that exist for a width. Rows that a tile has beyond those asked for are computed on whatever the
+// panel holds and never stored to the output.
+template <int Vectors>
+struct tile_heights {
+  static constexpr int full = tile_rows(Vectors);
+  static constexpr int half = Vectors == 3 ? 6 : full / 2;
+  static constexpr int low = Vectors == 1 && full == 24 ? 6 : full / 4;
+};
+
+constexpr int tile_height(int vectors, int rows) noexcept {
+  const auto fit = [&](auto heights) {
+    using H = decltype(heights);
+    return rows > H::half ? H::full : rows > H::low ? H::half : H::low;
+  };
+  switch (vectors) {
+    case 1: return fit(tile_heights<1>{});
+    case 2: return fit(tile_heights<2>{});
+    case 3: return fit(tile_heights<3>{});
+    default: return fit(tile_heights<4>{});
+  }
+}
+
+template <class Element, int Vectors>
+tile_function<Element> select_tile(int rows) noexcept {
+  using H = tile_heights<Vectors>;
+  if (rows > H::half) return tile<Element, H::full, Vectors>;
+  if (rows > H::low) return tile<Element, H::half, Vectors>;
+  return tile<Element, H::low, Vectors>;
+}
+
+template <class Element>
+tile_function<Element> select_tile(int vectors, int rows) noexcept {
+  switch (vectors) {
+    case 1: return select_tile<Element, 1>(rows);
+#if MLKIT_SET_AVX512 || MLKIT_SET_NEON
+    case 2: return select_tile<Element, 2>(rows);
+    case 3: return select_tile<Element, 3>(rows);
+    default: return select_tile<Element, 4>(rows);
+#else
+    default: return select_tile<Element, 2>(rows);
+#endif
+  }
+}

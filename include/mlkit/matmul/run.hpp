@@ -1,0 +1,179 @@
+// Runs a product: decides its orientation and strategy, cuts it up over threads, calls the kernels.
+#pragma once
+
+#include <algorithm>
+
+#include "../core/cpu.hpp"
+#include "../core/memory.hpp"
+#include "../simd/vec.hpp"
+#include "product.hpp"
+
+#define MLKIT_FOREACH "../matmul/cpu/tile-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+#define MLKIT_FOREACH "../matmul/cpu/transpose-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+#define MLKIT_FOREACH "../matmul/cpu/epilogue-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+#define MLKIT_FOREACH "../matmul/cpu/pack-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+#define MLKIT_FOREACH "../matmul/cpu/gemm-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+#define MLKIT_FOREACH "../matmul/cpu/thin-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+#define MLKIT_FOREACH "../matmul/cpu/entry-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+
+namespace MLKIT_NAMESPACE::detail {
+
+// Below this many multiplications a thread costs more to wake than it saves.
+inline constexpr double work_per_thread = 1 << 19;
+
+inline cpu limit_threads(const cpu& exec, double multiplications) {
+  cpu limited = exec;
+  const double useful = multiplications / work_per_thread;
+  const int threads = concurrency(exec);
+  limited.threads = useful < threads ? std::max(1, static_cast<int>(useful)) : threads;
+  return limited;
+}
+
+// Lines on the narrow side up to which a product is computed as dots or axpys, without packing.
+inline constexpr index_t thin_lines = 16;
+
+/// Dot products (both operands run along k) or axpys (the wide operand runs along lines), few <= thin_lines.
+template <class Product>
+void run_thin(const cpu& exec, const product_kernels<Product>& kernels, const Product& p, bool dots) {
+  workspace<std::byte> few(kernels.few_bytes(p));
+  kernels.decode_few(p, few.data());
+  const index_t grain = dots ? 24 : 64;  // ranges start at whole tiles and whole cache lines
+  parallel_ranges(exec, ceil_div(p.left_lines, grain), [&](index_t begin, index_t end) {
+    workspace<std::byte> scratch(kernels.thin_scratch(p));
+    const index_t row = begin * grain, rows = std::min(p.left_lines, end * grain) - row;
+    (dots ? kernels.dot : kernels.axpy)(p, row, rows, few.data(), scratch.data());
+  });
+}
+
+// Bytes of packed right panels held at once: within the last-level cache.
+inline constexpr index_t packed_bytes = index_t{8} << 20;
+/// A blocked product over packed panels.
+template <class Product>
+void run_blocked(const cpu& exec, const product_kernels<Product>& kernels, const Product& p) {
+  const index_t to_pack = kernels.packed_depth(p) * kernels.word_bytes;
+  const index_t threads = concurrency(exec);
+  const index_t columns = std::clamp(packed_bytes / std::max<index_t>(1, to_pack) / kernels.sliver * kernels.sliver,
+                                     kernels.sliver, kernels.most_lines);
+  // Column blocks of equal size.
+  const index_t blocks = ceil_div(p.right_lines, columns);
+  const index_t block = round_up(ceil_div(p.right_lines, blocks), kernels.sliver);
+
+  workspace<std::byte> panels(to_pack * std::min(block, round_up(p.right_lines, kernels.width)));
+  for (index_t first = 0; first < p.right_lines; first += block) {
+    const index_t last = std::min(p.right_lines, first + block);
+    const index_t slivers = ceil_div(last - first, kernels.sliver);
+    if (to_pack > 0)
+      parallel_ranges(exec, slivers, [&](index_t begin, index_t end) {
+        workspace<std::byte> scratch(kernels.pack_scratch);
+        for (index_t at = begin; at < end; ++at) kernels.pack(p, first, last, at, panels.data(), scratch.data());
+      });
+
+    // A grid of threads over (left tiles, slivers): the one whose largest part is smallest, where splitting slivers
+    // repeats the packing of left panels.
+    const index_t tiles = ceil_div(p.left_lines, kernels.tile_rows);
+    index_t grid_rows = 1, grid_cols = 1;
+    double best = 0;
+    for (index_t cols = 1; cols <= std::min(threads, slivers); ++cols) {
+      const index_t rows = std::min(tiles, threads / cols);
+      const double per_row = static_cast<double>(ceil_div(slivers, cols)) + 0.1;
+      const double cost = static_cast<double>(ceil_div(tiles, rows)) * per_row;
+      if (cols == 1 || cost < best) best = cost, grid_rows = rows, grid_cols = cols;
+    }
+    parallel_ranges(exec, grid_rows * grid_cols, [&](index_t begin, index_t end) {
+      for (index_t at = begin; at < end; ++at) {
+        const index_t r = at / grid_cols, c = at % grid_cols;
+        const index_t row = tiles * r / grid_rows * kernels.tile_rows;
+        const index_t row_end = std::min(p.left_lines, tiles * (r + 1) / grid_rows * kernels.tile_rows);
+        const index_t sliver = slivers * c / grid_cols, sliver_end = slivers * (c + 1) / grid_cols;
+        if (row >= row_end || sliver >= sliver_end) continue;
+        workspace<std::byte> scratch(
+            kernels.multiply_scratch(std::min(last - first, sliver_end * kernels.sliver) - sliver * kernels.sliver));
+        kernels.multiply(p, row, row_end - row, first, last, sliver, sliver_end, panels.data(), scratch.data());
+      }
+    });
+  }
+}
+
+/// Cycles, roughly, that it takes to pack the operands of a product and to multiply the lanes that are padding.
+template <class Product>
+double orientation_cost(const Product& p, index_t width) noexcept {
+  constexpr double copy = 0.12, transpose = 0.35;
+  double cost = 0;
+  const auto one = [&](const auto& s) {
+    const double k = static_cast<double>(s.depth());
+    const double left = static_cast<double>(p.left_lines), right = static_cast<double>(p.right_lines);
+    cost += k * left * (s.left.depth_first ? copy : transpose) + k * right * (s.right.depth_first ? transpose : copy);
+    cost += k * left * static_cast<double>(round_up(p.right_lines, width)) / (2.0 * static_cast<double>(width));
+  };
+  std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
+  if (p.flipped) cost += 0.5 * static_cast<double>(p.left_lines) * static_cast<double>(p.right_lines);
+  return cost;
+}
+
+template <class Left, class Right>
+segment<Right, Left> flip(const segment<Left, Right>& s) noexcept {
+  return {s.right, s.left, nullptr};
+}
+
+/// The same product with its operands exchanged: c transposed = right left.
+template <class Out, class Epilogue, class... Segments>
+auto flip(const product<Out, Epilogue, Segments...>& p) {
+  return std::apply(
+      [&](const auto&... s) {
+        return product<Out, Epilogue, decltype(flip(s))...>{{flip(s)...}, p.right_lines, p.left_lines, !p.flipped,
+                                                            p.c,          p.row_stride,  p.col_stride, p.epilogue};
+      },
+      p.segments);
+}
+
+template <class E, class Product>
+product_kernels<Product> select_kernels() {
+  if constexpr (std::is_same_v<E, bf16>)
+    return MLKIT_SELECT(product_entry<E, Product>)();
+  else
+    return MLKIT_SELECT_WITHOUT_BF16(product_entry<E, Product>)();
+}
+
+template <class E, class Product>
+void run_oriented(const cpu& exec, const Product& p) {
+  const auto kernels = select_kernels<E, Product>();
+  constexpr auto all_left = [](const Product& q, bool depth_first) {
+    return std::apply([&](const auto&... s) { return ((s.left.depth_first == depth_first) && ...); }, q.segments);
+  };
+  const bool thin = p.right_lines <= thin_lines && p.right_lines <= p.left_lines &&
+                    std::apply([](const auto&... s) { return ((s.packed_right == nullptr) && ...); }, p.segments);
+  if (thin && all_left(p, true) && (p.right_lines % kernels.width != 0 || p.right_lines < 16))
+    return run_thin(exec, kernels, p, true);
+  if (thin && all_left(p, false) && p.right_lines <= 8) return run_thin(exec, kernels, p, false);
+  run_blocked(exec, kernels, p);
+}
+
+/// c = epilogue(sum of left right over the segments). E: the type that operands are multiplied in, before the
+/// instruction set has its say. Nothing is checked here.
+template <class E, class Product>
+void run_product(const cpu& exec, const Product& p) {
+  if (p.left_lines == 0 || p.right_lines == 0) return;
+  const double depth =
+      std::apply([](const auto&... s) { return (static_cast<double>(s.depth()) + ... + 0.0); }, p.segments);
+  const cpu limited =
+      limit_threads(exec, depth * static_cast<double>(p.left_lines) * static_cast<double>(p.right_lines));
+  const bool packed = std::apply([](const auto&... s) { return ((s.packed_right != nullptr) || ...); }, p.segments);
+  const auto other = flip(p);
+  // Few lines belong on the right, where the thin kernels want them; else the cheaper way round.
+  const index_t few = std::min(p.left_lines, p.right_lines);
+  const bool turn = !packed && (few <= thin_lines ? p.left_lines < p.right_lines
+                                                  : orientation_cost(other, 16) < orientation_cost(p, 16));
+  if (turn)
+    run_oriented<E>(limited, other);
+  else
+    run_oriented<E>(limited, p);
+}
+
+}  // namespace MLKIT_NAMESPACE::detail

@@ -1,0 +1,12 @@
+// nn: a small reverse-mode tape over the kernels.
+#pragma once
+
+#include "nn/adamw.hpp"
+#include "nn/diffusion.hpp"
+#include "nn/linear.hpp"
+#include "nn/loss.hpp"
+#include "nn/norm.hpp"
+#include "nn/ops.hpp"
+#include "nn/parameter.hpp"
+#include "nn/shape.hpp"
+#include "nn/tape.hpp"

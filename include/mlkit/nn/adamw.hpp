@@ -1,0 +1,89 @@
+// AdamW over a list of parameters.
+#pragma once
+
+#include <cmath>
+
+#include "elementwise.hpp"
+#include "tape.hpp"
+
+namespace MLKIT_NAMESPACE::nn {
+
+/// Options of AdamW, with the defaults of the paper and of PyTorch.
+struct adamw_options {
+  double rate = 1e-3;
+  double beta1 = 0.9, beta2 = 0.999;
+  double epsilon = 1e-8;
+  double decay = 0.01;  ///< decoupled weight decay
+};
+
+/// One AdamW step on one tensor: p, gradient, first and second moment, all of n elements; `step` counts from 1.
+///
+///     p *= 1 - rate decay;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+///     p -= rate / (1 - b1^step) * m / (sqrt(v / (1 - b2^step)) + epsilon)
+///
+/// Loshchilov, Hutter: "Decoupled weight decay regularization", 2019; the decay comes before the update, as in PyTorch.
+template <real T>
+void adamw_update(const cpu& exec, const adamw_options& o, index_t step, vector_view<T> p,
+                  vector_view<const T> gradient, vector_view<T> m, vector_view<T> v) {
+  detail::check_extent("nn::adamw_update", "gradient", "elements", gradient.size(), "p", p.size());
+  detail::check_extent("nn::adamw_update", "m", "elements", m.size(), "p", p.size());
+  detail::check_extent("nn::adamw_update", "v", "elements", v.size(), "p", p.size());
+  if (step < 1) detail::fail_value("nn::adamw_update: step = ", step, ", but steps count from 1");
+  const T keep = static_cast<T>(1 - o.rate * o.decay);
+  const T b1 = static_cast<T>(o.beta1), b2 = static_cast<T>(o.beta2);
+  const T c1 = static_cast<T>(1 - o.beta1), c2 = static_cast<T>(1 - o.beta2);
+  const T size = static_cast<T>(o.rate / (1 - std::pow(o.beta1, static_cast<double>(step))));
+  const T root = static_cast<T>(1 / std::sqrt(1 - std::pow(o.beta2, static_cast<double>(step))));
+  const T epsilon = static_cast<T>(o.epsilon);
+  T *pp = p.data, *pm = m.data, *pv = v.data;
+  const T* pg = gradient.data;
+  detail::for_each(exec, p.size(), [=](index_t i) {
+    const T g = pg[i];
+    const T first = b1 * pm[i] + c1 * g, second = b2 * pv[i] + c2 * g * g;
+    pm[i] = first;
+    pv[i] = second;
+    pp[i] = pp[i] * keep - size * first / (std::sqrt(second) * root + epsilon);
+  });
+}
+
+/// What a training loop asks of an optimizer: step with what backward has left in the parameters' `grad`, then forget
+/// it.
+template <class O>
+concept optimizer = requires(O& o, const cpu& exec) {
+  o.step(exec);
+  o.set_rate(1.0);
+};
+
+/// AdamW. Parameters that backward has not reached since the last step are left alone, as in PyTorch.
+template <real T>
+class adamw {
+ public:
+  explicit adamw(std::vector<parameter<T>*> over, adamw_options o = {}) : options_(o) {
+    if (!(o.rate >= 0) || !(o.beta1 >= 0 && o.beta1 < 1) || !(o.beta2 >= 0 && o.beta2 < 1) || !(o.epsilon >= 0))
+      detail::fail_value("nn::adamw: rate = ", o.rate, ", beta1 = ", o.beta1, ", beta2 = ", o.beta2,
+                         ", epsilon = ", o.epsilon, ": one is outside its range");
+    for (parameter<T>* p : over) slots_.push_back({p, vector<T>({p->size()}), vector<T>({p->size()}), 0});
+  }
+
+  void set_rate(double rate) noexcept { options_.rate = rate; }
+  const adamw_options& options() const noexcept { return options_; }
+
+  /// Updates the parameters and clears their gradients.
+  void step(const cpu& exec) {
+    for (slot& s : slots_) {
+      if (!std::exchange(s.p->has_grad, false)) continue;
+      adamw_update<T>(exec, options_, ++s.steps, s.p->value, std::as_const(s.p->grad).view(), s.m, s.v);
+    }
+  }
+
+ private:
+  struct slot {
+    parameter<T>* p;
+    vector<T> m, v;
+    index_t steps;
+  };
+  adamw_options options_;
+  std::vector<slot> slots_;
+};
+
+}  // namespace MLKIT_NAMESPACE::nn

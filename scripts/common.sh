@@ -1,0 +1,52 @@
+# Sourced by ./test, ./demo, ./benchmark and .ci/run: set-up, and a build that uses every core it has memory for.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# Compilations of the larger kernels take up to about 1.2 GB each.
+job_count() {
+  local cores memory_gb
+  cores=$(nproc)
+  memory_gb=$(awk '/MemAvailable/ { print int($2 / 1.2e6) }' /proc/meminfo 2>/dev/null || echo 2)
+  ((memory_gb > 0)) || memory_gb=1
+  echo $((cores < memory_gb ? cores : memory_gb))
+}
+
+say() { printf '\n==> %s\n' "$*"; }
+
+# build <directory> <cmake options and --target names after -->: configure quietly, then build with progress.
+build() {
+  local directory=$1 options=() log
+  shift
+  while (($#)) && [[ $1 != -- ]]; do
+    options+=("$1")
+    shift
+  done
+  (($#)) && shift
+  mkdir -p "$directory"
+  log=$directory/configure.log
+  if ! cmake -S "$root" -B "$directory" -G Ninja -DCMAKE_CXX_COMPILER_LAUNCHER=ccache \
+    ${MLKIT_PYTHON:+-DMLKIT_PYTHON="$MLKIT_PYTHON"} "${options[@]}" >"$log" 2>&1; then
+    cat "$log"
+    return 1
+  fi
+  NINJA_STATUS="[%f/%t %es] " cmake --build "$directory" -j "$(job_count)" ${1:+--target "$@"}
+}
+
+# A fresh clone elsewhere hits the same cache entries.
+export CCACHE_BASEDIR=$root CCACHE_NOHASHDIR=1
+
+# python_venv <package>...: a virtual environment in .venv that holds the packages; MLKIT_PYTHON names its interpreter.
+# Without the network the tests that need them are skipped.
+python_venv() {
+  local venv=$root/.venv stamp
+  stamp=$venv/installed-$(echo "$*" | tr -c 'a-zA-Z0-9.=\n' _)
+  if [[ ! -e $stamp ]]; then
+    say "Installing $* into .venv"
+    python3 -m venv "$venv" 2>/dev/null || { echo "python3 -m venv failed; tests that need $* are skipped"; return 0; }
+    if ! "$venv/bin/pip" install --quiet --disable-pip-version-check "$@" 2>&1 | tail -n 3; then
+      echo "PyPI cannot be reached; tests that need $* are skipped"
+      return 0
+    fi
+    touch "$stamp"
+  fi
+  export MLKIT_PYTHON=$venv/bin/python3
+}

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Writes docs/support.md: which operation takes which element type on which executor, found out by compiling each call.
+
+    support_matrix.py            writes the table
+    support_matrix.py --check    only says whether the committed table is still true
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "support.md"
+TYPES = [("f32", "float"), ("f64", "double"), ("bf16", "mlkit::bf16"), ("f16", "mlkit::f16")]
+EXECUTORS = ["cpu"]
+
+SETUP = """
+#include <mlkit/lora.hpp>
+#include <mlkit/lora/quantised.hpp>
+#include <mlkit/matmul.hpp>
+#include <vector>
+namespace lora = mlkit::lora;
+using S = mlkit::accumulator_t<T>;
+#define CASE(NUMBER) void f##NUMBER(PARAMETERS)
+#define PARAMETERS mlkit::EXECUTOR& exec, mlkit::matrix<T>& x, mlkit::matrix<T>& w, mlkit::matrix<T>& y, \\
+       mlkit::vector<T>& bias, mlkit::tensor<T, 3>& batch, lora::adapter<T>& adapter, std::vector<lora::adapter<T>>& adapters, \\
+       std::vector<int>& ids, mlkit::vector<T>& magnitude, lora::nf4_matrix& codes4, lora::int8_matrix& codes8
+"""
+
+OPERATIONS = [
+    ("matmul", [
+        ("product, any strides and transposes", "mlkit::matmul(exec, x, mlkit::transposed(w), y);"),
+        ("with an epilogue",
+         "mlkit::matmul(exec, x, w, y, mlkit::epilogue{mlkit::add_bias{bias}, mlkit::gelu{}, mlkit::add{x}});"),
+        ("with a prologue", "mlkit::matmul(exec, mlkit::prologue{x, [](S v) { return v * v; }}, w, y);"),
+        ("packed weights", "mlkit::matmul(exec, x, mlkit::pack(exec, w), y);"),
+        ("batched", "mlkit::matmul(exec, batch, batch, batch);"),
+    ]),
+    ("lora", [
+        ("linear, dense base", "lora::linear(exec, x, lora::dense{w, bias}, adapter, y);"),
+        ("linear with dropout", "lora::linear(exec, x, lora::dense{w}, adapter, y, {.dropout = 0.1});"),
+        ("linear, NF4 base", "lora::linear(exec, x, lora::nf4<QUANTISED>{codes4}, adapter, y);"),
+        ("linear, int8 base", "lora::linear(exec, x, lora::int8<QUANTISED>{codes8}, adapter, y);"),
+        ("linear, DoRA", "lora::linear(exec, x, lora::dense{w}, lora::dora{adapter, magnitude}, y);"),
+        ("linear, DoRA on an NF4 base",
+         "lora::linear(exec, x, lora::nf4<QUANTISED>{codes4}, lora::dora{adapter, magnitude}, y);"),
+        ("linear, an adapter per row", "lora::linear(exec, x, lora::dense{w}, lora::per_row{adapters, ids}, y);"),
+        ("linear, an adapter per segment", "lora::linear(exec, x, lora::dense{w}, lora::segments{adapters, ids}, y);"),
+        ("backward",
+         "lora::linear_backward(exec, x, lora::dense{w}, adapter, y, lora::gradients{adapter.a, adapter.b}, x);"),
+        ("backward, NF4 base", "lora::linear_backward(exec, x, lora::nf4<QUANTISED>{codes4}, adapter, y,"
+         " lora::gradients{adapter.a, adapter.b}, x);"),
+        ("backward, DoRA", "lora::linear_backward(exec, x, lora::dense{w}, lora::dora{adapter, magnitude}, y,"
+         " lora::gradients{adapter.a, adapter.b, magnitude}, x);"),
+        ("merge and unmerge", "lora::merge(exec, w, adapter); lora::unmerge(exec, w, adapter);"),
+    ]),
+]
+
+
+def compiles(snippets, type_name, executor):
+    quantised = "double" if type_name == "double" else "mlkit::bf16"
+    cases = "".join(f"CASE({i}) {{ {snippet} }}\n" for i, snippet in enumerate(snippets))
+    source = (f"#include <mlkit/core/dtype.hpp>\nusing T = {type_name};\nusing QUANTISED = {quantised};\n"
+              f"#define EXECUTOR {executor}\n{SETUP}{cases}")
+    with tempfile.NamedTemporaryFile("w", suffix=".cpp") as file:
+        file.write(source)
+        file.flush()
+        done = subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-I", str(ROOT / "include"), file.name],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode and "-v" in sys.argv:
+        print(snippets, type_name, *[line for line in done.stdout.splitlines() if "error" in line][:8], sep="\n  ")
+    return done.returncode == 0
+
+
+def supported_by(type_name, executor):
+    """One compilation tells where all calls are supported, which is the rule; else each is tried by itself."""
+    snippets = [snippet for _, operations in OPERATIONS for _, snippet in operations]
+    if compiles(snippets, type_name, executor):
+        return [True] * len(snippets)
+    return [compiles([snippet], type_name, executor) for snippet in snippets]
+
+
+def table():
+    kinds = [(dtype, type_name, executor) for dtype, type_name in TYPES for executor in EXECUTORS]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        known = list(pool.map(lambda k: supported_by(*k[1:]), kinds))
+    names = [(family, name) for family, operations in OPERATIONS for name, _ in operations]
+    supported = {(*name, dtype, executor): ok for (dtype, _, executor), oks in zip(kinds, known)
+                 for name, ok in zip(names, oks)}
+    lines = ["# What runs on what", "",
+             "Made by `scripts/support_matrix.py`, which compiles each call with all operands of one element type; CI checks"
+             " that it still",
+             "holds. A cell names the executors. Types may also be mixed, except f64, which goes with f64 alone.", "",
+             "| family | operation | " + " | ".join(d for d, _ in TYPES) + " |", "|---|---|" + "---|" * len(TYPES)]
+    for family, operations in OPERATIONS:
+        for name, _ in operations:
+            cells = [", ".join(e for e in EXECUTORS if supported[family, name, d, e]) or "-" for d, _ in TYPES]
+            lines.append(f"| {family} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    made = table()
+    if "--check" not in sys.argv:
+        TABLE.write_text(made, encoding="utf-8")
+        print(made)
+    elif TABLE.read_text(encoding="utf-8") != made:
+        print(made)
+        sys.exit("docs/support.md no longer says what compiles; run scripts/support_matrix.py")
+
+
+if __name__ == "__main__":
+    main()

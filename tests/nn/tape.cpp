@@ -1,0 +1,193 @@
+// What the tape promises: frozen weights cost nothing, threads change no bit, misuse is refused by name.
+#include <mlkit/nn.hpp>
+
+#include <catch2/catch.hpp>
+
+namespace nn = mlkit::nn;
+using Catch::Matchers::Contains;
+using mlkit::index_t;
+
+namespace {
+
+// A residual network of one block, adapted or not.
+template <class T>
+struct network {
+  nn::parameters<T> base{5}, adapters{6};
+  nn::linear_layer<T> in, out;
+  nn::layer_norm_layer<T> norm;
+
+  network(index_t columns, index_t width)
+      : in(nn::scope<T>(base) / "in", columns, width),
+        out(nn::scope<T>(base) / "out", width, columns),
+        norm(nn::scope<T>(base) / "norm", columns) {}
+  nn::var<T> operator()(nn::var<T> x) const { return x + out(nn::activate(in(norm(x)), mlkit::silu{})); }
+};
+
+template <class T>
+mlkit::matrix<T> noise(index_t rows, index_t columns, std::uint64_t stream) {
+  mlkit::matrix<T> x({rows, columns});
+  for (index_t i = 0; i < x.size(); ++i)
+    x.data()[i] = mlkit::random_stream{9, stream}.normal(static_cast<std::uint64_t>(i));
+  return x;
+}
+
+std::vector<float> train(int threads, bool dora) {
+  network<float> net(96, 160);
+  net.base.freeze();
+  net.in.adapt(net.adapters, {.rank = 3, .alpha = 6, .dora = dora});
+  net.out.adapt(net.adapters, {.rank = 3, .alpha = 6, .dora = dora});
+  for (float& v : net.adapters.at("in.lora_B.weight").value) v = 0.01f;  // so that every factor has a gradient at once
+  nn::adamw<float> optimizer(nn::trainable(net.base, net.adapters), {.rate = 1e-2});
+  const mlkit::cpu exec{.threads = threads};
+  nn::tape<float> t(exec);
+  std::vector<float> losses;
+  for (int step = 0; step < 3; ++step) {
+    t.clear();
+    const auto y = net(t.constant(noise<float>(200, 96, 1)));
+    const auto loss = nn::mse(y, t.constant(noise<float>(200, 96, 2)));
+    t.backward(loss);
+    optimizer.step(exec);
+    losses.push_back(loss.item());
+  }
+  for (const auto& p : net.adapters) losses.insert(losses.end(), p.value.begin(), p.value.end());
+  return losses;
+}
+
+}  // namespace
+
+TEST_CASE("a frozen base passes gradients through and gets none", "[nn]") {
+  network<double> net(6, 8);
+  net.base.freeze();
+  net.in.adapt(net.adapters, {.rank = 2, .alpha = 4});
+  net.out.adapt(net.adapters, {.rank = 2, .alpha = 4, .dora = true});
+  nn::tape<double> t;
+  const auto x = t.input(noise<double>(5, 6, 1));
+  t.backward(nn::mse(net(x), t.constant(noise<double>(5, 6, 2))));
+  for (const auto& p : net.base) {
+    INFO(p.name);
+    CHECK(p.grad.size() == 0);
+    CHECK_FALSE(p.has_grad);
+  }
+  CHECK(x.has_grad());
+  for (const auto& p : net.adapters) {
+    INFO(p.name);
+    CHECK(p.has_grad);
+  }
+  // Up starts at zero, so the first gradient of down is zero and that of up is not.
+  const auto largest = [&](const std::string& name) {
+    double high = 0;
+    for (const double g : net.adapters.at(name).grad) high = std::max(high, std::abs(g));
+    return high;
+  };
+  CHECK(largest("in.lora_A.weight") == 0);
+  CHECK(largest("in.lora_B.weight") > 0);
+  CHECK(nn::trainable(net.base, net.adapters).size() == 5);
+}
+
+TEST_CASE("a new adapter changes no output, and strength 0 is the base to the bit", "[nn]") {
+  network<float> net(24, 40);
+  const auto x = noise<float>(17, 24, 1);
+  const auto run = [&] {
+    nn::tape<float> t(mlkit::cpu{}, {.record = false});
+    const auto y = net(t.constant(x));
+    return std::vector<float>(y.data(), y.data() + y.size());
+  };
+  const auto base = run();
+  for (const bool dora : {false, true}) {
+    nn::parameters<float> adapters(3);
+    net.in.adapt(adapters, {.rank = 4, .alpha = 8, .dora = dora});
+    const auto fresh = run();
+    for (std::size_t i = 0; i < base.size(); ++i) CHECK(fresh[i] == Approx(base[i]).margin(dora ? 1e-5 : 0));
+    for (float& v : adapters.at("in.lora_B.weight").value) v = 0.3f;
+    CHECK(run() != base);
+    net.in.set_strength(0);
+    CHECK(run() == base);
+    net.in.set_strength(1);
+    net.in.remove_adapter();
+    CHECK(run() == base);
+  }
+}
+
+TEST_CASE("training gives the same bits for any number of threads", "[nn]") {
+  for (const bool dora : {false, true}) {
+    const auto one = train(1, dora);
+    CHECK(train(2, dora) == one);
+    CHECK(train(5, dora) == one);
+    CHECK(one[2] < one[0]);
+  }
+}
+
+TEST_CASE("parameters start from the seed and their own name", "[nn]") {
+  nn::parameters<float> a(1), b(1), c(2);
+  a.add("first", {8}, nn::normal{1});
+  auto& x = a.add("w", {8}, nn::normal{1});
+  auto& y = b.add("w", {8}, nn::normal{1});
+  auto& z = c.add("w", {8}, nn::normal{1});
+  CHECK(std::equal(x.value.begin(), x.value.end(), y.value.begin()));
+  CHECK_FALSE(std::equal(x.value.begin(), x.value.end(), z.value.begin()));
+  CHECK_FALSE(std::equal(x.value.begin(), x.value.end(), a.at("first").value.begin()));
+  CHECK_THROWS_WITH(a.add("w", {1}, nn::zeros{}), Contains("the name w is taken"));
+  CHECK_THROWS_WITH(a.at("v"), Contains("no parameter is named v"));
+  CHECK_THROWS_AS(a.copy_values(b), mlkit::shape_error);
+}
+
+TEST_CASE("gradients add up over passes until the optimizer takes them", "[nn]") {
+  nn::parameters<double> store;
+  auto& w = store.add("w", {3}, nn::ones{});
+  auto& unused = store.add("unused", {3}, nn::ones{});
+  nn::adamw<double> optimizer(nn::trainable(store));
+  nn::tape<double> t;
+  for (int pass = 1; pass <= 2; ++pass) {
+    t.clear();
+    const auto v = t.use(w);
+    t.backward(nn::sum(v * v + t.use(w)));  // used three times: d = 2 w + 1
+    CHECK(w.grad(0) == 3.0 * pass);
+  }
+  optimizer.step({});
+  CHECK(w.value(0) < 1);
+  CHECK(unused.value(0) == 1);
+  const double after = w.value(0);
+  optimizer.step({});  // nothing has arrived since
+  CHECK(w.value(0) == after);
+  t.clear();
+  t.backward(nn::sum(t.use(w)));
+  CHECK(w.grad(0) == 1.0);
+}
+
+TEST_CASE("a tape reuses its memory", "[nn]") {
+  nn::tape<float> t;
+  const float* first = nullptr;
+  for (int step = 0; step < 3; ++step) {
+    t.clear();
+    const auto x = t.constant(noise<float>(300, 400, 1));
+    if (!first) first = x.data();
+    CHECK(x.data() == first);
+    CHECK(reinterpret_cast<std::uintptr_t>(x.data()) % 64 == 0);
+  }
+}
+
+TEST_CASE("misuse of the tape is refused by name", "[nn]") {
+  nn::parameters<float> store;
+  auto& w = store.add("w", {4, 3}, nn::ones{});
+  nn::tape<float> t, other;
+  const auto x = t.constant(noise<float>(2, 3, 1));
+  CHECK_THROWS_WITH(nn::linear(x, t.constant(noise<float>(4, 5, 1))), Contains("x has 3 columns, but w has 5"));
+  CHECK_THROWS_WITH(nn::linear(x, other.use(w)), Contains("different tapes"));
+  CHECK_THROWS_WITH(x + t.constant(noise<float>(2, 4, 1)), Contains("[2, 3]") && Contains("[2, 4]"));
+  CHECK_THROWS_WITH(nn::mse(x, t.use(w)), Contains("[2, 3]") && Contains("[4, 3]"));
+  CHECK_THROWS_WITH(nn::slice(x, 2, 2), Contains("x has 3"));
+  CHECK_THROWS_WITH(nn::reshape(x, {5}), Contains("[5]"));
+  CHECK_THROWS_AS(nn::shape({1, 2, 3, 4, 5}), mlkit::shape_error);
+  const std::vector<std::int32_t> wrong{0, 4}, ignored{nn::ignore_label, nn::ignore_label};
+  CHECK_THROWS_WITH(nn::embedding<float>(t.use(w), wrong), Contains("id 4") && Contains("4 rows"));
+  CHECK_THROWS_WITH(nn::cross_entropy<float>(x, wrong), Contains("label 4") && Contains("3 classes"));
+  CHECK_THROWS_WITH(nn::cross_entropy<float>(x, ignored), Contains("no row has a label"));
+  CHECK_THROWS_WITH(t.backward(x), Contains("[2, 3]"));
+  CHECK_THROWS_WITH(t.backward(nn::sum(x)), Contains("nothing that is trainable"));
+  const auto loss = nn::sum(nn::linear(x, t.use(w)));
+  t.backward(loss);
+  CHECK_THROWS_WITH(t.backward(loss), Contains("has run already"));
+  t.clear();
+  CHECK_THROWS_WITH(x.data(), Contains("cleared"));
+  CHECK_THROWS_WITH(nn::adamw<float>({}, {.beta1 = 1.0}), Contains("beta1 = 1"));
+}
