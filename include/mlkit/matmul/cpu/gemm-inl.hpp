@@ -17,17 +17,28 @@ MLKIT_ALWAYS_INLINE void fetch_left(const operand<Source>& op, index_t line, ind
   }
 }
 
-// Visits the depth blocks of a segment as f(k, depth), balanced, each a multiple of a word but the last.
-template <class Element, class F>
-MLKIT_ALWAYS_INLINE void each_depth_block(index_t depth, F&& f,
-                                          index_t block_words = compute<Element>::depth_block) noexcept {
-  constexpr index_t per_word = compute<Element>::elements_per_word;
-  const index_t total = words<Element>(depth);
-  const index_t blocks = ceil_div(total, block_words);
-  for (index_t i = 0; i < blocks; ++i) {
-    const index_t k = total * i / blocks * per_word, end = std::min(depth, total * (i + 1) / blocks * per_word);
-    f(k, end - k);
+// Elements of each of those runs that a tile can copy into the next panel: whole registers of what is stored as it is
+// multiplied.
+template <class Element, class Source>
+MLKIT_ALWAYS_INLINE index_t copied_elements(const operand<Source>& op, index_t depth) noexcept {
+  if constexpr (std::is_same_v<Source, dense_source<Element>>) {
+    constexpr index_t elements = sizeof(vec<typename compute<Element>::word>) / sizeof(Element);
+    if (op.depth_first && op.source.col_stride == 1) return depth / elements * elements;
   }
+  return 0;
+}
+
+// Elements of k in a depth block: blocks are alike, each a whole number of cache lines but the last.
+template <class Element>
+constexpr index_t depth_step(index_t depth, index_t block_words = compute<Element>::depth_block) noexcept {
+  const index_t blocks = std::max<index_t>(1, ceil_div(words<Element>(depth), block_words));
+  return std::max<index_t>(1, round_up(ceil_div(depth, blocks), 64 / index_t{sizeof(Element)}));
+}
+
+// Visits the depth blocks of a segment as f(k, depth).
+template <class Element, class F>
+MLKIT_ALWAYS_INLINE void each_depth_block(index_t depth, index_t step, F&& f) noexcept {
+  for (index_t k = 0; k < depth; k += step) f(k, std::min(step, depth - k));
 }
 
 template <class Element>
@@ -55,7 +66,7 @@ struct gemm {
     word* out = panels + at * sliver * packed_depth(p);
     const auto one = [&](const auto& s) {
       if (s.packed_right) return;
-      each_depth_block<Element>(s.depth(), [&](index_t k, index_t depth) {
+      each_depth_block<Element>(s.depth(), depth_step<Element>(s.depth()), [&](index_t k, index_t depth) {
         pack_right<Element>(s.right, line, lines, padded, k, depth, out, scratch);
         out += words<Element>(depth) * padded;
       });
@@ -72,7 +83,7 @@ struct gemm {
   static index_t multiply_scratch(index_t lines) noexcept {
     const index_t padded = round_up(lines, width);
     const index_t rows = row_block(padded, 1) + tile_registers;
-    return tile_registers * stride * index_t{sizeof(word)} +
+    return 2 * tile_registers * stride * index_t{sizeof(word)} +
            (rows * padded + sliver * round_up(rows, V::width)) * index_t{sizeof(sum)} +
            pack_scratch<Element> * index_t{sizeof(Element)};
   }
@@ -89,7 +100,8 @@ struct gemm {
     const index_t step = round_up(ceil_div(rows, blocks), height);
     scratch_parts parts;
     parts.left = scratch;
-    parts.sums = reinterpret_cast<sum*>(scratch + tile_registers * stride);
+    parts.next_left = scratch + tile_registers * stride;
+    parts.sums = reinterpret_cast<sum*>(scratch + 2 * tile_registers * stride);
     parts.sums_rows = step + tile_registers;
     parts.turned = parts.sums + parts.sums_rows * padded;
     parts.pack = reinterpret_cast<Element*>(parts.turned + sliver * round_up(parts.sums_rows, V::width));
@@ -101,8 +113,9 @@ struct gemm {
   static constexpr index_t sums_bytes = 128 << 10;
 
   struct scratch_parts {
-    word* left;  // one panel
-    sum* sums;   // [sliver][sums_rows][lines of the sliver, padded]
+    word* left;  // one panel, and while it is multiplied the next one
+    word* next_left;
+    sum* sums;  // [sliver][sums_rows][lines of the sliver, padded]
     index_t sums_rows;
     sum* turned;  // one sliver's sums, transposed
     Element* pack;
@@ -121,14 +134,23 @@ struct gemm {
   static void multiply_rows(const product<Out, Epilogue, Segments...>& p, index_t row, index_t rows, index_t height,
                             index_t first, index_t last, index_t begin, index_t end, const word* panels,
                             const scratch_parts& parts) noexcept {
-    bool started = false;
+    // A tile of one vector is 24 rows high: half the depth keeps its left panel in the first-level cache.
+    const index_t block_words = compute<Element>::depth_block / (height > 12 ? 2 : 1);
+    const auto blocks_of = [&](const auto& s) {
+      return ceil_div(s.depth(), depth_step<Element>(s.depth(), block_words));
+    };
+    const index_t blocks = std::apply([&](const auto&... s) { return (blocks_of(s) + ... + index_t{0}); }, p.segments);
+    index_t done = 0;
     index_t packed_words = 0;  // of the segments before this one, in each packed line
     const auto one_segment = [&](const auto& s) {
       const auto one_block = [&](index_t k, index_t depth) {
         const index_t n = words<Element>(depth), k_words = k / compute<Element>::elements_per_word;
-        for (index_t r = 0; r < rows; r += height) {
+        const index_t copied = copied_elements<Element>(s.left, depth);
+        word *left = parts.left, *next_left = parts.next_left;
+        for (index_t r = 0; r < rows; r += height, std::swap(left, next_left)) {
           const int tall = static_cast<int>(std::min(height, rows - r));
-          pack_left<Element>(s.left, row + r, tall, k, depth, reinterpret_cast<Element*>(parts.left), parts.pack);
+          pack_left<Element>(s.left, row + r, tall, k, depth, reinterpret_cast<Element*>(left), parts.pack,
+                             r > 0 ? copied : 0);
           for (index_t at = begin; at < end; ++at) {
             const index_t line = first + at * sliver, lines = std::min(sliver, last - line);
             const index_t padded = round_up(lines, width);
@@ -143,18 +165,29 @@ struct gemm {
             if (fetched < n * padded * index_t{sizeof(word)})
               ahead.right = reinterpret_cast<const char*>(right + n * padded) + fetched;
             if (at == begin) {
-              if (r + height < rows)
-                fetch_left(s.left, row + r + height, k, depth, ahead);
+              index_t next = r + height;
+              if (copied > 0 && next < rows) {
+                fetch_left(s.left, row + next, k, depth, ahead);
+                ahead.from = ahead.left;
+                ahead.panel = reinterpret_cast<char*>(next_left);
+                ahead.copies = std::min(height, rows - next) * copied / (index_t{sizeof(V)} / index_t{sizeof(Element)});
+                next += height;
+              }
+              if (next < rows)
+                fetch_left(s.left, row + next, k, depth, ahead);
               else if (k + depth < s.depth())
-                fetch_left(s.left, row, k + depth, depth, ahead);
+                fetch_left(s.left, row + next - rows, k + depth, depth, ahead);
               else
-                fetch_left(s.left, row + rows, 0, depth, ahead);
+                fetch_left(s.left, row + next, 0, depth, ahead);
+              if (copied > 0) ahead.left_run = copied * index_t{sizeof(Element)};
             }
 
-            sum* c = parts.sums + (at - begin) * sliver * parts.sums_rows + r * padded;
+            const bool straight = direct(p, lines, tall), finished = !p.flipped && !straight && done + 1 == blocks;
+            sum* c = parts.sums;
             index_t c_stride = padded;
+            if (p.flipped || blocks > 1) c += (at - begin) * sliver * parts.sums_rows + r * padded;
             if constexpr (std::is_same_v<Out, sum>) {
-              if (direct(p, lines, tall)) {
+              if (straight) {
                 c = p.c + (row + r) * p.row_stride + line;
                 c_stride = p.row_stride;
                 // The sums of the next tile: beside this one, or below the first of its rows.
@@ -165,31 +198,36 @@ struct gemm {
                     __builtin_prefetch(next + i * c_stride + j, 1, 3);
               }
             }
-            select_tile<Element>(static_cast<int>(padded / width), tall)(n, parts.left, right, padded, c, c_stride,
-                                                                         started, ahead);
+            if (finished) fetch_output(p, row + r, tall, line, lines);
+            select_tile<Element>(static_cast<int>(padded / width), tall)(n, left, right, padded, c, c_stride, done > 0,
+                                                                         ahead);
+            if (finished) finish(p, row + r, tall, line, lines, c, padded, parts.turned);
           }
         }
-        started = true;
+        ++done;
       };
-      // A tile of one vector is 24 rows high: half the depth keeps its left panel in the first-level cache.
-      each_depth_block<Element>(s.depth(), one_block, compute<Element>::depth_block / (height > 12 ? 2 : 1));
+      each_depth_block<Element>(s.depth(), depth_step<Element>(s.depth(), block_words), one_block);
       if (!s.packed_right) packed_words += words<Element>(s.depth());
     };
     std::apply([&](const auto&... s) { (one_segment(s), ...); }, p.segments);
 
+    if (blocks > 0 && !p.flipped) return;
     for (index_t at = begin; at < end; ++at) {
       const index_t line = first + at * sliver, lines = std::min(sliver, last - line), padded = round_up(lines, width);
       sum* sums = parts.sums + (at - begin) * sliver * parts.sums_rows;
-      if (!started)
-        for (index_t i = 0; i < rows * padded; ++i) sums[i] = 0;  // k is zero: sums of nothing
-      if (!started || !direct(p, lines, static_cast<int>(height))) {
-        finish(p, row, rows, line, lines, sums, padded, parts.turned);
-      } else {
-        const index_t whole = rows / height * height;
-        if (whole < rows && !direct(p, lines, static_cast<int>(rows - whole)))
-          finish(p, row + whole, rows - whole, line, lines, sums + whole * padded, padded, parts.turned);
-      }
+      if (blocks == 0) std::fill_n(sums, rows * padded, sum{});  // k is zero: sums of nothing
+      finish(p, row, rows, line, lines, sums, padded, parts.turned);
     }
+  }
+
+  // Brings the rows of c that a tile is about to finish closer.
+  template <class Product>
+  static MLKIT_ALWAYS_INLINE void fetch_output(const Product& p, index_t row, index_t rows, index_t line,
+                                               index_t lines) noexcept {
+    if (p.col_stride != 1) return;
+    for (index_t i = 0; i < rows; ++i)
+      for (index_t j = 0; j < lines; j += 64 / index_t{sizeof(*p.c)})
+        __builtin_prefetch(p.c + (row + i) * p.row_stride + line + j, 1, 3);
   }
 
  public:

@@ -46,14 +46,16 @@ MLKIT_ALWAYS_INLINE void pad_last_word(Element* row, index_t elements) noexcept 
 template <class Element>
 inline constexpr index_t pack_scratch = 16 * (compute<Element>::depth_block * compute<Element>::elements_per_word + 32);
 
-// Left panel: panel[line][word of k], rows `panel_stride` words apart. [lines] x [k, k + depth).
+// Left panel: panel[line][word of k], rows `panel_stride` words apart. [lines] x [k, k + depth). The first `done`
+// elements of each line are there already, where lines are runs.
 template <class Element, class Source>
 void pack_left(const operand<Source>& op, index_t line, index_t lines, index_t k, index_t depth, Element* panel,
-               Element* MLKIT_RESTRICT scratch) noexcept {
+               Element* MLKIT_RESTRICT scratch, index_t done) noexcept {
   constexpr index_t stride = panel_stride<Element> * compute<Element>::elements_per_word;
   if (op.depth_first) {
+    if (done == depth && compute<Element>::elements_per_word == 1) return;
     for (index_t l = 0; l < lines; ++l) {
-      decode_run(set_tag{}, op.source, line + l, k, depth, panel + l * stride);
+      decode_run(set_tag{}, op.source, line + l, k + done, depth - done, panel + l * stride + done);
       pad_last_word(panel + l * stride, depth);
     }
     return;
@@ -74,6 +76,17 @@ void pack_left(const operand<Source>& op, index_t line, index_t lines, index_t k
   }
   for (index_t l = 0; l < lines; ++l) pad_last_word(panel + l * stride, depth);
 }
+
+// out[l] = the word of even[l] and odd[l], for `width` lines, whole registers.
+#if MLKIT_SET_BF16
+inline void interleave(const bf16* even, const bf16* odd, index_t width, float* out) noexcept {
+  for (index_t l = 0; l < width; l += 16) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + l)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + l)));
+    _mm512_storeu_si512(out + l, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+#endif
 
 // Right panel: panel[word of k][line], `width` words a row; lines beyond the last are zero.
 template <class Element, class Source>
@@ -105,24 +118,33 @@ void pack_right(const operand<Source>& op, index_t line, index_t lines, index_t 
     }
     return;
   }
+  // Rows of the source lie far apart: what hardware fetches ahead is of no use here.
+  const auto fetch_row = [&](index_t p) {
+    if constexpr (is_dense<Source>) {
+      constexpr index_t rows_ahead = 16;
+      const auto* row = op.source.data + (k + p + rows_ahead) * op.source.row_stride + line;
+      for (index_t l = 0; l < lines; l += 64 / index_t{sizeof(*row)}) __builtin_prefetch(row + l, 0, 3);
+    }
+  };
   if constexpr (per_word == 1) {
     for (index_t p = 0; p < depth; ++p) {
+      fetch_row(p);
       decode_run(set_tag{}, op.source, k + p, line, lines, panel + p * width);
       for (index_t l = lines; l < width; ++l) panel[p * width + l] = word{};
     }
   } else {  // two runs interleave into one row of words
+    constexpr index_t most = 4 * vec<word>::width;
     Element* even = scratch;
-    Element* odd = scratch + 4 * vec<word>::width;
+    Element* odd = scratch + most;
+    for (index_t l = lines; l < width; ++l) even[l] = odd[l] = Element::from_bits(0);
     for (index_t p = 0; p < depth; p += 2) {
+      fetch_row(p), fetch_row(p + 1);
       decode_run(set_tag{}, op.source, k + p, line, lines, even);
       if (p + 1 < depth)
         decode_run(set_tag{}, op.source, k + p + 1, line, lines, odd);
       else
-        __builtin_memset(static_cast<void*>(odd), 0, static_cast<std::size_t>(lines) * sizeof(Element));
-      std::uint32_t row[4 * vec<word>::width];
-      for (index_t l = 0; l < lines; ++l) row[l] = even[l].bits | std::uint32_t{odd[l].bits} << 16;
-      for (index_t l = lines; l < width; ++l) row[l] = 0;
-      __builtin_memcpy(panel + (p / 2) * width, row, static_cast<std::size_t>(width) * sizeof(word));
+        for (index_t l = 0; l < lines; ++l) odd[l] = Element::from_bits(0);
+      interleave(even, odd, width, panel + (p / 2) * width);
     }
   }
 }

@@ -56,13 +56,24 @@ template <class Element>
 inline constexpr index_t panel_stride = compute<Element>::depth_block +
                                         64 / static_cast<int>(sizeof(typename compute<Element>::word));
 
-// Memory that a tile brings closer while it multiplies, for the tiles to come: each step of k one line of `right`, and
-// as many lines of the left operand as the tile consumes, as runs of `left_run` bytes `left_stride` bytes apart.
+// Registers of the left operand that a tile of `rows` rows may copy in each step of k: as many as it consumes.
+template <class Element>
+constexpr int left_copies(int rows) noexcept {
+  return (rows + vec<typename compute<Element>::word>::width - 1) / vec<typename compute<Element>::word>::width;
+}
+
+// What a tile does for those to come while it multiplies. Each step of k brings one cache line of `right` closer, and
+// `left_copies` registers of the left operand, whose rows are runs of `left_run` bytes, `left_stride` bytes apart:
+// those at `left` are brought closer, and as long as there are `copies` to make, those at `from` are copied into the
+// next left panel.
 struct fetch_ahead {
   const char* right;
   const char* left;
   index_t left_stride;
   index_t left_run;
+  const char* from = nullptr;
+  char* panel = nullptr;
+  index_t copies = 0;
 };
 
 // c[Rows][Vectors * width] (+)= a[Rows][depth] b[depth][Vectors * width], all in words. `b_stride` and `c_stride` in
@@ -72,7 +83,8 @@ void tile(index_t depth, const typename compute<Element>::word* MLKIT_RESTRICT a
           const typename compute<Element>::word* MLKIT_RESTRICT b, index_t b_stride,
           typename compute<Element>::sum* MLKIT_RESTRICT c, index_t c_stride, bool accumulate,
           const fetch_ahead& ahead) noexcept {
-  using V = vec<typename compute<Element>::word>;
+  using word = typename compute<Element>::word;
+  using V = vec<word>;
   V sum[Rows][Vectors];
   MLKIT_UNROLL
   for (int i = 0; i < Rows; ++i) {
@@ -88,8 +100,10 @@ void tile(index_t depth, const typename compute<Element>::word* MLKIT_RESTRICT a
   }
   const char* next_right = ahead.right;
   const char* next_left = ahead.left;
+  const char* from = ahead.from;
+  char* panel = ahead.panel;
   const index_t left_stride = ahead.left_stride, left_run = ahead.left_run;
-  index_t run = 0;
+  index_t run = 0, copies = ahead.copies;
   for (index_t k = 0; k < depth; ++k) {
     V right[Vectors];
     MLKIT_UNROLL
@@ -102,12 +116,19 @@ void tile(index_t depth, const typename compute<Element>::word* MLKIT_RESTRICT a
     }
     __builtin_prefetch(next_right, 0, 2);
     next_right += 64;
-    MLKIT_UNROLL
-    for (int f = 0; f < (Rows > 16 ? 2 : 1); ++f) {
+    for (int f = 0; f < left_copies<Element>(Rows); ++f) {
       __builtin_prefetch(next_left + run, 0, 2);
-      run += 64;
-      next_left += run >= left_run ? left_stride : 0;
-      run = run >= left_run ? 0 : run;
+      if (copies > 0) {
+        V::load(reinterpret_cast<const word*>(from + run)).store(reinterpret_cast<word*>(panel + run));
+        --copies;
+      }
+      run += index_t{sizeof(V)};
+      if (run >= left_run) {
+        next_left += left_stride;
+        from += left_stride;
+        panel += panel_stride<Element> * index_t{sizeof(word)};
+        run = 0;
+      }
     }
     ++a;
     b += b_stride;
