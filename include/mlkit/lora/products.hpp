@@ -20,6 +20,10 @@ struct finish {
   const A* last = nullptr;
   const B* row_bias = nullptr;
 
+  bool changes_nothing() const noexcept {
+    return value == 1 && !rows && !columns && !bias && !add && !last && !row_bias;
+  }
+
   finish& adding(const matrix_view<Out>& c) noexcept {
     add = c.data;
     add_row = c.stride(0);

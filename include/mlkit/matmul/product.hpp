@@ -45,7 +45,7 @@ struct product_kernels {
   index_t (*multiply_scratch)(index_t lines) noexcept;
   index_t (*packed_depth)(const Product&) noexcept;
   index_t (*few_bytes)(const Product&) noexcept;
-  void (*decode_few)(const Product&, void* few) noexcept;
+  void (*decode_few)(const Product&, bool dots, void* few) noexcept;
   void (*dot)(const Product&, index_t row, index_t rows, const void* few, void* scratch) noexcept;
   void (*axpy)(const Product&, index_t row, index_t rows, const void* few, void* scratch) noexcept;
   index_t (*thin_scratch)(const Product&) noexcept;

@@ -43,7 +43,7 @@ inline constexpr index_t thin_lines = 16;
 template <class Product>
 void run_thin(const cpu& exec, const product_kernels<Product>& kernels, const Product& p, bool dots) {
   workspace<std::byte> few(kernels.few_bytes(p));
-  kernels.decode_few(p, few.data());
+  kernels.decode_few(p, dots, few.data());
   const index_t grain = dots ? 24 : 64;  // ranges start at whole tiles and whole cache lines
   parallel_ranges(exec, ceil_div(p.left_lines, grain), [&](index_t begin, index_t end) {
     workspace<std::byte> scratch(kernels.thin_scratch(p));
@@ -53,14 +53,15 @@ void run_thin(const cpu& exec, const product_kernels<Product>& kernels, const Pr
 }
 
 // Bytes of packed right panels held at once: within the last-level cache.
-inline constexpr index_t packed_bytes = index_t{8} << 20;
+inline constexpr index_t packed_bytes = index_t{4} << 20;
+
 /// A blocked product over packed panels.
 template <class Product>
 void run_blocked(const cpu& exec, const product_kernels<Product>& kernels, const Product& p) {
   const index_t to_pack = kernels.packed_depth(p) * kernels.word_bytes;
   const index_t threads = concurrency(exec);
-  const index_t columns = std::clamp(packed_bytes / std::max<index_t>(1, to_pack) / kernels.sliver * kernels.sliver,
-                                     kernels.sliver, kernels.most_lines);
+  const index_t columns =
+      std::max(kernels.sliver, packed_bytes / std::max<index_t>(1, to_pack) / kernels.sliver * kernels.sliver);
   // Column blocks of equal size.
   const index_t blocks = ceil_div(p.right_lines, columns);
   const index_t block = round_up(ceil_div(p.right_lines, blocks), kernels.sliver);
@@ -91,11 +92,17 @@ void run_blocked(const cpu& exec, const product_kernels<Product>& kernels, const
         const index_t r = at / grid_cols, c = at % grid_cols;
         const index_t row = tiles * r / grid_rows * kernels.tile_rows;
         const index_t row_end = std::min(p.left_lines, tiles * (r + 1) / grid_rows * kernels.tile_rows);
-        const index_t sliver = slivers * c / grid_cols, sliver_end = slivers * (c + 1) / grid_cols;
+        index_t sliver = slivers * c / grid_cols;
+        const index_t sliver_end = slivers * (c + 1) / grid_cols;
         if (row >= row_end || sliver >= sliver_end) continue;
+        // As many slivers at once as the second-level cache holds.
+        const index_t parts = ceil_div((sliver_end - sliver) * kernels.sliver, kernels.most_lines);
+        const index_t step = ceil_div(sliver_end - sliver, parts);
         workspace<std::byte> scratch(
-            kernels.multiply_scratch(std::min(last - first, sliver_end * kernels.sliver) - sliver * kernels.sliver));
-        kernels.multiply(p, row, row_end - row, first, last, sliver, sliver_end, panels.data(), scratch.data());
+            kernels.multiply_scratch(std::min(last - first - sliver * kernels.sliver, step * kernels.sliver)));
+        for (; sliver < sliver_end; sliver += step)
+          kernels.multiply(p, row, row_end - row, first, last, sliver, std::min(sliver_end, sliver + step),
+                           panels.data(), scratch.data());
       }
     });
   }

@@ -145,8 +145,8 @@ void decode_run(set_tag, const lora::int8_view& w, index_t row, index_t col, ind
 inline constexpr int quantised_rows = MLKIT_SET_AVX512 ? 4 : 2;
 
 // sums[r][j] += w[row + r][k, k + depth) . few[j][0, depth), decoded in registers. Rows are whole blocks of 64.
-template <int Rows, int Few>
-void dot_blocks(const lora::nf4_view& w, index_t row, index_t k, index_t depth, const float* MLKIT_RESTRICT few,
+template <int Rows, int Few, class F>
+void dot_blocks(const lora::nf4_view& w, index_t row, index_t k, index_t depth, const F* MLKIT_RESTRICT few,
                 index_t few_stride, vec<float>* MLKIT_RESTRICT sums, index_t sums_stride) noexcept {
   using V = vec<float>;
   V sum[Rows][Few];
@@ -178,8 +178,8 @@ void dot_blocks(const lora::nf4_view& w, index_t row, index_t k, index_t depth, 
 }
 
 // The same for int8, where the scale waits until the sums of codes are there.
-template <int Rows, int Few>
-void dot_blocks(const lora::int8_view& w, index_t row, index_t k, index_t depth, const float* MLKIT_RESTRICT few,
+template <int Rows, int Few, class F>
+void dot_blocks(const lora::int8_view& w, index_t row, index_t k, index_t depth, const F* MLKIT_RESTRICT few,
                 index_t few_stride, vec<float>* MLKIT_RESTRICT sums, index_t sums_stride) noexcept {
   using V = vec<float>;
   V sum[Rows][Few];
@@ -212,9 +212,9 @@ MLKIT_ALWAYS_INLINE bool whole_blocks(const lora::int8_view& w) noexcept { retur
 
 // What thin products ask for: the dots of whole rows with few lines, without a decoded copy. False where the shape is
 // none that this can do.
-template <class View, class T>
+template <class View, class T, class F>
 bool dot_decoded(set_tag, const quantised_source<View, T>& s, index_t row, index_t rows, index_t k, index_t depth,
-                 const float* few, index_t few_stride, index_t lines, vec<float>* sums) noexcept {
+                 const F* few, index_t few_stride, index_t lines, vec<float>* sums) noexcept {
   if (lines > 4 || !whole_blocks(s.view)) return false;
   const auto all_rows = [&](auto few_lines) {
     constexpr int Few = decltype(few_lines)::value;
@@ -231,8 +231,8 @@ bool dot_decoded(set_tag, const quantised_source<View, T>& s, index_t row, index
   }
   return true;
 }
-template <quantised_view View>
-bool dot_decoded(set_tag, const View& w, index_t row, index_t rows, index_t k, index_t depth, const float* few,
+template <quantised_view View, class F>
+bool dot_decoded(set_tag, const View& w, index_t row, index_t rows, index_t k, index_t depth, const F* few,
                  index_t few_stride, index_t lines, vec<float>* sums) noexcept {
   return dot_decoded(set_tag{}, quantised_source<View, float>{w}, row, rows, k, depth, few, few_stride, lines, sums);
 }

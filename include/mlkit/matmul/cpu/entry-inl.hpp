@@ -30,9 +30,14 @@ struct entry {
   static index_t few_bytes(const Product& p) noexcept {
     return p.right_lines * narrow::few_stride(p) * index_t{sizeof(sum)};
   }
-  static void decode_few(const Product& p, void* few) noexcept { narrow::decode_few(p, static_cast<sum*>(few)); }
+  static void decode_few(const Product& p, bool dots, void* few) noexcept {
+    if (dots)
+      narrow::decode_few(p, static_cast<element*>(few));
+    else
+      narrow::decode_few(p, static_cast<sum*>(few));
+  }
   static void dot(const Product& p, index_t row, index_t rows, const void* few, void* scratch) noexcept {
-    narrow::dot(p, row, rows, static_cast<const sum*>(few), static_cast<sum*>(scratch));
+    narrow::dot(p, row, rows, static_cast<const element*>(few), static_cast<sum*>(scratch));
   }
   static void axpy(const Product& p, index_t row, index_t rows, const void* few, void* scratch) noexcept {
     narrow::axpy(p, row, rows, static_cast<const sum*>(few), static_cast<sum*>(scratch));

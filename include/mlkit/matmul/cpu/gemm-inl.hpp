@@ -105,8 +105,9 @@ struct gemm {
     parts.sums_rows = step + tile_registers;
     parts.turned = parts.sums + parts.sums_rows * padded;
     parts.pack = reinterpret_cast<Element*>(parts.turned + sliver * round_up(parts.sums_rows, V::width));
+    const index_t depth = std::apply([](const auto&... s) { return (s.depth() + ... + index_t{0}); }, p.segments);
     for (index_t r = 0; r < rows; r += step)
-      multiply_rows(p, row + r, std::min(step, rows - r), height, first, last, begin, end, panels, parts);
+      multiply_rows(p, {row + r, std::min(step, rows - r), height, first, last, begin, end, panels, parts, depth});
   }
 
  private:
@@ -121,103 +122,163 @@ struct gemm {
     Element* pack;
   };
 
+  // Stages may know, when they run, that they change nothing.
+  template <class... Stages>
+  static bool changes_nothing(const mlkit::epilogue<Stages...>& e) noexcept {
+    const auto one = [](const auto& stage) {
+      if constexpr (requires { stage.changes_nothing(); })
+        return stage.changes_nothing();
+      else
+        return false;
+    };
+    return std::apply([&](const auto&... stage) { return (one(stage) && ...); }, e.stages);
+  }
+
   // Whether sums can go straight to the output: whole vectors and whole tiles of the accumulator type.
   template <class Out, class Epilogue, class... Segments>
   static bool direct(const product<Out, Epilogue, Segments...>& p, index_t lines, int tall) noexcept {
-    if constexpr (std::is_same_v<Out, sum> && std::is_same_v<Epilogue, mlkit::epilogue<>>)
-      return !p.flipped && p.col_stride == 1 && lines % width == 0 &&
+    if constexpr (std::is_same_v<Out, sum>)
+      return changes_nothing(*p.epilogue) && !p.flipped && p.col_stride == 1 && lines % width == 0 &&
              tile_height(static_cast<int>(lines / width), tall) == tall;
     return false;
   }
 
-  template <class Out, class Epilogue, class... Segments>
-  static void multiply_rows(const product<Out, Epilogue, Segments...>& p, index_t row, index_t rows, index_t height,
-                            index_t first, index_t last, index_t begin, index_t end, const word* panels,
-                            const scratch_parts& parts) noexcept {
-    // A tile of one vector is 24 rows high: half the depth keeps its left panel in the first-level cache.
-    const index_t block_words = compute<Element>::depth_block / (height > 12 ? 2 : 1);
-    const auto blocks_of = [&](const auto& s) {
-      return ceil_div(s.depth(), depth_step<Element>(s.depth(), block_words));
-    };
-    const index_t blocks = std::apply([&](const auto&... s) { return (blocks_of(s) + ... + index_t{0}); }, p.segments);
-    index_t done = 0;
+  // What multiply_rows is doing: left lines [row, row + rows) in tiles of `height`, slivers [begin, end) of right lines
+  // [first, last).
+  struct progress {
+    index_t row, rows, height, first, last, begin, end;
+    const word* panels;
+    const scratch_parts& parts;
+    index_t left_depth;        // elements of k still to come
+    bool started = false;      // there are sums
     index_t packed_words = 0;  // of the segments before this one, in each packed line
-    const auto one_segment = [&](const auto& s) {
-      const auto one_block = [&](index_t k, index_t depth) {
-        const index_t n = words<Element>(depth), k_words = k / compute<Element>::elements_per_word;
-        const index_t copied = copied_elements<Element>(s.left, depth);
-        word *left = parts.left, *next_left = parts.next_left;
-        for (index_t r = 0; r < rows; r += height, std::swap(left, next_left)) {
-          const int tall = static_cast<int>(std::min(height, rows - r));
-          pack_left<Element>(s.left, row + r, tall, k, depth, reinterpret_cast<Element*>(left), parts.pack,
-                             r > 0 ? copied : 0);
-          for (index_t at = begin; at < end; ++at) {
-            const index_t line = first + at * sliver, lines = std::min(sliver, last - line);
-            const index_t padded = round_up(lines, width);
-            const word* right = s.packed_right
-                                    ? static_cast<const word*>(s.packed_right) + line * words<Element>(s.depth())
-                                    : panels + at * sliver * packed_depth(p) + packed_words * padded;
-            right += k_words * padded;
+  };
 
-            const char* hot = reinterpret_cast<const char*>(right);
-            fetch_ahead ahead{hot, hot, 0, 64};
-            const index_t fetched = r / height * n * 64;  // the first rows' tiles fetch the next depth block
-            if (fetched < n * padded * index_t{sizeof(word)})
-              ahead.right = reinterpret_cast<const char*>(right + n * padded) + fetched;
-            if (at == begin) {
-              index_t next = r + height;
-              if (copied > 0 && next < rows) {
-                fetch_left(s.left, row + next, k, depth, ahead);
-                ahead.from = ahead.left;
-                ahead.panel = reinterpret_cast<char*>(next_left);
-                ahead.copies = std::min(height, rows - next) * copied / (index_t{sizeof(V)} / index_t{sizeof(Element)});
-                next += height;
-              }
-              if (next < rows)
-                fetch_left(s.left, row + next, k, depth, ahead);
-              else if (k + depth < s.depth())
-                fetch_left(s.left, row + next - rows, k + depth, depth, ahead);
-              else
-                fetch_left(s.left, row + next, 0, depth, ahead);
-              if (copied > 0) ahead.left_run = copied * index_t{sizeof(Element)};
-            }
+  template <class Product>
+  static void multiply_rows(const Product& p, progress at) noexcept {
+    multiply_segments<0>(p, at);
+    if (at.started && !p.flipped) return;
+    for (index_t i = at.begin; i < at.end; ++i) {
+      const index_t line = at.first + i * sliver, lines = std::min(sliver, at.last - line);
+      const index_t padded = round_up(lines, width);
+      sum* sums = at.parts.sums + (i - at.begin) * sliver * at.parts.sums_rows;
+      if (!at.started) std::fill_n(sums, at.rows * padded, sum{});  // k is zero: sums of nothing
+      finish(p, at.row, at.rows, line, lines, sums, padded, at.parts.turned);
+    }
+  }
 
-            const bool straight = direct(p, lines, tall), finished = !p.flipped && !straight && done + 1 == blocks;
-            sum* c = parts.sums;
-            index_t c_stride = padded;
-            if (p.flipped || blocks > 1) c += (at - begin) * sliver * parts.sums_rows + r * padded;
-            if constexpr (std::is_same_v<Out, sum>) {
-              if (straight) {
-                c = p.c + (row + r) * p.row_stride + line;
-                c_stride = p.row_stride;
-                // The sums of the next tile: beside this one, or below the first of its rows.
-                const sum* next =
-                    at + 1 < end ? c + sliver : p.c + (row + r + height) * p.row_stride + first + begin * sliver;
-                for (index_t i = 0; i < tall; ++i)
-                  for (index_t j = 0; j < sliver; j += 64 / index_t{sizeof(sum)})
-                    __builtin_prefetch(next + i * c_stride + j, 1, 3);
-              }
-            }
-            if (finished) fetch_output(p, row + r, tall, line, lines);
-            select_tile<Element>(static_cast<int>(padded / width), tall)(n, left, right, padded, c, c_stride, done > 0,
-                                                                         ahead);
-            if (finished) finish(p, row + r, tall, line, lines, c, padded, parts.turned);
+  // Segment I and those after it. A short segment shares the pass of the last depth block before it.
+  template <std::size_t I, class Product>
+  static void multiply_segments(const Product& p, progress& at) noexcept {
+    constexpr std::size_t count = std::tuple_size_v<decltype(p.segments)>;
+    if constexpr (I < count) {
+      const auto& s = std::get<I>(p.segments);
+      // A tile of one vector is 24 rows high: half the depth keeps its left panel in the first-level cache.
+      const index_t block_words = compute<Element>::depth_block / (at.height > 12 ? 2 : 1);
+      const index_t step = depth_step<Element>(s.depth(), block_words);
+      const index_t rest = s.depth() - (ceil_div(s.depth(), step) - 1) * step;  // the last block
+      joined_segment<Product> joined;
+      if constexpr (I + 1 < count) {
+        const auto& next = std::get<I + 1>(p.segments);
+        if (s.depth() > 0 && !s.packed_right && !next.packed_right &&
+            words<Element>(rest) + words<Element>(next.depth()) <= block_words + joined_words)
+          joined = {next.depth(), &append_left<I + 1, Product>};
+      }
+      each_depth_block<Element>(s.depth(), step, [&](index_t k, index_t depth) {
+        multiply_block(p, s, k, depth, k + depth == s.depth() ? joined : joined_segment<Product>{}, at);
+      });
+      if (!s.packed_right) at.packed_words += words<Element>(s.depth());
+      if (joined.append) {
+        at.packed_words += words<Element>(joined.depth);
+        multiply_segments<I + 2>(p, at);
+      } else {
+        multiply_segments<I + 1>(p, at);
+      }
+    }
+  }
+
+  template <class Product>
+  struct joined_segment {
+    index_t depth = 0;
+    void (*append)(const Product&, index_t line, index_t lines, Element* panel, Element* scratch) noexcept = nullptr;
+  };
+  template <std::size_t I, class Product>
+  static void append_left(const Product& p, index_t line, index_t lines, Element* panel, Element* scratch) noexcept {
+    const auto& s = std::get<I>(p.segments);
+    pack_left<Element>(s.left, line, lines, 0, s.depth(), panel, scratch, 0);
+  }
+
+  // One pass: elements [k, k + depth) of segment s, and the segment joined to it, for all tiles.
+  template <class Product, class Segment>
+  static void multiply_block(const Product& p, const Segment& s, index_t k, index_t depth,
+                             const joined_segment<Product>& joined, progress& at) noexcept {
+    using Out = std::remove_reference_t<decltype(*p.c)>;
+    const scratch_parts& parts = at.parts;
+    const index_t own = words<Element>(depth), n = own + words<Element>(joined.depth);
+    const index_t k_words = k / compute<Element>::elements_per_word;
+    const index_t copied = copied_elements<Element>(s.left, depth);
+    at.left_depth -= depth + joined.depth;
+    const bool final = at.left_depth == 0, only = final && !at.started && !p.flipped;
+    word *left = parts.left, *next_left = parts.next_left;
+    for (index_t r = 0; r < at.rows; r += at.height, std::swap(left, next_left)) {
+      const int tall = static_cast<int>(std::min(at.height, at.rows - r));
+      pack_left<Element>(s.left, at.row + r, tall, k, depth, reinterpret_cast<Element*>(left), parts.pack,
+                         r > 0 ? copied : 0);
+      if (joined.depth > 0) joined.append(p, at.row + r, tall, reinterpret_cast<Element*>(left + own), parts.pack);
+      for (index_t i = at.begin; i < at.end; ++i) {
+        const index_t line = at.first + i * sliver, lines = std::min(sliver, at.last - line);
+        const index_t padded = round_up(lines, width);
+        const word* right = s.packed_right ? static_cast<const word*>(s.packed_right) + line * words<Element>(s.depth())
+                                           : at.panels + i * sliver * packed_depth(p) + at.packed_words * padded;
+        right += k_words * padded;
+
+        const char* hot = reinterpret_cast<const char*>(right);
+        fetch_ahead ahead{hot, hot, 0, 64};
+        const index_t fetched = r / at.height * n * 64;  // the first rows' tiles fetch the next depth block
+        if (fetched < n * padded * index_t{sizeof(word)})
+          ahead.right = reinterpret_cast<const char*>(right + n * padded) + fetched;
+        if (i == at.begin) {
+          index_t next = r + at.height;
+          if (copied > 0 && next < at.rows) {
+            fetch_left(s.left, at.row + next, k, depth, ahead);
+            ahead.from = ahead.left;
+            ahead.panel = reinterpret_cast<char*>(next_left);
+            ahead.copies = std::min(at.height, at.rows - next) * copied * index_t{sizeof(Element)} / index_t{sizeof(V)};
+            next += at.height;
+          }
+          if (next < at.rows)
+            fetch_left(s.left, at.row + next, k, depth, ahead);
+          else if (k + depth < s.depth())
+            fetch_left(s.left, at.row + next - at.rows, k + depth, depth, ahead);
+          else
+            fetch_left(s.left, at.row + next, 0, depth, ahead);
+          if (copied > 0) ahead.left_run = copied * index_t{sizeof(Element)};
+        }
+
+        const bool straight = direct(p, lines, tall), finished = final && !p.flipped && !straight;
+        sum* c = parts.sums;
+        index_t c_stride = padded;
+        if (!only) c += (i - at.begin) * sliver * parts.sums_rows + r * padded;
+        if constexpr (std::is_same_v<Out, sum>) {
+          if (straight) {
+            c = p.c + (at.row + r) * p.row_stride + line;
+            c_stride = p.row_stride;
+            // The sums of the next tile: beside this one, or below the first of its rows.
+            const sum* next = i + 1 < at.end
+                                  ? c + sliver
+                                  : p.c + (at.row + r + at.height) * p.row_stride + at.first + at.begin * sliver;
+            for (index_t j = 0; j < tall; ++j)
+              for (index_t l = 0; l < sliver; l += 64 / index_t{sizeof(sum)})
+                __builtin_prefetch(next + j * c_stride + l, 1, 3);
           }
         }
-        ++done;
-      };
-      each_depth_block<Element>(s.depth(), depth_step<Element>(s.depth(), block_words), one_block);
-      if (!s.packed_right) packed_words += words<Element>(s.depth());
-    };
-    std::apply([&](const auto&... s) { (one_segment(s), ...); }, p.segments);
-
-    if (blocks > 0 && !p.flipped) return;
-    for (index_t at = begin; at < end; ++at) {
-      const index_t line = first + at * sliver, lines = std::min(sliver, last - line), padded = round_up(lines, width);
-      sum* sums = parts.sums + (at - begin) * sliver * parts.sums_rows;
-      if (blocks == 0) std::fill_n(sums, rows * padded, sum{});  // k is zero: sums of nothing
-      finish(p, row, rows, line, lines, sums, padded, parts.turned);
+        if (finished) fetch_output(p, at.row + r, tall, line, lines);
+        select_tile<Element>(static_cast<int>(padded / width), tall)(n, left, right, padded, c, c_stride, at.started,
+                                                                     ahead);
+        if (finished) finish(p, at.row + r, tall, line, lines, c, padded, parts.turned);
+      }
     }
+    at.started = true;
   }
 
   // Brings the rows of c that a tile is about to finish closer.

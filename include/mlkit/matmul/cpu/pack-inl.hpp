@@ -44,7 +44,7 @@ MLKIT_ALWAYS_INLINE void pad_last_word(Element* row, index_t elements) noexcept 
 
 // The smallest scratch that packing needs: one block of runs, before it is transposed.
 template <class Element>
-inline constexpr index_t pack_scratch = 16 * (compute<Element>::depth_block * compute<Element>::elements_per_word + 32);
+inline constexpr index_t pack_scratch = 16 * panel_stride<Element>* compute<Element>::elements_per_word;
 
 // Left panel: panel[line][word of k], rows `panel_stride` words apart. [lines] x [k, k + depth). The first `done`
 // elements of each line are there already, where lines are runs.

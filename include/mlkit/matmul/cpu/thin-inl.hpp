@@ -29,16 +29,26 @@ MLKIT_ALWAYS_INLINE void sum4(const vec<double>* x, double* out) noexcept {
   for (int i = 0; i < 4; ++i) out[i] = x[i].sum();
 }
 
+// A register of what compute<Element> multiplies, from the first n elements at p.
+template <class Element, class T, class... N>
+MLKIT_ALWAYS_INLINE auto load_words(const T* p, N... n) noexcept {
+  if constexpr (compute<Element>::elements_per_word == 2)
+    return compute<Element>::load(p, n...);
+  else
+    return vec<Element>::load(p, n...);
+}
+
 // Runs of memory that a dot tile brings closer while it multiplies.
 inline constexpr int lines_ahead = 3;
 
 // sums[i][j] += many[i][0..n) * few[j][0..n), as whole registers of partial sums; both run along k. Each step brings
 // one line of each of the runs `ahead` closer.
-template <int Many, int Few, class T, class A>
+template <int Many, int Few, class T, class Element, class V>
 MLKIT_ALWAYS_INLINE void dot_tile(index_t n, const T* MLKIT_RESTRICT many, index_t many_stride,
-                                  const A* MLKIT_RESTRICT few, index_t few_stride, vec<A>* MLKIT_RESTRICT sums,
+                                  const Element* MLKIT_RESTRICT few, index_t few_stride, V* MLKIT_RESTRICT sums,
                                   index_t sums_stride, const T* const (&ahead)[lines_ahead]) noexcept {
-  using V = vec<A>;
+  using C = compute<Element>;
+  constexpr index_t lanes = V::width * C::elements_per_word;
   V sum[Many][Few];
   MLKIT_UNROLL
   for (int i = 0; i < Many; ++i) {
@@ -46,28 +56,29 @@ MLKIT_ALWAYS_INLINE void dot_tile(index_t n, const T* MLKIT_RESTRICT many, index
     for (int j = 0; j < Few; ++j) sum[i][j] = sums[i * sums_stride + j];
   }
   index_t k = 0;
-  for (; k + V::width <= n; k += V::width) {
+  for (; k + lanes <= n; k += lanes) {
     if constexpr (Few > 1) {
       MLKIT_UNROLL
       for (int p = 0; p < lines_ahead; ++p) __builtin_prefetch(ahead[p] + k, 0, 3);
     }
     V right[Few];
     MLKIT_UNROLL
-    for (int j = 0; j < Few; ++j) right[j] = V::load(few + j * few_stride + k);
+    for (int j = 0; j < Few; ++j) right[j] = load_words<Element>(few + j * few_stride + k);
     MLKIT_UNROLL
     for (int i = 0; i < Many; ++i) {
-      const V left = V::load(many + i * many_stride + k);
+      const V left = load_words<Element>(many + i * many_stride + k);
       MLKIT_UNROLL
-      for (int j = 0; j < Few; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
+      for (int j = 0; j < Few; ++j) sum[i][j] = C::multiply_add(left, right[j], sum[i][j]);
     }
   }
   if (k < n) {
     const int rest = static_cast<int>(n - k);
     MLKIT_UNROLL
     for (int i = 0; i < Many; ++i) {
-      const V left = V::load(many + i * many_stride + k, rest);
+      const V left = load_words<Element>(many + i * many_stride + k, rest);
       MLKIT_UNROLL
-      for (int j = 0; j < Few; ++j) sum[i][j] = fma(left, V::load(few + j * few_stride + k, rest), sum[i][j]);
+      for (int j = 0; j < Few; ++j)
+        sum[i][j] = C::multiply_add(left, load_words<Element>(few + j * few_stride + k, rest), sum[i][j]);
     }
   }
   MLKIT_UNROLL
@@ -80,9 +91,9 @@ MLKIT_ALWAYS_INLINE void dot_tile(index_t n, const T* MLKIT_RESTRICT many, index
 // All few lines, in groups of four, two and one; which group a line falls into depends on the shape alone. The groups
 // share a tile of many lines while it is in the first-level cache, and meanwhile bring in the next: the tile below, or
 // after the last one the lines at `next`.
-template <int Many4, int Many1, class T, class A>
-void dot_rows(index_t rows, index_t n, const T* many, index_t many_stride, const A* few, index_t few_stride,
-              index_t few_lines, vec<A>* sums, index_t sums_stride, const T* next) noexcept {
+template <int Many4, int Many1, class T, class Element, class V>
+void dot_rows(index_t rows, index_t n, const T* many, index_t many_stride, const Element* few, index_t few_stride,
+              index_t few_lines, V* sums, index_t sums_stride, const T* next) noexcept {
   const auto group = [&](auto many_c, auto few_c, index_t i, index_t j, const T* below, index_t first_ahead) {
     constexpr int M = decltype(many_c)::value, F = decltype(few_c)::value;
     const T* ahead[lines_ahead];
@@ -114,19 +125,20 @@ template <class Element>
 struct thin {
   using sum = typename compute<Element>::sum;
   using V = vec<sum>;
+  static constexpr index_t lanes = V::width * compute<Element>::elements_per_word;  // elements in a register
   static constexpr index_t chunk = 1024;            // elements of k between visits of the same lines
   static constexpr index_t decoded_chunk = 256;     // as many of all rows, decoded, stay in the first-level cache
   static constexpr int many4 = tile_registers / 4;  // tiles of many4 x 4 and 8 x 1 sums
   static constexpr int rows_at_once = tile_registers == 24 ? 24 : 12;
 
-  // few[line][k] of all segments, decoded.
+  // few[line][k] of all segments, decoded: as elements for dots, as sums for axpys.
   template <class Product>
   static index_t few_stride(const Product& p) noexcept {
-    return std::apply([](const auto&... s) { return (round_up(s.depth(), V::width) + ... + index_t{0}); }, p.segments) +
-           V::width;
+    return std::apply([](const auto&... s) { return (round_up(s.depth(), lanes) + ... + index_t{0}); }, p.segments) +
+           lanes;
   }
-  template <class Product>
-  static void decode_few(const Product& p, sum* few) noexcept {
+  template <class Product, class T>
+  static void decode_few(const Product& p, T* few) noexcept {
     const index_t stride = few_stride(p);
     const auto one = [&](const auto& s) {
       for (index_t l = 0; l < p.right_lines; ++l) {
@@ -135,7 +147,7 @@ struct thin {
         else
           for (index_t k = 0; k < s.depth(); ++k) decode_run(set_tag{}, s.right.source, k, l, 1, few + l * stride + k);
       }
-      few += round_up(s.depth(), V::width);
+      few += round_up(s.depth(), lanes);
     };
     std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
   }
@@ -149,22 +161,22 @@ struct thin {
 
   // c for left lines [row, row + rows); left operands run along k.
   template <class Product>
-  static void dot(const Product& p, index_t row, index_t rows, const sum* few, sum* scratch) noexcept {
+  static void dot(const Product& p, index_t row, index_t rows, const Element* few, sum* scratch) noexcept {
     const index_t lines = p.right_lines, stride = few_stride(p);
     const index_t sums_stride = round_up(lines, V::width);
     V* partial = reinterpret_cast<V*>(scratch);
-    sum* decoded = scratch + rows_at_once * lines * V::width;
-    sum* sums = decoded + rows_at_once * (chunk + V::width);
+    Element* decoded = reinterpret_cast<Element*>(scratch + rows_at_once * lines * V::width);
+    sum* sums = scratch + rows_at_once * (lines * V::width + chunk + V::width);
     sum* turned = sums + rows_at_once * sums_stride;
     for (index_t r = 0; r < rows; r += rows_at_once) {
       const index_t n = std::min<index_t>(rows_at_once, rows - r);
       for (index_t i = 0; i < n * lines; ++i) partial[i] = V::zero();
-      const sum* right = few;
+      const Element* right = few;
       const auto one = [&](const auto& s) {
         using Source = typename decltype(s.left)::source_type;
         for (index_t k = 0; k < s.depth();) {
           index_t depth = std::min(chunk, s.depth() - k);
-          if constexpr (readable<Source>) {
+          if constexpr (readable<Source, Element>) {
             if (s.left.source.col_stride == 1) {
               if (lines <= 2) depth = s.depth() - k;  // nothing is visited twice: one long run
               const auto* run = s.left.source.data + (row + r) * s.left.source.row_stride;
@@ -186,11 +198,11 @@ struct thin {
           depth = std::min(decoded_chunk, depth);
           for (index_t i = 0; i < n; ++i)
             decode_run(set_tag{}, s.left.source, row + r + i, k, depth, decoded + i * (chunk + V::width));
-          dot_rows<many4, 8>(n, depth, static_cast<const sum*>(decoded), chunk + V::width, right + k, stride, lines,
-                             partial, lines, static_cast<const sum*>(decoded));
+          dot_rows<many4, 8>(n, depth, static_cast<const Element*>(decoded), chunk + V::width, right + k, stride, lines,
+                             partial, lines, static_cast<const Element*>(decoded));
           k += depth;
         }
-        right += round_up(s.depth(), V::width);
+        right += round_up(s.depth(), thin::lanes);
       };
       std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
       for (index_t i = 0; i < n; ++i) {
@@ -219,7 +231,7 @@ struct thin {
         using Source = typename decltype(s.left)::source_type;
         for (index_t k = 0; k < s.depth(); k += 8) {
           const index_t depth = std::min<index_t>(8, s.depth() - k);
-          if constexpr (readable<Source>) {
+          if constexpr (readable<Source, sum>) {
             if (s.left.source.col_stride == 1) {
               add_rows(depth, n, s.left.source.data + k * s.left.source.row_stride + row + r, s.left.source.row_stride,
                        right + k, stride, lines, sums);
@@ -230,7 +242,7 @@ struct thin {
             decode_run(set_tag{}, s.left.source, k + i, row + r, n, decoded + i * axpy_block);
           add_rows(depth, n, static_cast<const sum*>(decoded), axpy_block, right + k, stride, lines, sums);
         }
-        right += round_up(s.depth(), V::width);
+        right += round_up(s.depth(), thin::lanes);
       };
       std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
       if (p.flipped) {  // right lines are rows of c: the sums already lie along its columns
@@ -249,10 +261,16 @@ struct thin {
   }
 
  private:
-  // Dense sources whose elements a register can be loaded from.
-  template <class Source>
-  static constexpr bool readable = is_dense<Source> &&
-                                   (std::is_same_v<typename Source::value_type, double> == std::is_same_v<sum, double>);
+  // Dense sources whose elements a register can be loaded from, to be multiplied as T.
+  template <class Source, class T>
+  static constexpr bool readable = [] {
+    if constexpr (!is_dense<Source>)
+      return false;
+    else if constexpr (std::is_same_v<T, float>)
+      return !std::is_same_v<typename Source::value_type, double>;
+    else
+      return std::is_same_v<typename Source::value_type, T>;
+  }();
 
   template <class T>
   static void add_rows(index_t depth, index_t n, const T* rows, index_t stride, const sum* few, index_t few_stride,

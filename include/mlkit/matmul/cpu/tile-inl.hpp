@@ -37,6 +37,14 @@ struct compute<bf16> {
   static MLKIT_ALWAYS_INLINE vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) noexcept {
     return vec<float>::native(_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v));
   }
+  // A register of words from the first n elements at p; the rest are zero and are not touched in memory.
+  static MLKIT_ALWAYS_INLINE vec<float> load(const bf16* p) noexcept {
+    return vec<float>::load(reinterpret_cast<const float*>(p));
+  }
+  static MLKIT_ALWAYS_INLINE vec<float> load(const bf16* p, int n) noexcept {
+    return vec<float>::native(
+        _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(_bzhi_u32(0xffffffffu, static_cast<unsigned>(n)), p)));
+  }
 };
 #endif
 
@@ -51,9 +59,12 @@ inline constexpr int tile_registers = 12;
 // Rows of a tile that is `vectors` wide.
 constexpr int tile_rows(int vectors) noexcept { return tile_registers / vectors; }
 
-// Distance between rows of a left panel. Not a power of two, so that rows do not fall into one cache set.
+// Words of a short segment that may follow the last depth block of the one before it in the same pass.
+inline constexpr index_t joined_words = 64;
+
+// Distance between rows of a left panel: an odd number of cache lines, so that rows do not fall into one cache set.
 template <class Element>
-inline constexpr index_t panel_stride = compute<Element>::depth_block +
+inline constexpr index_t panel_stride = compute<Element>::depth_block + joined_words +
                                         64 / static_cast<int>(sizeof(typename compute<Element>::word));
 
 // Registers of the left operand that a tile of `rows` rows may copy in each step of k: as many as it consumes.
