@@ -70,40 +70,46 @@ void run_blocked(const cpu& exec, const product_kernels<Product>& kernels, const
   for (index_t first = 0; first < p.right_lines; first += block) {
     const index_t last = std::min(p.right_lines, first + block);
     const index_t slivers = ceil_div(last - first, kernels.sliver);
-    if (to_pack > 0)
-      parallel_ranges(exec, slivers, [&](index_t begin, index_t end) {
-        workspace<std::byte> scratch(kernels.pack_scratch);
-        for (index_t at = begin; at < end; ++at) kernels.pack(p, first, last, at, panels.data(), scratch.data());
-      });
 
-    // A grid of threads over (left tiles, slivers): the one whose largest part is smallest, where splitting slivers
-    // repeats the packing of left panels.
+    // A grid of threads over (left tiles, slivers): the one whose largest part is smallest. Where every thread has
+    // slivers of its own it packs them itself, and none waits for another or reads what another core has written.
     const index_t tiles = ceil_div(p.left_lines, kernels.tile_rows);
     index_t grid_rows = 1, grid_cols = 1;
     double best = 0;
-    for (index_t cols = 1; cols <= std::min(threads, slivers); ++cols) {
+    for (index_t cols = std::min(threads, slivers); cols >= 1; --cols) {
+      constexpr double shared_panels = 1.02, left_packing = 0.1;
       const index_t rows = std::min(tiles, threads / cols);
-      const double per_row = static_cast<double>(ceil_div(slivers, cols)) + 0.1;
-      const double cost = static_cast<double>(ceil_div(tiles, rows)) * per_row;
-      if (cols == 1 || cost < best) best = cost, grid_rows = rows, grid_cols = cols;
+      const double width = cols == 1 ? static_cast<double>(last - first) / static_cast<double>(kernels.sliver)
+                                     : static_cast<double>(ceil_div(slivers, cols));
+      const double cost =
+          static_cast<double>(ceil_div(tiles, rows)) * (width + left_packing) * (rows > 1 ? shared_panels : 1);
+      if (grid_rows * grid_cols == 1 || cost < best) best = cost, grid_rows = rows, grid_cols = cols;
     }
+
+    const auto pack = [&](index_t begin, index_t end) {
+      if (to_pack == 0) return;
+      workspace<std::byte> scratch(kernels.pack_scratch);
+      for (index_t at = begin; at < end; ++at) kernels.pack(p, first, last, at, panels.data(), scratch.data());
+    };
+    const auto multiply = [&](index_t r, index_t c) {
+      const index_t row = tiles * r / grid_rows * kernels.tile_rows;
+      const index_t row_end = std::min(p.left_lines, tiles * (r + 1) / grid_rows * kernels.tile_rows);
+      index_t sliver = slivers * c / grid_cols;
+      const index_t sliver_end = slivers * (c + 1) / grid_cols;
+      if (row >= row_end || sliver >= sliver_end) return;
+      if (grid_rows == 1) pack(sliver, sliver_end);
+      // As many slivers at once as the second-level cache holds.
+      const index_t parts = ceil_div((sliver_end - sliver) * kernels.sliver, kernels.most_lines);
+      const index_t step = ceil_div(sliver_end - sliver, parts);
+      workspace<std::byte> scratch(
+          kernels.multiply_scratch(std::min(last - first - sliver * kernels.sliver, step * kernels.sliver)));
+      for (; sliver < sliver_end; sliver += step)
+        kernels.multiply(p, row, row_end - row, first, last, sliver, std::min(sliver_end, sliver + step), panels.data(),
+                         scratch.data());
+    };
+    if (grid_rows > 1) parallel_ranges(exec, slivers, pack);
     parallel_ranges(exec, grid_rows * grid_cols, [&](index_t begin, index_t end) {
-      for (index_t at = begin; at < end; ++at) {
-        const index_t r = at / grid_cols, c = at % grid_cols;
-        const index_t row = tiles * r / grid_rows * kernels.tile_rows;
-        const index_t row_end = std::min(p.left_lines, tiles * (r + 1) / grid_rows * kernels.tile_rows);
-        index_t sliver = slivers * c / grid_cols;
-        const index_t sliver_end = slivers * (c + 1) / grid_cols;
-        if (row >= row_end || sliver >= sliver_end) continue;
-        // As many slivers at once as the second-level cache holds.
-        const index_t parts = ceil_div((sliver_end - sliver) * kernels.sliver, kernels.most_lines);
-        const index_t step = ceil_div(sliver_end - sliver, parts);
-        workspace<std::byte> scratch(
-            kernels.multiply_scratch(std::min(last - first - sliver * kernels.sliver, step * kernels.sliver)));
-        for (; sliver < sliver_end; sliver += step)
-          kernels.multiply(p, row, row_end - row, first, last, sliver, std::min(sliver_end, sliver + step),
-                           panels.data(), scratch.data());
-      }
+      for (index_t at = begin; at < end; ++at) multiply(at / grid_cols, at % grid_cols);
     });
   }
 }
