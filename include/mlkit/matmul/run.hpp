@@ -162,7 +162,11 @@ void run_oriented(const cpu& exec, const Product& p) {
   };
   const bool thin = p.right_lines <= thin_lines && p.right_lines <= p.left_lines &&
                     std::apply([](const auto&... s) { return ((s.packed_right == nullptr) && ...); }, p.segments);
-  if (thin && all_left(p, true) && (p.right_lines % kernels.width != 0 || p.right_lines < 16))
+  // Tiles fetch further ahead than dots do: that decides where the wide operand comes from memory.
+  constexpr index_t most_dots = 9, cached_elements = index_t{4} << 20;
+  const bool streamed = !std::is_same_v<E, bf16> && p.right_lines > most_dots &&
+                        p.left_lines * std::get<0>(p.segments).depth() > cached_elements;
+  if (thin && all_left(p, true) && !streamed && (p.right_lines % kernels.width != 0 || p.right_lines < 16))
     return run_thin(exec, kernels, p, true);
   if (thin && all_left(p, false) && p.right_lines <= 8) return run_thin(exec, kernels, p, false);
   run_blocked(exec, kernels, p);
