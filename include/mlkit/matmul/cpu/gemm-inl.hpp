@@ -21,7 +21,7 @@ MLKIT_ALWAYS_INLINE void fetch_left(const operand<Source>& op, index_t line, ind
 // multiplied.
 template <class Element, class Source>
 MLKIT_ALWAYS_INLINE index_t copied_elements(const operand<Source>& op, index_t depth) noexcept {
-  if constexpr (std::is_same_v<Source, dense_source<Element>>) {
+  if constexpr (tiles_copy && std::is_same_v<Source, dense_source<Element>>) {
     constexpr index_t elements = sizeof(vec<typename compute<Element>::word>) / sizeof(Element);
     if (op.depth_first && op.source.col_stride == 1) return depth / elements * elements;
   }

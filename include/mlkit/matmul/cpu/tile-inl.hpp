@@ -67,14 +67,18 @@ template <class Element>
 inline constexpr index_t panel_stride = compute<Element>::depth_block + joined_words +
                                         64 / static_cast<int>(sizeof(typename compute<Element>::word));
 
-// Registers of the left operand that a tile of `rows` rows may copy in each step of k: as many as it consumes.
+// Tiles of short registers have none to spare for copies.
+inline constexpr bool tiles_copy = MLKIT_SET_BITS >= 256;
+
+// Registers of the left operand that a tile of `rows` rows fetches in each step of k: as many as it consumes.
 template <class Element>
-constexpr int left_copies(int rows) noexcept {
-  return (rows + vec<typename compute<Element>::word>::width - 1) / vec<typename compute<Element>::word>::width;
+constexpr int left_fetches(int rows) noexcept {
+  constexpr int width = vec<typename compute<Element>::word>::width;
+  return tiles_copy ? (rows + width - 1) / width : 1;
 }
 
 // What a tile does for those to come while it multiplies. Each step of k brings one cache line of `right` closer, and
-// `left_copies` registers of the left operand, whose rows are runs of `left_run` bytes, `left_stride` bytes apart:
+// `left_fetches` registers of the left operand, whose rows are runs of `left_run` bytes, `left_stride` bytes apart:
 // those at `left` are brought closer, and as long as there are `copies` to make, those at `from` are copied into the
 // next left panel.
 struct fetch_ahead {
@@ -127,17 +131,21 @@ void tile(index_t depth, const typename compute<Element>::word* MLKIT_RESTRICT a
     }
     __builtin_prefetch(next_right, 0, 2);
     next_right += 64;
-    for (int f = 0; f < left_copies<Element>(Rows); ++f) {
+    for (int f = 0; f < left_fetches<Element>(Rows); ++f) {
       __builtin_prefetch(next_left + run, 0, 2);
-      if (copies > 0) {
-        V::load(reinterpret_cast<const word*>(from + run)).store(reinterpret_cast<word*>(panel + run));
-        --copies;
+      if constexpr (tiles_copy) {
+        if (copies > 0) {
+          V::load(reinterpret_cast<const word*>(from + run)).store(reinterpret_cast<word*>(panel + run));
+          --copies;
+        }
       }
-      run += index_t{sizeof(V)};
+      run += tiles_copy ? index_t{sizeof(V)} : 64;
       if (run >= left_run) {
         next_left += left_stride;
-        from += left_stride;
-        panel += panel_stride<Element> * index_t{sizeof(word)};
+        if constexpr (tiles_copy) {
+          from += left_stride;
+          panel += panel_stride<Element> * index_t{sizeof(word)};
+        }
         run = 0;
       }
     }
