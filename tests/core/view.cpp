@@ -169,6 +169,18 @@ TEST_CASE("check_extent names both sizes", "[view]") {
                     "mlkit::shape_error: f: x has 512 columns, but base has 768");
 }
 
+TEST_CASE("numbers in messages read as what they are", "[error]") {
+  using mlkit::detail::message;
+  CHECK(message(1.5) == "1.5");
+  CHECK(message(0.8f) == "0.8");
+  CHECK(message(-1e-9) == "-1e-09");
+  CHECK(message(1e300) == "1e+300");
+  CHECK(message(16777217.0) == "16777217");
+  CHECK(message(1.0000000001) == "1.0000000001");
+  CHECK(message(8.0) == "8");
+  CHECK(message(-7, std::uint64_t{UINT64_MAX}) == "-718446744073709551615");
+}
+
 TEST_CASE("every error is an mlkit::error and a std::runtime_error", "[error]") {
   CHECK_THROWS_AS(detail::fail_shape("a"), mlkit::error);
   CHECK_THROWS_AS(detail::fail_value("a"), std::runtime_error);

@@ -1,6 +1,7 @@
 // Batches of one shape and groups of many, against the naive product of each.
 #include <memory>
 #include <mlkit/matmul/batched.hpp>
+#include <ranges>
 
 #include "reference.hpp"
 
@@ -117,6 +118,32 @@ TEST_CASE("grouped products take every problem in its own shape, with the same b
     }
   }
   mlkit::matmul(cpu{}, std::vector<mlkit::matmul_problem<float, float, float>>{});
+}
+
+TEST_CASE("a stage that may be called with or without a position sees the rows of one matrix") {
+  const auto a = random<float>({3, 4, 5}, 1);
+  const mlkit::matrix<float> zero({5, 6});
+  tensor<float, 3> c({3, 4, 6});
+  mlkit::matmul(cpu{}, a, zero, c, epilogue{[](float v, index_t row = 0, index_t col = 0) {
+                  return v + static_cast<float>(10 * row + col);
+                }});
+  for (index_t i = 0; i < 3; ++i)
+    for (index_t j = 0; j < 4; ++j)
+      for (index_t l = 0; l < 6; ++l) REQUIRE(c(i, j, l) == static_cast<float>(10 * j + l));
+}
+
+TEST_CASE("a group's problems may be made as they are asked for") {
+  const auto a = random<float>({5, 7, 9}, 1), b = random<float>({5, 9, 4}, 2);
+  tensor<float, 3> c({5, 7, 4});
+  const auto problems =
+      std::views::iota(index_t{0}, index_t{5}) | std::views::transform([&](index_t i) {
+        return mlkit::matmul_problem<float, float, float>{slice(a.view(), i), slice(b.view(), i), slice(c.view(), i)};
+      });
+  mlkit::matmul(cpu{.threads = 2}, problems);
+  for (index_t i = 0; i < 5; ++i) {
+    sums expected = naive(slice(a.view(), i), slice(b.view(), i));
+    expect(slice(c.view(), i), expected, "grouped over a lazy range");
+  }
 }
 
 TEST_CASE("batched and grouped products refuse what does not fit, and touch nothing") {

@@ -55,6 +55,13 @@ TEST_CASE("matmul names the argument and both sizes, and writes nothing") {
         }) == "mlkit::shape_error: matmul: c of shape [4, 6] has overlapping strides [0, 1]");
   CHECK(value([&] { mlkit::matmul(cpu{.threads = -2}, a, b, c); }) ==
         "mlkit::value_error: cpu: threads = -2 is negative");
+  // Strides of zero make a shape of any size out of one element; what is computed from it must not wrap.
+  const float one = 1;
+  constexpr index_t endless = index_t{1} << 60;
+  CHECK(shape([&] {
+          mlkit::matmul(exec, matrix_view<const float>(&one, {4, endless}, {0, 0}),
+                        matrix_view<const float>(&one, {endless, 6}, {0, 0}), c);
+        }) == "mlkit::shape_error: matmul: a of shape [4, 1152921504606846976] and strides [0, 0] is too large");
   for (float x : c) REQUIRE(x == 3);
 
   mlkit::matrix<float> square({5, 5}), other({5, 5});
@@ -133,6 +140,30 @@ TEST_CASE("prologues pass every element through a function while it is read") {
         expect(c.view(), expected, "prologue, " + describe(s, static_cast<layout>(l), layout::rows, layout::rows));
       }
   });
+}
+
+TEST_CASE("what a prologue reads is checked as any operand is") {
+  mlkit::matrix<float> x({5, 5}), w({5, 5}), c({5, 5});
+  for (float& v : x) v = 2;
+  const cpu exec;
+  const auto twice = [](float v) { return 2 * v; };
+  const matrix_view<const float> none(nullptr, {5, 5}), negative(w.data(), {5, -5}), endless(w.data(), {5, INT64_MAX});
+  CHECK(refused<mlkit::shape_error>([&] {
+          mlkit::matmul(exec, mlkit::prologue{x, twice}, w, x);
+        }) == "mlkit::shape_error: matmul: c [5, 5] overlaps a [5, 5]");
+  CHECK(refused<mlkit::shape_error>([&] {
+          mlkit::matmul(exec, w, mlkit::transposed(mlkit::prologue{x, twice}), x);
+        }) == "mlkit::shape_error: matmul: c [5, 5] overlaps b [5, 5]");
+  for (float v : x) REQUIRE(v == 2);
+  CHECK(refused<mlkit::value_error>([&] {
+          mlkit::matmul(exec, mlkit::prologue{none, twice}, w, c);
+        }) == "mlkit::value_error: matmul: a is null, but has shape [5, 5]");
+  CHECK(refused<mlkit::shape_error>([&] {
+          mlkit::matmul(exec, mlkit::prologue{negative, twice}, w, c);
+        }) == "mlkit::shape_error: matmul: a has the negative extent -5 in dimension 1");
+  CHECK(refused<mlkit::shape_error>([&] {
+          (void)mlkit::pack(exec, mlkit::transposed(mlkit::prologue{endless, twice}));
+        }).find("pack: b of shape [5, 9223372036854775807]") != std::string::npos);
 }
 
 TEST_CASE("sources on either side, as they are and transposed, also packed") {

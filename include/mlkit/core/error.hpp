@@ -2,6 +2,8 @@
 #pragma once
 
 #include <concepts>
+#include <cstdio>
+#include <cstdlib>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -67,14 +69,17 @@ class message_part {
   }
 
  private:
-  // Shortest of a few precisions that reads well: 1.5 rather than 1.500000.
+  // The shortest text that reads as the value again, or as the float that the value is: 1.5, 0.8, 1e-09.
   static std::string real_text(double value) {
-    std::string s = std::to_string(value);
-    if (s.find('.') != std::string::npos) {
-      while (s.back() == '0') s.pop_back();
-      if (s.back() == '.') s.pop_back();
+    char text[40] = {};
+    for (int digits = 6; digits <= 17; ++digits) {
+      std::snprintf(text, sizeof text, "%.*g", digits, value);
+      const double read = std::strtod(text, nullptr);
+      if (read == value || (static_cast<double>(static_cast<float>(value)) == value &&
+                            static_cast<float>(read) == static_cast<float>(value)))
+        break;
     }
-    return s;
+    return text;
   }
 
   enum class kind { text, integer, natural, real } kind_;

@@ -258,6 +258,10 @@ bool disjoint(const tensor_view<T, R>& a, const tensor_view<U, S>& b) noexcept {
   return rows_a.apart(rows_b) || one_a.apart(rows_b) || rows_a.apart(one_b);
 }
 
+// More elements than any memory holds. Strides of zero can name them all the same, and sizes of scratch memory, which
+// are small multiples of this, must not overflow.
+inline constexpr index_t most_elements = index_t{1} << 46;
+
 /// Refuses negative extents, shapes that do not fit into index_t, and null data where there are elements.
 template <class T, int Rank>
 void check_view(std::string_view function, std::string_view name, const tensor_view<T, Rank>& v) {
@@ -269,7 +273,7 @@ void check_view(std::string_view function, std::string_view name, const tensor_v
   bool fits = true;
   for (int d = 0; d < Rank && fits; ++d) {
     index_t step = 0;
-    fits = !__builtin_mul_overflow(count, v.extents[d], &count) && v.strides[d] > INT64_MIN &&
+    fits = !__builtin_mul_overflow(count, v.extents[d], &count) && count <= most_elements && v.strides[d] > INT64_MIN &&
            !__builtin_mul_overflow(v.strides[d] < 0 ? -v.strides[d] : v.strides[d], v.extents[d] - 1, &step) &&
            !__builtin_add_overflow(reach, step, &reach);
   }

@@ -64,8 +64,9 @@ matrix_view<T> stack(const tensor_view<T, 3>& v) noexcept {
 
 // Stages that give the same for every row.
 template <class Stage>
-inline constexpr bool ignores_rows =
-    vectorizable<Stage> || std::is_same_v<Stage, accumulate> || std::is_invocable_v<const Stage&, float>;
+inline constexpr bool ignores_rows = vectorizable<Stage> || std::is_same_v<Stage, accumulate> ||
+                                     (std::is_invocable_v<const Stage&, float> &&
+                                      !std::is_invocable_v<const Stage&, float, index_t, index_t>);
 template <class T>
 inline constexpr bool ignores_rows<add_bias<T>> = true;
 template <class T>
@@ -77,6 +78,7 @@ void check_batched(const A& a, const B& b, const C& c, const Epilogue& e) {
   check_output("matmul", "c", c);
   check_extent("matmul", "a", "matrices", a.extent(0), "c", c.extent(0));
   check_disjoint("matmul", "c", c, "a", a);
+  check_epilogue("matmul", e, c.extent(1), c.extent(2));
   check_epilogue_disjoint("matmul", c, e);
   if constexpr (viewable<const B, 3>) {
     const auto right = as_view(b);
@@ -134,7 +136,9 @@ template <executor Executor, std::ranges::random_access_range Problems, class...
   requires requires(std::ranges::range_reference_t<const Problems&> p) { p.a.data, p.b.data, p.c.data; }
 void matmul(const Executor& exec, const Problems& problems, const epilogue<Stages...>& e = {}) {
   const auto count = static_cast<index_t>(std::ranges::size(problems));
-  const auto at = [&](index_t i) -> const auto& { return std::ranges::begin(problems)[i]; };
+  const auto at = [&](index_t i) -> std::ranges::range_reference_t<const Problems&> {
+    return std::ranges::begin(problems)[i];  // a range may make its problems as they are asked for
+  };
   for (index_t i = 0; i < count; ++i) {
     const auto& p = at(i);
     try {
@@ -150,7 +154,10 @@ void matmul(const Executor& exec, const Problems& problems, const epilogue<Stage
         return static_cast<double>(p.c.extent(0)) * static_cast<double>(p.c.extent(1)) *
                static_cast<double>(p.a.extent(1));
       },
-      [&](index_t i, const cpu& one) { detail::multiply(one, at(i).a, at(i).b, at(i).c, e); });
+      [&](index_t i, const cpu& one) {
+        const auto& p = at(i);
+        detail::multiply(one, p.a, p.b, p.c, e);
+      });
 }
 
 }  // namespace MLKIT_NAMESPACE

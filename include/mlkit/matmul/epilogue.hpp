@@ -31,7 +31,8 @@ struct output_position {
 ///
 /// A stage is one of mlkit's (add_bias, scale_columns, scale_rows, add, accumulate, the activations of functors.hpp) or
 /// any callable of the user's: `float(float)`, or `float(float, index_t row, index_t col)`. It sees sums in the
-/// accumulator type (f32, or f64 for f64 outputs) and is inlined into the kernel of each instruction set.
+/// accumulator type (f32, or f64 for f64 outputs) and is inlined into the kernel of each instruction set. A callable is
+/// called through const, from several threads at once, and must not throw: an exception ends the program.
 template <class... Stages>
 struct epilogue {
   std::tuple<Stages...> stages;

@@ -7,17 +7,16 @@
 namespace MLKIT_NAMESPACE {
 namespace detail {
 
-template <class A>
-void check_operand(std::string_view function, std::string_view name, const A& a) {
-  if constexpr (viewable<const A, 2>)
-    check_view(function, name, as_view(a));
-  else if constexpr (is_packed<A>)
-    a.check(function, name);
-}
-
 template <class C, class A>
 void check_operand_disjoint(std::string_view function, const C& c, std::string_view name, const A& a) {
-  if constexpr (viewable<const A, 2>) check_disjoint(function, "c", c, name, as_view(a));
+  if constexpr (viewable<const A, 2>)
+    check_disjoint(function, "c", c, name, as_view(a));
+  else if constexpr (is_transposed<A>)
+    check_operand_disjoint(function, c, name, a.source);
+  else if constexpr (requires { a.each_view([](std::string_view, const auto&) {}); })
+    a.each_view([&](std::string_view part, const auto& v) {
+      check_disjoint(function, "c", c, part.empty() ? std::string(name) : message(name, "'s ", part), v);
+    });
 }
 
 template <class A, class B, class C, class Epilogue>

@@ -12,6 +12,9 @@ namespace MLKIT_NAMESPACE {
 /// `decode(row, col, count, out)` writes elements [row, col .. col + count) of the source to out[0 .. count), in the
 /// type of out (float, double or bf16). It is called once for each element of a panel, never for the whole matrix at
 /// once, from several threads at once, and must not throw.
+///
+/// A source may have `check(function, name)`, which throws for what cannot be read, and `each_view(use)`, which calls
+/// use(part, view) for the memory that it reads, so that an output in the same place is refused.
 template <class S>
 concept matrix_source = !viewable<S, 2> && requires(const S& s) {
   { s.rows() } -> std::convertible_to<index_t>;
@@ -45,6 +48,11 @@ struct prologue {
 
   index_t rows() const noexcept { return view.extent(0); }
   index_t cols() const noexcept { return view.extent(1); }
+  void check(std::string_view function, std::string_view name) const { detail::check_view(function, name, view); }
+  template <class Function>
+  void each_view(Function&& use) const {
+    use("", view);
+  }
   template <class U>
   void decode(index_t row, index_t col, int count, U* MLKIT_RESTRICT out) const noexcept {
     using A = accumulator_t<T>;

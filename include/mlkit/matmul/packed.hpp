@@ -130,6 +130,16 @@ const void* packed_panels(const packed_matrix<E>& b) noexcept {
   return b.panels();
 }
 
+template <class A>
+void check_operand(std::string_view function, std::string_view name, const A& a) {
+  if constexpr (viewable<const A, 2>)
+    check_view(function, name, as_view(a));
+  else if constexpr (is_transposed<A>)
+    check_operand(function, name, a.source);
+  else if constexpr (requires { a.check(function, name); })
+    a.check(function, name);
+}
+
 template <class X>
 concept right_matmul_operand = matmul_operand<X> || is_packed<std::remove_cvref_t<X>>;
 
@@ -150,7 +160,7 @@ auto pack(const Executor& exec, const B& b) {
                 "pack: matrices are packed as float, double or bf16");
   static_assert(std::is_same_v<Packed, double> == std::is_same_v<T, double>,
                 "pack: f64 is packed as f64, and nothing else is");
-  if constexpr (viewable<const B, 2>) detail::check_view("pack", "b", as_view(b));
+  detail::check_operand("pack", "b", b);
   return packed_matrix<Packed>::make(exec, detail::right_operand(b));
 }
 
