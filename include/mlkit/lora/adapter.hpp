@@ -65,7 +65,9 @@ void check_adapter(std::string_view function, const adapter_view<T>& p, std::str
   if (p.rank() == 0) fail_shape(function, ": ", name, " has rank 0; an adapter has rank 1 or more");
   if (p.b.extent(1) != p.rank())
     fail_shape(function, ": ", name, ".b has ", p.b.extent(1), " columns, but ", name, ".a has ", p.rank(), " rows");
-  if (!std::isfinite(p.scale)) fail_value(function, ": ", name, " has scale ", p.scale, ", which is not finite");
+  if (!std::isfinite(static_cast<accumulator_t<T>>(p.scale)))
+    fail_value(function, ": ", name, " has scale ", p.scale, ", which is not finite",
+               std::isfinite(p.scale) ? " in f32" : "");
 }
 
 // check_adapter, and that the adapter fits a weight [outputs, inputs].

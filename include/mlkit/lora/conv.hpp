@@ -85,11 +85,17 @@ matrix_view<T> positions_of(const tensor_view<T, 4>& y, index_t n) noexcept {
 }
 
 inline void check_geometry(std::string_view function, const conv_options& o) {
+  constexpr index_t most = INT32_MAX;  // so that no position overflows
+  const auto check = [&](std::string_view name, int d, index_t value, index_t least) {
+    if (value < least)
+      fail_value(function, ": ", name, "[", d, "] = ", value, least == 0 ? " is negative" : " is not positive");
+    if (value > most) fail_value(function, ": ", name, "[", d, "] = ", value, " is above ", most);
+  };
   for (int d = 0; d < 2; ++d) {
-    if (o.kernel[d] < 1) fail_value(function, ": kernel[", d, "] = ", o.kernel[d], " is not positive");
-    if (o.stride[d] < 1) fail_value(function, ": stride[", d, "] = ", o.stride[d], " is not positive");
-    if (o.dilation[d] < 1) fail_value(function, ": dilation[", d, "] = ", o.dilation[d], " is not positive");
-    if (o.padding[d] < 0) fail_value(function, ": padding[", d, "] = ", o.padding[d], " is negative");
+    check("kernel", d, o.kernel[d], 1);
+    check("stride", d, o.stride[d], 1);
+    check("dilation", d, o.dilation[d], 1);
+    check("padding", d, o.padding[d], 0);
   }
 }
 
@@ -101,7 +107,10 @@ void check_conv(std::string_view function, const tensor_view<const X, 4>& x, con
   check_base(function, base);
   check_view(function, "x", x);
   check_view(function, name, y);
-  const index_t inputs = x.extent(1) * o.kernel[0] * o.kernel[1];
+  index_t inputs = 0;
+  if (__builtin_mul_overflow(x.extent(1), o.kernel[0] * o.kernel[1], &inputs))
+    fail_shape(function, ": x has ", x.extent(1), " channels, too many for a kernel of ", o.kernel[0], " x ",
+               o.kernel[1]);
   if (inputs != base.inputs())
     fail_shape(function, ": x has ", x.extent(1), " channels and ", inputs, " elements to a patch, but base has ",
                base.inputs(), " inputs");
@@ -304,7 +313,7 @@ void check_conv_backward(std::string_view function, const tensor_view<const X, 4
   output("da", g.da, p.rank(), p.inputs(), "adapter.a");
   output("db", g.db, p.outputs(), p.rank(), "adapter.b");
   check_disjoint(function, "da", g.da, "db", g.db);
-  if (!dx.data) return;
+  if (!dx.data && dx.empty()) return;
   check_output(function, "dx", dx);
   if (dx.extents != x.extents)
     fail_shape(function, ": dx has shape ", shape_text<4>(dx.extents), ", but x has ", shape_text<4>(x.extents));
@@ -337,8 +346,12 @@ void conv2d_backward(const Executor& exec, const X& x, const Base& base, const A
     detail::clear(grads.da);
     detail::clear(grads.db);
   }
-  detail::run_conv_backward(exec, in, base, p, static_cast<const A*>(nullptr), static_cast<A*>(nullptr), options, dout,
-                            grads, din);
+  detail::summed_as<A>(grads.da, [&](const matrix_view<A>& da) {
+    detail::summed_as<A>(grads.db, [&](const matrix_view<A>& db) {
+      detail::run_conv_backward(exec, in, base, p, static_cast<const A*>(nullptr), static_cast<A*>(nullptr), options,
+                                dout, gradients<A>(da, db), din);
+    });
+  });
 }
 
 /// DoRA's convolution, backward: also dmagnitude [out], with the norm held constant.
@@ -358,6 +371,14 @@ void conv2d_backward(const Executor& exec, const X& x, const Base& base, const d
   detail::check_dora(function, adapter, out, base.inputs());
   detail::check_output(function, "dmagnitude", grads.dmagnitude);
   detail::check_extent(function, "dmagnitude", "elements", grads.dmagnitude.extent(0), "base", out);
+  detail::check_disjoint_gradients(function, adapter, grads);
+  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "x", in);
+  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "dy", dout);
+  detail::check_disjoint_base(function, "dmagnitude", grads.dmagnitude, base);
+  if (din.data) {
+    detail::check_disjoint_dora(function, "dx", din, adapter);
+    detail::check_disjoint(function, "dx", din, "dmagnitude", grads.dmagnitude);
+  }
   if (!accumulate) {
     detail::clear(grads.da);
     detail::clear(grads.db);
@@ -368,8 +389,12 @@ void conv2d_backward(const Executor& exec, const X& x, const Base& base, const d
   const A* norms = detail::find_norms(exec, base, adapter, memory.data());
   detail::find_factors(adapter.magnitude, norms, factors);
   std::fill_n(sums, out, A{});
-  detail::run_conv_backward(exec, in, base, adapter.adapter, static_cast<const A*>(factors), sums, options, dout, grads,
-                            din);
+  detail::summed_as<A>(grads.da, [&](const matrix_view<A>& da) {
+    detail::summed_as<A>(grads.db, [&](const matrix_view<A>& db) {
+      detail::run_conv_backward(exec, in, base, adapter.adapter, static_cast<const A*>(factors), sums, options, dout,
+                                gradients<A>(da, db), din);
+    });
+  });
   for (index_t i = 0; i < out; ++i) {
     const A before = accumulate ? static_cast<A>(grads.dmagnitude(i)) : A{};
     grads.dmagnitude(i) = static_cast<G>(norms[i] != 0 ? before + sums[i] / norms[i] : before);

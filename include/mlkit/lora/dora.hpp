@@ -79,6 +79,19 @@ void check_disjoint_dora(std::string_view function, std::string_view name, const
   check_disjoint(function, name, y, "the adapted norms", d.norms);
 }
 
+// The gradients against each other and against what d reads, but for A and B.
+template <class T, class M, class G>
+void check_disjoint_gradients(std::string_view function, const dora<T, M>& d, const gradients<G>& g) {
+  const auto one = [&](std::string_view name, const auto& c) {
+    check_disjoint_dora(function, name, c, d);
+    check_disjoint(function, name, c, "dmagnitude", g.dmagnitude);
+  };
+  one("da", g.da);
+  one("db", g.db);
+  check_disjoint_dora(function, "dmagnitude", g.dmagnitude, d);
+  check_disjoint_adapter(function, "dmagnitude", g.dmagnitude, d.adapter);
+}
+
 // squares[o] = ||W[o]||^2.
 template <class Base, class A>
 void square_rows(const cpu& exec, const Base& base, A* squares) {
@@ -93,7 +106,8 @@ void square_rows(const cpu& exec, const Base& base, A* squares) {
 
 // norms[o] = ||W[o] + s B[o] A||, from the squares of W's rows:
 // ||W||^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B = ||W||^2 + s [2 (W A^T + B (s/2 A A^T))] . B, where the bracket is one
-// product. Section 4.3 of DoRA proposes to hold the norm constant; the expansion avoids forming W + s B A.
+// product. Section 4.3 of DoRA proposes to hold the norm constant; the expansion avoids forming W + s B A. Rows of
+// which the adapter leaves little cancel in the expansion: those are formed.
 template <class Base, class T, class A>
 void adapted_rows(const cpu& exec, const Base& base, const adapter_view<T>& p, const A* squares, A* norms) {
   using Bias = bias_t<Base>;
@@ -104,12 +118,26 @@ void adapted_rows(const cpu& exec, const Base& base, const adapter_view<T>& p, c
                                  gram, finish<A, Bias, A>{.value = static_cast<A>(p.scale / 2)});
   multiply<sums_t<T>>(exec, left_operand(base.weight()), right_of(transposed(p.a)), left_of(p.b), right_of(gram), cross,
                       finish<A, Bias, A>{.value = 2});
+  const auto weight = left_operand(base.weight());
+  const auto decode = MLKIT_SELECT(decode_line<typename decltype(weight)::source_type, A>);
   const cpu limited = limit_threads(exec, static_cast<double>(out) * static_cast<double>(rank));
   parallel_ranges(limited, out, [&](index_t begin, index_t end) {
     for (index_t o = begin; o < end; ++o) {
       double dot = 0;
       for (index_t j = 0; j < rank; ++j) dot += static_cast<double>(cross(o, j)) * static_cast<double>(p.b(o, j));
-      norms[o] = static_cast<A>(std::sqrt(std::max(0.0, static_cast<double>(squares[o]) + p.scale * dot)));
+      double square = static_cast<double>(squares[o]) + p.scale * dot;
+      if (square < static_cast<double>(squares[o]) / 64) {
+        const workspace<A> line(p.inputs());
+        const workspace<double> sums(p.inputs());
+        decode(weight, o, line.data());
+        for (index_t k = 0; k < p.inputs(); ++k) sums.data()[k] = static_cast<double>(line.data()[k]);
+        for (index_t j = 0; j < rank; ++j)
+          for (index_t k = 0; k < p.inputs(); ++k)
+            sums.data()[k] += p.scale * static_cast<double>(p.b(o, j)) * static_cast<double>(p.a(j, k));
+        square = 0;
+        for (index_t k = 0; k < p.inputs(); ++k) square += sums.data()[k] * sums.data()[k];
+      }
+      norms[o] = static_cast<A>(std::sqrt(square));
     }
   });
 }
@@ -355,6 +383,7 @@ void linear_backward(const Executor& exec, const X& x, const Base& base, const d
   detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "dy", dout);
   detail::check_disjoint_base(function, "dmagnitude", grads.dmagnitude, base);
   detail::check_disjoint_adapter(function, "dmagnitude", grads.dmagnitude, adapter.adapter);
+  if (options.h.data) detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "h", options.h);
   if (detail::drops(options))
     detail::run_dora_backward<true>(exec, in, base, adapter, dout, grads, din, options);
   else

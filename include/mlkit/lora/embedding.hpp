@@ -1,7 +1,9 @@
 // Adapted embeddings: rows of a weight picked by token, plus the adapter's, forward and backward.
 #pragma once
 
+#include <algorithm>
 #include <ranges>
+#include <vector>
 
 #include "dora.hpp"
 
@@ -61,7 +63,29 @@ void run_embedding(const cpu& exec, const vector_view<const I>& ids, const matri
                    });
 }
 
-// db += (dy * factors)^T h and da[:, ids[t]] += s (dy[t] * factors) B, tokens in their order. `b` is B * factors.
+// db += (dy * factors)^T h and da[:, column(t)] += s (dy[t] * factors) B, tokens in their order. `b` is B * factors.
+template <class I, class T, class D, class A, class Column>
+void add_embedding_gradients(const cpu& exec, const vector_view<const I>& ids, const adapter_view<T>& p,
+                             const matrix_view<const A>& b, const A* factors, const matrix_view<const D>& dy,
+                             const matrix_view<A>& da, const matrix_view<A>& db, const Column& column) {
+  const index_t rank = p.rank();
+  const workspace<A> memory(std::min(ids.extent(0), tokens_at_once) * rank);
+  each_token_block(ids.extent(0), rank, matrix_view<A>{}, [&](index_t first, index_t count, const matrix_view<A>& h) {
+    const auto dys = rows_of(dy, first, count);
+    pick_columns(exec, ids.data + first, p, h);
+    multiply<product_type_t<D, A>>(exec, left_of(transposed(dys)), right_of(h), nothing<A>(p.outputs()),
+                                   nothing<A>(rank), db, finish<A, A, A>{.rows = factors}.adding(db));
+    const matrix_view<A> g(memory.data(), {count, rank});
+    multiply<product_type_t<D, A>>(exec, left_of(dys), right_of(b), nothing<A>(count), nothing<A>(rank), g,
+                                   finish<A, A, A>{.value = static_cast<A>(p.scale)});
+    const cpu limited = limit_threads(exec, 8 * static_cast<double>(g.size()));
+    parallel_ranges(limited, rank, [&](index_t begin, index_t end) {
+      for (index_t j = begin; j < end; ++j)
+        for (index_t t = 0; t < count; ++t) da(j, column(first + t)) += g(t, j);
+    });
+  });
+}
+
 template <class I, class T, class D, class G, class A>
 void run_embedding_backward(const cpu& exec, const vector_view<const I>& ids, const adapter_view<T>& p,
                             const matrix_view<const A>& b, const A* factors, const matrix_view<const D>& dy,
@@ -70,24 +94,28 @@ void run_embedding_backward(const cpu& exec, const vector_view<const I>& ids, co
     clear(grads.da);
     clear(grads.db);
   }
-  const index_t rank = p.rank();
-  const workspace<A> memory(std::min(ids.extent(0), tokens_at_once) * rank);
-  each_token_block(ids.extent(0), rank, matrix_view<A>{}, [&](index_t first, index_t count, const matrix_view<A>& h) {
-    const auto dys = rows_of(dy, first, count);
-    pick_columns(exec, ids.data + first, p, h);
-    multiply<product_type_t<D, A>>(exec, left_of(transposed(dys)), right_of(h), nothing<A>(p.outputs()),
-                                   nothing<A>(rank), grads.db, finish<A, A, G>{.rows = factors}.adding(grads.db));
-    const matrix_view<A> g(memory.data(), {count, rank});
-    multiply<product_type_t<D, A>>(exec, left_of(dys), right_of(b), nothing<A>(count), nothing<A>(rank), g,
-                                   finish<A, A, A>{.value = static_cast<A>(p.scale)});
-    const cpu limited = limit_threads(exec, 8 * static_cast<double>(g.size()));
-    parallel_ranges(limited, rank, [&](index_t begin, index_t end) {
-      for (index_t j = begin; j < end; ++j)
-        for (index_t t = 0; t < count; ++t) {
-          G& to = grads.da(j, static_cast<index_t>(ids(first + t)));
-          to = static_cast<G>(static_cast<A>(to) + g(t, j));
-        }
-    });
+  summed_as<A>(grads.db, [&](const matrix_view<A>& db) {
+    if constexpr (std::is_same_v<G, A>) {
+      add_embedding_gradients(exec, ids, p, b, factors, dy, grads.da, db,
+                              [&](index_t t) { return static_cast<index_t>(ids(t)); });
+    } else {  // sums of the columns that occur
+      std::vector<index_t> used(static_cast<std::size_t>(ids.extent(0)));
+      for (index_t t = 0; t < ids.extent(0); ++t) used[static_cast<std::size_t>(t)] = static_cast<index_t>(ids(t));
+      std::sort(used.begin(), used.end());
+      used.erase(std::unique(used.begin(), used.end()), used.end());
+      const auto place = [&](index_t t) {
+        return static_cast<index_t>(std::lower_bound(used.begin(), used.end(), static_cast<index_t>(ids(t))) -
+                                    used.begin());
+      };
+      const index_t columns = static_cast<index_t>(used.size());
+      const workspace<A> memory(p.rank() * columns);
+      const matrix_view<A> da(memory.data(), {p.rank(), columns});
+      for (index_t j = 0; j < p.rank(); ++j)
+        for (index_t i = 0; i < columns; ++i) da(j, i) = static_cast<A>(grads.da(j, used[static_cast<std::size_t>(i)]));
+      add_embedding_gradients(exec, ids, p, b, factors, dy, da, db, place);
+      for (index_t j = 0; j < p.rank(); ++j)
+        for (index_t i = 0; i < columns; ++i) grads.da(j, used[static_cast<std::size_t>(i)]) = static_cast<G>(da(j, i));
+    }
   });
 }
 
@@ -214,6 +242,12 @@ void embedding_backward(const Executor& exec, const Ids& ids, const W& w, const 
   detail::check_embedding_backward(function, tokens, p, dout, grads);
   detail::check_output(function, "dmagnitude", grads.dmagnitude);
   detail::check_extent(function, "dmagnitude", "elements", grads.dmagnitude.extent(0), "w", width);
+  detail::check_disjoint_gradients(function, adapter, grads);
+  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "dy", dout);
+  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "ids", tokens);
+  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "w", weight);
+  detail::check_disjoint(function, "da", grads.da, "w", weight);
+  detail::check_disjoint(function, "db", grads.db, "w", weight);
   const detail::workspace<A> memory(3 * width + p.b.size() + detail::dora_tokens * (p.rank() + width));
   A* factors = memory.data() + width;
   A* sums = factors + width;

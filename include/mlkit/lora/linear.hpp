@@ -53,7 +53,7 @@ template <class Base>
 void check_base(std::string_view function, const Base& base) {
   if constexpr (requires { base.check(function); }) base.check(function);
   if constexpr (viewable<decltype(base.weight()), 2>) check_view(function, "base", base.weight());
-  if (base.bias.data) check_row(function, "bias", base.bias, base.outputs());
+  if (base.bias.data || !base.bias.empty()) check_row(function, "bias", base.bias, base.outputs());
 }
 
 template <class X>
@@ -75,7 +75,11 @@ void check_result(std::string_view function, std::string_view name, const matrix
 // What is written must not be what is read.
 template <class Y, class Base>
 void check_disjoint_base(std::string_view function, std::string_view name, const Y& y, const Base& base) {
-  if constexpr (viewable<decltype(base.weight()), 2>) check_disjoint(function, name, y, "base", base.weight());
+  if constexpr (viewable<decltype(base.weight()), 2>)
+    check_disjoint(function, name, y, "base", base.weight());
+  else if constexpr (requires { base.weight().each_view([](std::string_view, const auto&) {}); })
+    base.weight().each_view(
+        [&](std::string_view part, const auto& v) { check_disjoint(function, name, y, message("base's ", part), v); });
   if (base.bias.data) check_disjoint(function, name, y, "bias", base.bias);
 }
 template <class Y, class T>
@@ -87,7 +91,7 @@ void check_disjoint_adapter(std::string_view function, std::string_view name, co
 // The saved h, where it is given.
 template <class A>
 void check_saved(std::string_view function, const matrix_view<A>& h, index_t tokens, index_t rank) {
-  if (!h.data) return;
+  if (!h.data && h.empty()) return;
   check_output(function, "h", h);
   check_extent(function, "h", "rows", h.extent(0), "x", tokens);
   check_extent(function, "h", "columns", h.extent(1), "adapter.a", rank);
@@ -201,7 +205,7 @@ void check_backward(std::string_view function, const matrix_view<const X>& x, co
   output("da", g.da, p.rank(), p.inputs(), "adapter.a");
   output("db", g.db, p.outputs(), p.rank(), "adapter.b");
   check_disjoint(function, "da", g.da, "db", g.db);
-  if (!dx.data) return;
+  if (!dx.data && dx.empty()) return;
   output("dx", dx, x.extent(0), x.extent(1), "x");
   check_disjoint(function, "dx", dx, "da", g.da);
   check_disjoint(function, "dx", dx, "db", g.db);

@@ -87,6 +87,22 @@ matrix_view<const T> as_const(const matrix_view<T>& v) noexcept {
   return v;
 }
 
+// Calls f with c as A: what f adds to it in several steps is rounded to c's type once, at the end.
+template <class A, class G, class F>
+void summed_as(const matrix_view<G>& c, F&& f) {
+  if constexpr (std::is_same_v<A, G>) {
+    f(c);
+  } else {
+    const workspace<A> memory(c.size());
+    const matrix_view<A> sums(memory.data(), c.extents);
+    for (index_t i = 0; i < c.extent(0); ++i)
+      for (index_t j = 0; j < c.extent(1); ++j) sums(i, j) = static_cast<A>(c(i, j));
+    f(sums);
+    for (index_t i = 0; i < c.extent(0); ++i)
+      for (index_t j = 0; j < c.extent(1); ++j) c(i, j) = static_cast<G>(sums(i, j));
+  }
+}
+
 // The operands of a dense matrix.
 template <class T>
 operand<dense_source<std::remove_const_t<T>>> left_of(const matrix_view<T>& v) noexcept {

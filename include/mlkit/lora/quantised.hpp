@@ -162,6 +162,18 @@ struct nf4_view {
     const index_t factors = double_quantised() ? blocks() + 4 * nested_blocks() + 4 : 4 * blocks();
     return mlkit::detail::ceil_div(size(), 2) + factors;
   }
+  /// f(name, view) for all memory that is read.
+  template <class F>
+  void each_view(F&& f) const {
+    const auto part = [&](std::string_view name, const auto* data, index_t count) {
+      if (data) f(name, vector_view<std::remove_reference_t<decltype(*data)>>(data, {count}));
+    };
+    part("packed", packed, mlkit::detail::ceil_div(size(), 2));
+    part("absmax", absmax, blocks());
+    part("nested.codes", absmax_codes, blocks());
+    part("nested.absmax", nested_absmax, nested_blocks());
+    part("nested.code_book", code_book, 256);
+  }
 
  private:
   nf4_view(const extents_t<2>& shape, std::span<const std::uint8_t> bytes, index_t block) {
@@ -200,6 +212,12 @@ struct int8_view {
   index_t cols() const noexcept { return inputs; }
   index_t size() const noexcept { return outputs * inputs; }
   index_t bytes() const noexcept { return size() + 4 * outputs; }
+  /// f(name, view) for all memory that is read.
+  template <class F>
+  void each_view(F&& f) const {
+    f("codes", vector_view<const std::int8_t>(codes, {size()}));
+    f("scales", vector_view<const float>(scales, {outputs}));
+  }
 };
 
 }  // namespace MLKIT_NAMESPACE::lora
@@ -213,6 +231,10 @@ struct quantised_source {
   View view;
   index_t rows() const noexcept { return view.rows(); }
   index_t cols() const noexcept { return view.cols(); }
+  template <class F>
+  void each_view(F&& f) const {
+    view.each_view(f);
+  }
 };
 
 template <class View>
@@ -416,6 +438,9 @@ void dequantise(const cpu& exec, const View& w, Out&& out) {
   mlkit::detail::check_output("lora::dequantise", "out", o);
   mlkit::detail::check_extent("lora::dequantise", "out", "rows", o.extent(0), "the weight", w.outputs);
   mlkit::detail::check_extent("lora::dequantise", "out", "columns", o.extent(1), "the weight", w.inputs);
+  w.each_view([&](std::string_view part, const auto& v) {
+    mlkit::detail::check_disjoint("lora::dequantise", "out", o, mlkit::detail::message("the weight's ", part), v);
+  });
   const auto decode = MLKIT_SELECT(dequantise_rows<View, T>);
   mlkit::detail::parallel_ranges(exec, o.extent(0), [&](index_t begin, index_t end) { decode(w, o, begin, end); });
 }

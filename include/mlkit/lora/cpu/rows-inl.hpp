@@ -57,6 +57,16 @@ void square_lines(const operand<Source>& op, index_t first, index_t last, A* squ
   }
 }
 
+// One line of the operand.
+template <class Source, class A>
+void decode_line(const operand<Source>& op, index_t line, A* out) noexcept {
+  if (op.depth_first)
+    for (index_t k = 0; k < op.depth(); k += row_run)
+      decode_run(set_tag{}, op.source, line, k, std::min(row_run, op.depth() - k), out + k);
+  else
+    for (index_t k = 0; k < op.depth(); ++k) decode_run(set_tag{}, op.source, k, line, 1, out + k);
+}
+
 // sums[j] += sum over rows i of a[i, j] b[i, j], for columns [first, last), in the order of rows.
 template <class S, class A>
 void add_column_products(const dense_source<S>& a, const dense_source<A>& b, index_t first, index_t last,
