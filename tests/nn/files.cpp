@@ -70,6 +70,21 @@ TEST_CASE("parameters come back from a file as they were", "[nn]") {
   CHECK_THROWS_WITH(nn::load(at / "model.safetensors", other),
                     Contains("second.bias") && Contains("[4]") && Contains("[9]"));
   CHECK(other.at("first.weight").value(0) == 0);  // nothing was loaded by half
+
+  nn::parameters<double> two;
+  two.add("a", {2}, nn::zeros{});
+  two.add("b", {3}, nn::zeros{});
+  const std::vector<double> values{1, 2}, three{1, 2, 3};
+  auto b_tensor = mlkit::io::named("b", three);
+  b_tensor.dtype = mlkit::io::dtype::i64;
+  mlkit::io::write_safetensors(at / "numbers", {mlkit::io::named("a", values), b_tensor});
+  CHECK_THROWS_WITH(nn::load(at / "numbers", two), Contains("tensor \"b\" has dtype I64"));
+  b_tensor.dtype = mlkit::io::dtype::f64;
+  b_tensor.shape = {1, 1, 1, 1, 3};
+  mlkit::io::write_safetensors(at / "numbers", {mlkit::io::named("a", values), b_tensor});
+  CHECK_THROWS_AS(nn::load(at / "numbers", two), mlkit::io_error);
+  CHECK_THROWS_WITH(nn::load(at / "numbers", two), Contains("has shape [1, 1, 1, 1, 3], but the model has [3]"));
+  CHECK(two.at("a").value(1) == 0);
 }
 
 TEST_CASE("adapters come back from a file, and merge without changing what is computed", "[nn]") {
@@ -111,4 +126,28 @@ TEST_CASE("adapters for layers that are not there are refused", "[nn]") {
   nn::parameters<double> none(2);
   CHECK_THROWS_WITH(nn::load_adapters(at / "adapter", wider, none),
                     Contains("first") && Contains("[9, 6]") && Contains("[9, 7]"));
+
+  // Nothing is adapted by half: neither a layer nor the store.
+  CHECK(smaller.only.adapted() == nullptr);
+  CHECK(theirs.count() == 0);
+  pair_of_layers b;
+  nn::parameters<double> taken(2);
+  taken.add("second.lora_A.weight", {3, 9}, nn::zeros{});
+  CHECK_THROWS_WITH(nn::load_adapters(at / "adapter", b, taken), Contains("second.lora_A.weight already"));
+  CHECK(b.first.adapted() == nullptr);
+  CHECK(taken.count() == 1);
+
+  // A convolution's adapter, though its first two extents fit.
+  const mlkit::matrix<double> down({3, 6 * 9}), up({9, 3});
+  mlkit::io::adapter_entry e;
+  e.module = "first";
+  e.kind = mlkit::io::adapter_kind::convolution;
+  e.a = mlkit::io::named("a", down);
+  e.b = mlkit::io::named("b", up);
+  e.a.shape = {3, 6, 3, 3};
+  e.b.shape = {9, 3, 1, 1};
+  mlkit::io::write_adapters(at / "convolution", {e});
+  CHECK_THROWS_WITH(nn::load_adapters(at / "convolution", b, theirs), Contains("is for a convolution"));
+  CHECK(b.first.adapted() == nullptr);
+  CHECK(theirs.count() == 0);
 }

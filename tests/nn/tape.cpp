@@ -191,3 +191,20 @@ TEST_CASE("misuse of the tape is refused by name", "[nn]") {
   CHECK_THROWS_WITH(x.data(), Contains("cleared"));
   CHECK_THROWS_WITH(nn::adamw<float>({}, {.beta1 = 1.0}), Contains("beta1 = 1"));
 }
+
+TEST_CASE("a loss of another tape, and extents that wrap, are refused", "[nn]") {
+  const mlkit::matrix<double> x({2, 4});
+  nn::tape<double> one, other;
+  const auto here = nn::sum(one.input(x)), there = nn::sum(other.input(x));
+  CHECK_THROWS_WITH(one.backward(there), Contains("nn::tape::backward: loss is on another tape"));
+  one.backward(here);  // the refusal was no run
+
+  constexpr index_t most = INT64_MAX;
+  const auto v = other.input(x);
+  CHECK_THROWS_WITH(nn::slice(v, 2, most),
+                    Contains("9223372036854775807 columns from 2 on are asked for, but x has 4"));
+  CHECK_THROWS_WITH(nn::slice(v, most, 2), Contains("2 columns from 9223372036854775807 on"));
+  CHECK_THROWS_WITH((nn::shape{index_t{1} << 32, index_t{1} << 32}),
+                    "mlkit::shape_error: nn::shape: [4294967296, 4294967296] is too large");
+  CHECK_THROWS_AS((nn::shape{0, most, most}), mlkit::shape_error);
+}

@@ -585,7 +585,7 @@ inline std::string header_of(const std::vector<tensor_info>& tensors,
   for (std::size_t i = 0; i < order.size(); ++i) {
     const tensor_info& t = tensors[order[i]];
     if (t.name == "__metadata__" || !is_utf8(t.name))
-      fail_value(function, ": the name ", in_quotes(t.name), t.name[0] == '_' ? " is reserved" : " is not valid UTF-8");
+      fail_value(function, ": the name ", in_quotes(t.name), is_utf8(t.name) ? " is reserved" : " is not valid UTF-8");
     if (i > 0 && t.name == tensors[order[i - 1]].name)
       fail_value(function, ": two tensors are named ", in_quotes(t.name));
     index_t spanned = 1, elements = 1;
@@ -646,7 +646,8 @@ inline void write_tensors(file_replacement& file, const std::string& header, con
 /// name, so that each is aligned; the header padded with spaces to 8 bytes).
 ///
 /// The file appears whole or not at all: data goes to a temporary name in the same directory, reaches the disk, and is
-/// then renamed over `path`; after a crash the old file is still there. Reading from a file and writing to the same
+/// then renamed over `path`; after a crash the old file is still there (and beside it, where the process was killed
+/// meanwhile, what was written of `.<name>.<process>.<number>.tmp`). Reading from a file and writing to the same
 /// path is safe. Throws value_error or shape_error for names given twice or reserved, text that is not UTF-8 and sizes
 /// that do not match, and io_error, with the temporary file removed, where the system refuses.
 inline void write_safetensors(const std::string& path, const std::vector<tensor_info>& tensors,

@@ -21,7 +21,7 @@ void save(const std::string& path, const parameters<T>& store) {
 }
 
 /// Reads what save wrote into parameters that exist. Throws io_error before anything is changed if the file holds
-/// another name or shape, or lacks one.
+/// another name or shape, lacks one, or holds numbers that are no floating-point ones.
 template <real T>
 void load(const std::string& path, parameters<T>& store) {
   const io::safetensors file = io::safetensors::open(path);
@@ -30,9 +30,15 @@ void load(const std::string& path, parameters<T>& store) {
                    std::to_string(store.count()) + " parameters");
   for (const parameter<T>& p : store) {
     const io::tensor_info& t = file.at(p.name);
-    const shape stored(t.shape.data(), static_cast<int>(t.shape.size()));
-    if (stored != p.shape)
-      throw io_error(t.describe() + " has shape " + stored.text() + ", but the model has " + p.shape.text());
+    const auto rank = static_cast<std::size_t>(p.shape.rank());
+    bool equal = t.shape.size() == rank;
+    for (std::size_t d = 0; equal && d < rank; ++d) equal = t.shape[d] == p.shape[static_cast<int>(d)];
+    if (!equal)
+      throw io_error(t.describe() + " has shape " + io::detail::shape_text(t.shape) + ", but the model has " +
+                     p.shape.text());
+    if (!io::detail::with_float_loader(t.dtype, [](std::size_t, auto) {}))
+      throw io_error(t.describe() + " has dtype " + std::string(io::name_of(t.dtype)) +
+                     ", but a floating-point dtype was asked for");
   }
   for (parameter<T>& p : store)
     file.at(p.name).copy_to(std::span<T>(p.value.data(), static_cast<std::size_t>(p.size())));
@@ -58,19 +64,34 @@ void save_adapters(const std::string& path, M& model, const io::adapter_write_op
   io::write_adapters(path, entries, o);
 }
 
-/// Reads adapters and puts each beside the linear layer that it names. Throws io_error if the file names a layer that
-/// the model lacks, shape_error if one does not fit.
+/// Reads adapters and puts each beside the linear layer that it names. Throws, before any layer is changed, io_error if
+/// the file names a layer that the model lacks, shape_error if one does not fit or adapts no linear map, and
+/// value_error if the store holds an adapter of a layer already.
 template <real T, adaptable<T> M>
 void load_adapters(const std::string& path, M& model, parameters<T>& store) {
   const io::adapter_file file = io::read_adapters(path);
-  std::size_t used = 0;
-  model.each_linear([&](linear_layer<T>& layer) {
+  std::vector<std::string> known;
+  model.each_linear([&](const linear_layer<T>& layer) {
+    known.push_back(layer.path());
     const io::adapter_entry* e = file.find(layer.path());
     if (!e) return;
-    ++used;
+    if (e->kind != io::adapter_kind::linear)
+      detail::fail_shape(path, ": the adapter of ", layer.path(), " is for ",
+                         e->kind == io::adapter_kind::embedding ? "an embedding" : "a convolution",
+                         ", but the layer is linear");
     if (e->in() != layer.inputs() || e->out() != layer.outputs())
       detail::fail_shape(path, ": the adapter of ", layer.path(), " is for [", e->out(), ", ", e->in(),
                          "], but the layer is [", layer.outputs(), ", ", layer.inputs(), "]");
+    for (const char* part : {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"})
+      if (const std::string name = layer.path().empty() ? part : layer.path() + "." + part; store.contains(name))
+        detail::fail_value("nn::load_adapters: the store has a parameter ", name, " already");
+  });
+  for (const io::adapter_entry& e : file.adapters)
+    if (std::none_of(known.begin(), known.end(), [&](const std::string& name) { return file.find(name) == &e; }))
+      throw io_error(path + ": the model has no linear layer " + e.module);
+  model.each_linear([&](linear_layer<T>& layer) {
+    const io::adapter_entry* e = file.find(layer.path());
+    if (!e) return;
     layer.adapt(store, {.rank = e->rank(),
                         .alpha = e->alpha.value_or(static_cast<double>(e->rank())),
                         .rs = e->rslora,
@@ -82,12 +103,6 @@ void load_adapters(const std::string& path, M& model, parameters<T>& store) {
     fill(e->b, *layer.adapted()->up);
     if (e->magnitude) fill(*e->magnitude, *layer.adapted()->magnitude);
   });
-  if (used == file.adapters.size()) return;
-  std::vector<std::string> known;
-  model.each_linear([&](const linear_layer<T>& layer) { known.push_back(layer.path()); });
-  for (const io::adapter_entry& e : file.adapters)
-    if (std::find(known.begin(), known.end(), e.module) == known.end())
-      throw io_error(path + ": the model has no linear layer " + e.module);
 }
 
 }  // namespace MLKIT_NAMESPACE::nn

@@ -186,8 +186,8 @@ var<T> concat(std::vector<var<T>> parts) {
 template <real T>
 var<T> slice(var<T> x, index_t first, index_t count) {
   const index_t columns = x.columns();
-  if (first < 0 || count < 0 || first + count > columns)
-    detail::fail_shape("nn::slice: columns [", first, ", ", first + count, ") are asked for, but x has ", columns);
+  if (first < 0 || count < 0 || first > columns || count > columns - first)
+    detail::fail_shape("nn::slice: ", count, " columns from ", first, " on are asked for, but x has ", columns);
   tape<T>& t = x.on();
   const var<T> y = t.make(x.shape().with_columns(count), {x});
   const index_t rows = x.rows();

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../core/error.hpp"
+#include "../core/view.hpp"
 
 namespace MLKIT_NAMESPACE::nn {
 
@@ -17,13 +18,17 @@ class shape {
   static constexpr int max_rank = 4;
 
   shape() = default;
-  /// Throws shape_error for more than four extents or a negative one.
+  /// Throws shape_error for more than four extents, a negative one, or more elements than any memory holds.
   shape(std::initializer_list<index_t> extents) : shape(extents.begin(), static_cast<int>(extents.size())) {}
   shape(const index_t* extents, int rank) : rank_(rank) {
     if (rank > max_rank) detail::fail_shape("nn::shape: rank ", rank, " is more than ", max_rank);
     std::copy_n(extents, rank, extents_.begin());
-    for (int d = 0; d < rank; ++d)
+    index_t spanned = 1;
+    for (int d = 0; d < rank; ++d) {
       if (extents_[d] < 0) detail::fail_shape("nn::shape: extent ", extents_[d], " in dimension ", d, " is negative");
+      if (extents_[d] > detail::most_elements / spanned) detail::fail_shape("nn::shape: ", text(), " is too large");
+      spanned *= std::max<index_t>(extents_[d], 1);
+    }
   }
 
   int rank() const noexcept { return rank_; }

@@ -190,6 +190,7 @@ class tape {
     if (loss.size() != 1)
       detail::fail_shape("nn::tape::backward: loss has shape ", loss.shape().text(), ", not one element");
     if (!loss.needs_grad()) detail::fail_value("nn::tape::backward: loss depends on nothing that is trainable");
+    if (loss.tape_ != this) detail::fail_value("nn::tape::backward: loss is on another tape");
     if (std::exchange(ran_, true)) detail::fail_value("nn::tape::backward: it has run already; clear the tape first");
     *loss.grad_data() = T{1};
     for (std::size_t i = loss.id_ + 1; i-- > 0;) {
