@@ -42,9 +42,10 @@ struct layer {
 };
 
 struct gradients {
-  mlkit::matrix<float> h, da, db;
+  mlkit::matrix<float> h, z, da, db;
   mlkit::vector<float> dm;
-  explicit gradients(const layer& l) : h({l.tokens, l.rank}), da({l.rank, l.in}), db({l.out, l.rank}), dm({l.out}) {}
+  explicit gradients(const layer& l)
+      : h({l.tokens, l.rank}), z({l.tokens, l.out}), da({l.rank, l.in}), db({l.out, l.rank}), dm({l.out}) {}
 };
 
 // A vector that operand() holds as a matrix of one row.
@@ -73,7 +74,8 @@ void add_forward(const layer& l) {
   });
 }
 
-// What a training step does: forward, which saves h, then the gradients of x, A and B.
+// What a training step does: forward, which saves h (and z under DoRA, as PyTorch saves it), then the gradients of x, A
+// and B.
 void add_training(const layer& l) {
   const bench::work work{2 * l.plain_flop() + 3 * l.adapter_flop(), 2 * l.plain_bytes() + 3 * l.adapter_bytes()};
   add("lora_training", l, l.adapted_shape(), work, [l](mlkit::cpu exec) {
@@ -112,7 +114,7 @@ void add_dora_training(const layer& l) {
     auto base = std::make_shared<lora::base_squares<float>>(lora::base_norms(exec, lora::dense{l.w()}));
     return [=, &x = l.x(), &w = l.w(), &y = l.y(), &dy = l.dy(), &dx = l.dx(), &m = l.magnitude(), p = l.adapter(),
             g = std::make_shared<gradients>(l)] {
-      const lora::linear_options<float> options{.h = g->h};
+      const lora::linear_options<float> options{.h = g->h, .z = g->z};
       const lora::dora adapter{*p, row(m), *base};
       lora::linear(exec, x, lora::dense{w}, adapter, y, options);
       lora::linear_backward(exec, x, lora::dense{w}, adapter, dy, lora::gradients{g->da, g->db, g->dm}, dx, options);

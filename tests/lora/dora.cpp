@@ -122,7 +122,42 @@ TEMPLATE_TEST_CASE("DoRA forward and backward follow the paper, with and without
       CHECK(difference(db, l.db()) < tolerance<TestType>());
       CHECK(difference(dx, l.dx()) < tolerance<TestType>());
       CHECK(difference(as_row(dm), l.dm()) < tolerance<TestType>());
+
+      // With h and z kept by forward, z in the middle of something wider.
+      using A = sums<TestType>;
+      mlkit::matrix<A> h({s.tokens, s.rank}), wide({s.tokens, s.out + 3});
+      std::fill(wide.begin(), wide.end(), A{7});
+      auto keeping = options;
+      keeping.h = h;
+      keeping.z = {wide.data() + 2, {s.tokens, s.out}, {s.out + 3, 1}};
+      mlkit::matrix<TestType> y2({s.tokens, s.out}), dx2({s.tokens, s.in});
+      lora::linear(mlkit::cpu{}, l.x, base, dora, y2, keeping);
+      CHECK(difference(y2, l.y()) < tolerance<TestType>());
+      CHECK(difference(keeping.z, l.z()) < tolerance<TestType>());
+      CHECK((wide(0, 1) == 7 && wide(s.tokens - 1, s.out + 2) == 7));
+      for (index_t i = 0; i < da.size(); ++i) da.data()[i] = 1;
+      for (index_t i = 0; i < db.size(); ++i) db.data()[i] = 1;
+      for (index_t i = 0; i < s.out; ++i) dm(i) = 1;
+      keeping.accumulate = true;
+      lora::linear_backward(mlkit::cpu{}, l.x, base, dora, l.dy, lora::gradients{da, db, dm}, dx2, keeping);
+      const auto plus_one = [](mat m) {
+        for (double& v : m.v) v += 1;
+        return m;
+      };
+      CHECK(difference(da, plus_one(l.da())) < tolerance<TestType>());
+      CHECK(difference(db, plus_one(l.db())) < tolerance<TestType>());
+      CHECK(difference(dx2, l.dx()) < tolerance<TestType>());
+      CHECK(difference(as_row(dm), plus_one(l.dm())) < tolerance<TestType>());
     }
+}
+
+TEST_CASE("DoRA reads the z that is given to backward", "[lora][dora]") {
+  layer<double> l(5, 7, 6, 2);
+  mlkit::matrix<double> z({5, 6}), da({2, 7}), db({6, 2}), dx({5, 7});
+  mlkit::vector<double> dm({6}), zero({6});
+  const lora::dora dora{l.adapter(), l.magnitude};
+  lora::linear_backward(mlkit::cpu{}, l.x, lora::dense{l.w}, dora, l.dy, lora::gradients{da, db, dm}, dx, {.z = z});
+  for (index_t o = 0; o < 6; ++o) CHECK(dm(o) == 0);  // z is all zeros
 }
 
 TEST_CASE("DoRA's norms: computed, prepared and frozen are the same", "[lora][dora]") {
@@ -198,4 +233,29 @@ TEST_CASE("PEFT's DoRA layers", "[lora][dora]") {
     const auto want = file.view<double, 1>("dm");
     for (index_t o = 0; o < 40; ++o) CHECK(dm(o) == Approx(want(o)).epsilon(1e-5).margin(1e-5));
   }
+}
+
+TEST_CASE("a z that does not fit is refused before anything is written", "[lora][dora][errors]") {
+  using Catch::Contains;
+  const layer<float> l(5, 7, 6, 2);
+  mlkit::matrix<float> y({5, 6}), z({5, 6}), small({5, 5}), da({2, 7}), db({6, 2}), dx({5, 7});
+  mlkit::vector<float> dm({6});
+  std::fill(y.begin(), y.end(), 7.0f);
+  const lora::dora dora{l.adapter(), l.magnitude};
+  const auto forward = [&](const lora::linear_options<float>& o) {
+    lora::linear(mlkit::cpu{}, l.x, lora::dense{l.w}, dora, y, o);
+  };
+  const auto backward = [&](const lora::linear_options<float>& o) {
+    lora::linear_backward(mlkit::cpu{}, l.x, lora::dense{l.w}, dora, l.dy, lora::gradients{da, db, dm}, dx, o);
+  };
+  CHECK_THROWS_WITH(forward({.z = small}), Contains("lora::linear: z has 5 columns") && Contains("6"));
+  CHECK_THROWS_WITH(backward({.z = small}), Contains("lora::linear_backward: z has 5 columns") && Contains("6"));
+  CHECK_THROWS_WITH(forward({.z = {z.data(), {4, 6}}}), Contains("z has 4 rows") && Contains("5"));
+  CHECK_THROWS_WITH(forward({.z = {z.data(), {5, 6}, {1, 5}}}), Contains("z has elements 5 apart in a row"));
+  CHECK_THROWS_WITH(forward({.z = {nullptr, {5, 6}}}), Contains("z is null"));
+  CHECK_THROWS_WITH(forward({.z = y}), Contains("z") && Contains("overlap"));
+  CHECK_THROWS_WITH(backward({.z = {dx.data(), {5, 6}, {7, 1}}}), Contains("z") && Contains("overlap"));
+  CHECK_THROWS_WITH(lora::linear(mlkit::cpu{}, l.x, lora::dense{l.w}, l.adapter(), y, {.z = z}),
+                    Contains("z is given, but only DoRA has one"));
+  CHECK(std::all_of(y.begin(), y.end(), [](float v) { return v == 7; }));
 }

@@ -181,26 +181,24 @@ void run_dora(const cpu& exec, const matrix_view<const X>& x, const Base& base, 
               const matrix_view<Y>& y, const linear_options<A>& o) {
   if (x.extent(0) == 0) return;
   const index_t out = base.outputs(), rank = d.adapter.rank();
-  const workspace<A> memory(out * (2 + (Masked ? rank : 0)));
+  const workspace<A> memory(out * 2);
   A* factors = memory.data() + out;
   find_factors(d.magnitude, find_norms(exec, base, d, memory.data()), factors);
   if constexpr (!Masked) {
     run_linear<false>(exec, x, base, d.adapter, y, o, factors);
   } else {
-    // x W^T + bias + g h B^T, and to it (g - 1) D(x) W^T.
-    const matrix_view<A> scaled(factors + out, {out, rank});
-    scale_rows_of(d.adapter.b, factors, scaled);
+    // x W^T + bias + h B^T, and to it (g - 1) z with z = D(x) W^T + h B^T.
     for (index_t i = 0; i < out; ++i) factors[i] -= 1;
     const dropout_mask whole = dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1));
     each_token_block(x.extent(0), rank, o.h, [&](index_t first, index_t count, const matrix_view<A>& h) {
       const auto masked = masked_operand(rows_of(x, first, count), 0, whole.from(first));
       const auto ys = rows_of(y, first, count);
       project_down<bias_t<Base>>(exec, masked, d.adapter, h);
-      project_up(exec, left_of(rows_of(x, first, count)), base, h, as_const(scaled), ys,
+      project_up(exec, left_of(rows_of(x, first, count)), base, h, d.adapter.b, ys,
                  finish<A, bias_t<Base>, Y>{.bias = base.bias.data});
-      project_up(exec, masked, base, matrix_view<const A>(&no_elements<A>, {count, 0}),
-                 matrix_view<const A>(&no_elements<A>, {out, 0}), ys,
-                 finish<A, bias_t<Base>, Y>{.columns = factors}.adding(ys));
+      finish<A, bias_t<Base>, Y> stage{.columns = factors};
+      if (o.z.data) stage.keeping(rows_of(o.z, first, count));
+      project_up(exec, masked, base, h, d.adapter.b, ys, stage.adding(ys));
     });
   }
 }
@@ -225,7 +223,7 @@ void run_dora_backward(const cpu& exec, const matrix_view<const X>& x, const Bas
   }
   if (tokens == 0) return;
   const workspace<A> memory(out * (4 + rank) + std::min(tokens, tokens_at_once) * rank +
-                            std::min(tokens, dora_tokens) * out);
+                            (o.z.data ? 0 : std::min(tokens, dora_tokens) * out));
   A* factors = memory.data() + out;
   A* sums = factors + out;
   A* less_one = sums + out;
@@ -250,13 +248,14 @@ void run_dora_backward(const cpu& exec, const matrix_view<const X>& x, const Bas
     };
     if (!o.h.data) project_down<Bias>(exec, x_operand(0, 0, count), p, h);
 
-    // The magnitude's: the output before g, again, times dy.
+    // The magnitude's: dy times z, which is computed again where forward did not keep it.
     for (index_t row = 0; row < count; row += dora_tokens) {
       const index_t rows = std::min(dora_tokens, count - row);
-      const matrix_view<A> z(z_memory, {rows, out});
-      project_up(exec, x_operand(0, row, rows), base, rows_of(h, row, rows), p.b, z, finish<A, Bias, A>{});
+      const matrix_view<A> z = o.z.data ? rows_of(o.z, first + row, rows) : matrix_view<A>(z_memory, {rows, out});
+      if (!o.z.data)
+        project_up(exec, x_operand(0, row, rows), base, rows_of(h, row, rows), p.b, z, finish<A, Bias, A>{});
       const dense_source<D> dy_rows{&dys(row, 0), rows, out, dys.stride(0), dys.stride(1)};
-      const dense_source<A> z_rows{z.data, rows, out, out, 1};
+      const dense_source<A> z_rows{z.data, rows, out, z.stride(0), 1};
       const auto kernel = MLKIT_SELECT(add_column_products<D, A>);
       const cpu limited = limit_threads(exec, static_cast<double>(rows) * static_cast<double>(out));
       parallel_ranges(limited, ceil_div(out, row_columns), [&](index_t begin, index_t end) {
@@ -344,6 +343,14 @@ void linear(const Executor& exec, const X& x, const Base& base, const dora<T, M>
   detail::check_dora("lora::linear", adapter, base.outputs(), base.inputs());
   detail::check_disjoint_dora("lora::linear", "y", out, adapter);
   if (options.h.data) detail::check_disjoint_dora("lora::linear", "h", options.h, adapter);
+  detail::check_kept("lora::linear", options, in.extent(0), base.outputs());
+  if (options.z.data) {
+    detail::check_disjoint("lora::linear", "z", options.z, "x", in);
+    detail::check_disjoint("lora::linear", "z", options.z, "y", out);
+    detail::check_disjoint_base("lora::linear", "z", options.z, base);
+    detail::check_disjoint_adapter("lora::linear", "z", options.z, adapter.adapter);
+    detail::check_disjoint_dora("lora::linear", "z", options.z, adapter);
+  }
   if (detail::drops(options))
     detail::run_dora<true>(exec, in, base, adapter, out, options);
   else
@@ -354,7 +361,8 @@ void linear(const Executor& exec, const X& x, const Base& base, const dora<T, M>
 /// D(x),
 ///   dmagnitude = sum over tokens of dy * z / norm [out],   db = u^T h,   da = (s u B)^T D(x),
 ///   dx = u W + s u B A, and with dropout dy W + D^T((g - 1) dy W + s u B A).
-/// z is computed again, 256 tokens at a time. Otherwise as for a plain adapter.
+/// z is computed again, 256 tokens at a time, where forward was not given `options.z` to keep it in. Otherwise as for a
+/// plain adapter.
 template <executor Executor, viewable<2> X, linear_base Base, class T, class M, viewable<2> D, class G, viewable<2> Dx>
 void linear_backward(const Executor& exec, const X& x, const Base& base, const dora<T, M>& adapter, const D& dy,
                      const gradients<G>& grads, Dx&& dx, const linear_options<accumulator_t<T>>& options = {}) {
@@ -384,6 +392,13 @@ void linear_backward(const Executor& exec, const X& x, const Base& base, const d
   detail::check_disjoint_base(function, "dmagnitude", grads.dmagnitude, base);
   detail::check_disjoint_adapter(function, "dmagnitude", grads.dmagnitude, adapter.adapter);
   if (options.h.data) detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "h", options.h);
+  detail::check_kept(function, options, in.extent(0), base.outputs());
+  if (options.z.data) {
+    detail::check_disjoint(function, "da", grads.da, "z", options.z);
+    detail::check_disjoint(function, "db", grads.db, "z", options.z);
+    detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "z", options.z);
+    if (din.data) detail::check_disjoint(function, "dx", din, "z", options.z);
+  }
   if (detail::drops(options))
     detail::run_dora_backward<true>(exec, in, base, adapter, dout, grads, din, options);
   else

@@ -17,6 +17,9 @@ struct linear_options {
   bool training = true;      ///< false switches dropout off
   /// s D(x) A^T, [tokens, rank]: forward writes it if it is given, and backward then need not compute it again.
   matrix_view<A> h = {};
+  /// DoRA alone: what its factors multiply, x W^T + s (x A^T) B^T with D(x) for x, [tokens, out], each row a run:
+  /// forward writes it if it is given, and backward then need not compute it again.
+  matrix_view<A> z = {};
   bool accumulate = false;  ///< backward: add to da, db and dmagnitude instead of overwriting them
 };
 
@@ -97,6 +100,22 @@ void check_saved(std::string_view function, const matrix_view<A>& h, index_t tok
   check_extent(function, "h", "columns", h.extent(1), "adapter.a", rank);
 }
 
+// DoRA's saved z, where it is given.
+template <class A>
+void check_kept(std::string_view function, const linear_options<A>& o, index_t tokens, index_t outputs) {
+  if (!o.z.data && o.z.empty()) return;
+  check_output(function, "z", o.z);
+  check_extent(function, "z", "rows", o.z.extent(0), "x", tokens);
+  check_extent(function, "z", "columns", o.z.extent(1), "base", outputs);
+  if (o.z.extent(1) > 1 && o.z.stride(1) != 1)
+    fail_shape(function, ": z has elements ", o.z.stride(1), " apart in a row; a row of it is a run");
+  if (o.h.data) check_disjoint(function, "z", o.z, "h", o.h);
+}
+template <class A>
+void check_nothing_kept(std::string_view function, const linear_options<A>& o) {
+  if (o.z.data || !o.z.empty()) fail_value(function, ": z is given, but only DoRA has one");
+}
+
 template <class X, class Base, class Y>
 void check_linear(std::string_view function, const matrix_view<const X>& x, const Base& base, const matrix_view<Y>& y) {
   check_base(function, base);
@@ -174,8 +193,10 @@ void run_linear(const cpu& exec, const matrix_view<const X>& x, const Base& base
     else if (p.rank() > 0)
       project_down<bias_t<Base>>(exec, left_of(rows), p, h);
     const adapter_view<T> added = effective(p);
+    finish<A, bias_t<Base>, Y> stage{.columns = factors, .bias = base.bias.data};
+    if (o.z.data) stage.keeping(rows_of(o.z, first, count));
     project_up(exec, left_of(rows), base, matrix_view<A>(h.data, {count, added.rank()}, h.strides), added.b,
-               rows_of(y, first, count), finish<A, bias_t<Base>, Y>{.columns = factors, .bias = base.bias.data});
+               rows_of(y, first, count), stage);
   });
 }
 
@@ -333,6 +354,7 @@ void linear(const Executor& exec, const X& x, const Base& base, const Adapter& a
   const auto out = as_view(y);
   detail::check_types<T, typename Base::value_type, P, element_t<std::remove_reference_t<Y>>>();
   detail::check_linear("lora::linear", in, base, p, out, options);
+  detail::check_nothing_kept("lora::linear", options);
   if (detail::drops(options))
     detail::run_linear<true>(exec, in, base, p, out, options);
   else
@@ -361,6 +383,7 @@ void linear_backward(const Executor& exec, const X& x, const Base& base, const A
   const auto din = as_view(dx);
   detail::check_types<T, typename Base::value_type, P, U, G, element_t<std::remove_reference_t<Dx>>>();
   detail::check_backward("lora::linear_backward", in, base, p, dout, grads, din, options);
+  detail::check_nothing_kept("lora::linear_backward", options);
   if (grads.dmagnitude.data) detail::fail_value("lora::linear_backward: dmagnitude is given, but adapter has none");
   if (detail::drops(options))
     detail::run_backward<true>(exec, in, base, p, dout, grads, din, options);

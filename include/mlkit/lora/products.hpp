@@ -7,8 +7,8 @@
 
 namespace MLKIT_NAMESPACE::lora::detail {
 
-/// (x * value * rows[row] * columns[col] + bias[col] + row_bias[row] + add[row, col]) * last[row], where null means
-/// absent. One type of stage for all of LoRA's products, so that they share their kernels.
+/// ((x * value * rows[row] -> kept) * columns[col] + bias[col] + row_bias[row] + add[row, col]) * last[row], where null
+/// means absent. One type of stage for all of LoRA's products, so that they share their kernels.
 template <class A, class B, class Out>
 struct finish {
   A value = 1;
@@ -19,11 +19,18 @@ struct finish {
   index_t add_row = 0, add_column = 1;
   const A* last = nullptr;
   const B* row_bias = nullptr;
+  A* kept = nullptr;  // [row, col], where each row is a run
+  index_t kept_row = 0;
 
   bool changes_nothing() const noexcept {
-    return value == 1 && !rows && !columns && !bias && !add && !last && !row_bias;
+    return value == 1 && !rows && !columns && !bias && !add && !last && !row_bias && !kept;
   }
 
+  finish& keeping(const matrix_view<A>& c) noexcept {
+    kept = c.data;
+    kept_row = c.stride(0);
+    return *this;
+  }
   finish& adding(const matrix_view<Out>& c) noexcept {
     add = c.data;
     add_row = c.stride(0);

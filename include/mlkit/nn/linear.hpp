@@ -63,7 +63,10 @@ var<T> adapted_linear(var<T> x, var<T> w, var<T> bias, const Adapter& adapter, s
   const index_t rank = factors[0].rows(), rows = x.rows(), in = x.columns();
   lora::linear_options<T> options;
   options.accumulate = true;
-  if (y.needs_grad()) options.h = {t.scratch(rows * rank), {rows, rank}};
+  if (y.needs_grad()) {
+    options.h = {t.scratch(rows * rank), {rows, rank}};
+    if (factors[2]) options.z = {t.scratch(rows * w.rows()), {rows, w.rows()}};
+  }
   lora::linear(t.exec(), x.matrix(), base_of(w, bias), adapter, y.matrix(), options);
   t.on_backward(y, [=] {
     tape<T>& on = y.on();

@@ -4,6 +4,7 @@ template <class V, class A, class B, class Out>
 MLKIT_ALWAYS_INLINE V finish_stage(set_tag, const lora::detail::finish<A, B, Out>& stage, V x,
                                    const output_position& at) noexcept {
   x = x * V(stage.rows ? stage.value * stage.rows[at.row] : stage.value);
+  if (stage.kept) x.store(stage.kept + at.row * stage.kept_row + at.col, at.count);
   if (stage.columns) x = x * V::load(stage.columns + at.col, at.count);
   if (stage.bias) x = x + V::load(stage.bias + at.col, at.count);
   if (stage.row_bias) x = x + V(static_cast<A>(stage.row_bias[at.row]));
