@@ -123,7 +123,7 @@ void pack_right(const operand<Source>& op, index_t line, index_t lines, index_t 
     if constexpr (is_dense<Source>) {
       constexpr index_t rows_ahead = 16;
       const auto* row = op.source.data + (k + p + rows_ahead) * op.source.row_stride + line;
-      for (index_t l = 0; l < lines; l += 64 / index_t{sizeof(*row)}) __builtin_prefetch(row + l, 0, 3);
+      for (index_t l = 0; l < lines; l += 64 / index_t{sizeof(*row)}) __builtin_prefetch(row + l, 0, 2);
     }
   };
   if constexpr (per_word == 1) {
