@@ -111,6 +111,21 @@ TEST_CASE("an output over the memory of a quantised weight is refused", "[lora][
   CHECK(std::all_of(memory.begin(), memory.end(), [](float v) { return v == poison; }));
 }
 
+TEST_CASE("an output over one of many adapters is refused", "[lora][bad input]") {
+  const auto x = normal<float>(6, 8, 1), w = normal<float>(5, 8, 2), a = normal<float>(2, 8, 3),
+             b = normal<float>(5, 2, 4);
+  mlkit::matrix<float> y({6, 5});
+  fill_with(y, poison);
+  const mlkit::matrix_view<const float> over(y.data(), {5, 2});
+  const std::vector<lora::adapter_view<float>> adapters{{a, b, 1}, {a, over, 1}};
+  const std::vector<int> ids(6), starts{0, 3, 6};
+  CHECK_THROWS_WITH(lora::linear(mlkit::cpu{}, x, lora::dense{w}, lora::per_row{adapters, ids}, y),
+                    Contains("y [6, 5] overlaps adapter.b [5, 2]"));
+  CHECK_THROWS_WITH(lora::linear(mlkit::cpu{}, x, lora::dense{w}, lora::segments{adapters, starts}, y),
+                    Contains("y [6, 5] overlaps adapter.b [5, 2]"));
+  CHECK(std::all_of(y.begin(), y.end(), [](float v) { return v == poison; }));
+}
+
 TEST_CASE("DoRA's gradients may not share memory, with each other or with what is read", "[lora][bad input]") {
   const mlkit::cpu exec;
   const lora::conv_options o{.kernel = {3, 3}, .padding = {1, 1}};

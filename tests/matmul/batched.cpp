@@ -120,6 +120,43 @@ TEST_CASE("grouped products take every problem in its own shape, with the same b
   mlkit::matmul(cpu{}, std::vector<mlkit::matmul_problem<float, float, float>>{});
 }
 
+TEST_CASE("batches that are not evenly spaced, with a shared b and stages that are the same for every row") {
+  const auto a = random<float>({4, 9, 20}, 1), b = random<float>({1, 20, 30}, 2);
+  const mlkit::tensor_view<const float, 3> some(a.data(), {4, 6, 20}, {180, 20, 1});
+  tensor<float, 3> even({4, 6, 30}), c({4, 9, 30});
+  for (float& x : c) x = 7;
+  const mlkit::tensor_view<float, 3> spaced(c.data(), {4, 6, 30}, {270, 30, 1});
+  mlkit::matmul(cpu{}, some, slice(b.view(), 0), even);
+  mlkit::matmul(cpu{}, some, slice(b.view(), 0), spaced, epilogue{mlkit::scale{2}});
+  for (index_t i = 0; i < 4; ++i) {
+    sums expected = naive(slice(some, i), slice(b.view(), 0));
+    expect(slice(even.view(), i), expected, "a not evenly spaced");
+    for (double& v : expected.value) v *= 2;
+    for (double& v : expected.magnitude) v *= 2;
+    expect(slice(spaced, i), expected, "neither evenly spaced");
+    for (index_t r = 6; r < 9; ++r)
+      for (index_t j = 0; j < 30; ++j) REQUIRE(c(i, r, j) == 7);
+  }
+}
+
+TEST_CASE("a group's problem without any work is done too, wherever it stands") {
+  const auto a = random<float>({1, 120, 130}, 1), b = random<float>({1, 130, 110}, 2);
+  const mlkit::matrix<float> left({3, 0}), right({0, 4});
+  for (int threads : {1, 2, 5}) {
+    tensor<float, 3> c({9, 120, 110});
+    mlkit::matrix<float> first({3, 4}), last({3, 4});
+    for (auto* m : {&first, &last}) std::fill(m->begin(), m->end(), 5.0f);
+    std::vector<mlkit::matmul_problem<float, float, float>> problems{{left, right, first}};
+    for (index_t i = 0; i < 9; ++i) problems.push_back({slice(a.view(), 0), slice(b.view(), 0), slice(c.view(), i)});
+    problems.push_back({left, right, last});
+    mlkit::matmul(cpu{.threads = threads}, problems);
+    for (auto* m : {&first, &last})
+      for (float x : *m) REQUIRE(x == 0);
+    sums expected = naive(slice(a.view(), 0), slice(b.view(), 0));
+    for (index_t i = 0; i < 9; ++i) expect(slice(c.view(), i), expected, "beside empty ones");
+  }
+}
+
 TEST_CASE("a stage that may be called with or without a position sees the rows of one matrix") {
   const auto a = random<float>({3, 4, 5}, 1);
   const mlkit::matrix<float> zero({5, 6});
@@ -160,6 +197,15 @@ TEST_CASE("batched and grouped products refuse what does not fit, and touch noth
   CHECK(message_of([&] {
           mlkit::matmul(exec, a, mlkit::matrix<float>({4, 6}), c);
         }) == "mlkit::shape_error: matmul: a has 5 columns, but b has 4 rows");
+  tensor<float, 3> square({3, 4, 4});
+  const auto other = random<float>({3, 4, 4}, 3);
+  CHECK(message_of([&] { mlkit::matmul(exec, other, square, square); }) ==
+        "mlkit::shape_error: matmul: c [3, 4, 4] overlaps b [3, 4, 4]");
+  CHECK(message_of([&] { mlkit::matmul(exec, other, slice(square.view(), 2), square); }) ==
+        "mlkit::shape_error: matmul: c [3, 4, 4] overlaps b [4, 4]");
+  CHECK(message_of([&] { mlkit::matmul(exec, other, other, square, epilogue{mlkit::add{slice(square.view(), 2)}}); }) ==
+        "mlkit::shape_error: matmul: c [3, 4, 4] overlaps residual [4, 4]");
+  for (float x : square) REQUIRE(x == 0);
   const mlkit::tensor_view<float, 3> folded(c.data(), {3, 4, 6}, {0, 6, 1});
   CHECK(message_of([&] { mlkit::matmul(exec, a, b, folded); }) ==
         "mlkit::shape_error: matmul: c of shape [3, 4, 6] has overlapping strides [0, 6, 1]");

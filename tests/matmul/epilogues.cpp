@@ -65,10 +65,13 @@ TEST_CASE("epilogue: bias, factors, residual and accumulation, in the order writ
   check_epilogue<float, float>(
       1,
       [](const extras& e, const shape& s, const auto& call) {
-        const auto columns = as<float>(e.columns), rows = as<float>(e.rows), residual = as<float>(e.residual);
+        const auto columns = as<float>(e.columns), rows = as<float>(e.rows);
+        guarded<float> residual(s.m, s.n, layout::padded_rows);
+        for (index_t i = 0; i < s.m; ++i)
+          for (index_t j = 0; j < s.n; ++j)
+            residual.view()(i, j) = static_cast<float>(e.residual[static_cast<std::size_t>(i * s.n + j)]);
         call(epilogue{mlkit::add_bias{columns}, mlkit::scale_rows{rows}, mlkit::accumulate{},
-                      mlkit::scale_columns{columns},
-                      mlkit::add{mlkit::matrix_view<const float>(residual.data(), {s.m, s.n})}});
+                      mlkit::scale_columns{columns}, mlkit::add{residual.view()}});
       },
       [](double x, index_t i, index_t j, double before, const extras& e) {
         const auto row = static_cast<std::size_t>(i), col = static_cast<std::size_t>(j);

@@ -33,6 +33,7 @@ void check_packed_shapes(int count) {
     check_packed<E, A, B, C>({1 + i % 40, 1 + pick(seed, 4, 200), 1 + pick(seed, 5, 90)}, seed);
   }
   for (index_t m : {1, 3, 5, 25, 200}) check_packed<E, A, B, C>({m, 131, 1030}, static_cast<std::uint64_t>(m));
+  check_packed<E, A, B, C>({9, 700, 50}, 7);  // more than one block of right lines
   check_packed<E, A, B, C>({5, 7, 0}, 1);
   check_packed<E, A, B, C>({0, 7, 3}, 1);
   check_packed<E, A, B, C>({3, 0, 3}, 1);

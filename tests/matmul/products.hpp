@@ -48,6 +48,9 @@ void check_large_shapes() {
   check_product<A, B, C>({40, 1100, 2050}, 2);
   check_product<A, B, C>({3000, 20, 30}, 3);
   check_product<A, B, C>({18, 2500, 40}, 4);
+  // Few lines on one side, sums along the other in more than one block.
+  check_product<A, B, C>({3, 2500, 40}, layout::rows, layout::rows, layout::rows);
+  check_product<A, B, C>({2500, 3, 40}, layout::columns, layout::rows, layout::padded_rows);
 }
 
 // Every layout of every operand.
