@@ -92,6 +92,22 @@ TEST_CASE("an output that is given a shape but no memory is refused", "[lora][ba
   for (auto* m : {&y, &da, &db}) CHECK(std::all_of(m->begin(), m->end(), [](float v) { return v == poison; }));
 }
 
+TEST_CASE("a row that DoRA's merge made zero cannot be unmerged, and nothing is", "[lora][bad input]") {
+  const mlkit::cpu exec;
+  auto w = normal<float>(5, 8, 2);
+  const auto a = normal<float>(2, 8, 3), b = normal<float>(5, 2, 4);
+  auto m = normal_vector<float>(5, 6, 0.1f, 1);
+  m(3) = 0;
+  const lora::adapter_view<float> p{a, b, 1};
+  const auto norms = lora::adapted_norms(exec, lora::dense<float>{w}, p);
+  lora::merge(exec, w, lora::dora{p, m, norms});
+  for (index_t k = 0; k < 8; ++k) CHECK(w(3, k) == 0);
+  const auto before = w.clone();
+  CHECK_THROWS_WITH(lora::unmerge(exec, w, lora::dora{p, m, norms}),
+                    "mlkit::value_error: lora::unmerge: row 3 was merged with the factor 0");
+  CHECK(std::equal(w.begin(), w.end(), before.begin()));
+}
+
 TEST_CASE("an output over the memory of a quantised weight is refused", "[lora][bad input]") {
   const mlkit::cpu exec;
   const auto x = normal<float>(6, 8, 1), a = normal<float>(2, 8, 3), b = normal<float>(5, 2, 4);
