@@ -169,6 +169,7 @@ TEST_CASE("a stage that may be called with or without a position sees the rows o
       for (index_t l = 0; l < 6; ++l) REQUIRE(c(i, j, l) == static_cast<float>(10 * j + l));
 }
 
+#if !defined(__clang__) || __clang_major__ > 15  // earlier ones cannot read the library's views
 TEST_CASE("a group's problems may be made as they are asked for") {
   const auto a = random<float>({5, 7, 9}, 1), b = random<float>({5, 9, 4}, 2);
   tensor<float, 3> c({5, 7, 4});
@@ -182,6 +183,7 @@ TEST_CASE("a group's problems may be made as they are asked for") {
     expect(slice(c.view(), i), expected, "grouped over a lazy range");
   }
 }
+#endif
 
 TEST_CASE("batched and grouped products refuse what does not fit, and touch nothing") {
   const auto a = random<float>({3, 4, 5}, 1), b = random<float>({3, 5, 6}, 2);

@@ -142,7 +142,7 @@ void tile(index_t depth, const typename compute<Element>::word* MLKIT_RESTRICT a
       run += tiles_copy ? index_t{sizeof(V)} : 64;
       if (run >= left_run) {
         next_left += left_stride;
-        if constexpr (tiles_copy) {
+        if (copies > 0) {
           from += left_stride;
           panel += panel_stride<Element> * index_t{sizeof(word)};
         }
