@@ -166,6 +166,14 @@ void add_patches(const cpu& exec, const matrix_view<A>& columns, index_t first, 
   });
 }
 
+// The same for da and db together.
+template <class A, class G, class F>
+void summed_as(const gradients<G>& g, F&& f) {
+  summed_as<A>(g.da, [&](const matrix_view<A>& da) {
+    summed_as<A>(g.db, [&](const matrix_view<A>& db) { f(gradients<A>(da, db)); });
+  });
+}
+
 // factors, and with them sums for the magnitude's gradient, are null for a plain adapter.
 template <class X, class Base, class T, class D, class G, class Dx, class A>
 void run_conv_backward(const cpu& exec, const tensor_view<const X, 4>& x, const Base& base, const adapter_view<T>& p,
@@ -346,11 +354,9 @@ void conv2d_backward(const Executor& exec, const X& x, const Base& base, const A
     detail::clear(grads.da);
     detail::clear(grads.db);
   }
-  detail::summed_as<A>(grads.da, [&](const matrix_view<A>& da) {
-    detail::summed_as<A>(grads.db, [&](const matrix_view<A>& db) {
-      detail::run_conv_backward(exec, in, base, p, static_cast<const A*>(nullptr), static_cast<A*>(nullptr), options,
-                                dout, gradients<A>(da, db), din);
-    });
+  detail::summed_as<A>(grads, [&](const gradients<A>& summed) {
+    detail::run_conv_backward(exec, in, base, p, static_cast<const A*>(nullptr), static_cast<A*>(nullptr), options,
+                              dout, summed, din);
   });
 }
 
@@ -389,11 +395,9 @@ void conv2d_backward(const Executor& exec, const X& x, const Base& base, const d
   const A* norms = detail::find_norms(exec, base, adapter, memory.data());
   detail::find_factors(adapter.magnitude, norms, factors);
   std::fill_n(sums, out, A{});
-  detail::summed_as<A>(grads.da, [&](const matrix_view<A>& da) {
-    detail::summed_as<A>(grads.db, [&](const matrix_view<A>& db) {
-      detail::run_conv_backward(exec, in, base, adapter.adapter, static_cast<const A*>(factors), sums, options, dout,
-                                gradients<A>(da, db), din);
-    });
+  detail::summed_as<A>(grads, [&](const gradients<A>& summed) {
+    detail::run_conv_backward(exec, in, base, adapter.adapter, static_cast<const A*>(factors), sums, options, dout,
+                              summed, din);
   });
   for (index_t i = 0; i < out; ++i) {
     const A before = accumulate ? static_cast<A>(grads.dmagnitude(i)) : A{};

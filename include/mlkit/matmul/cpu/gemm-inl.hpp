@@ -36,7 +36,7 @@ constexpr index_t depth_step(index_t depth, index_t block_words = compute<Elemen
 }
 
 // Visits the depth blocks of a segment as f(k, depth).
-template <class Element, class F>
+template <class F>
 MLKIT_ALWAYS_INLINE void each_depth_block(index_t depth, index_t step, F&& f) noexcept {
   for (index_t k = 0; k < depth; k += step) f(k, std::min(step, depth - k));
 }
@@ -66,7 +66,7 @@ struct gemm {
     word* out = panels + at * sliver * packed_depth(p);
     const auto one = [&](const auto& s) {
       if (s.packed_right) return;
-      each_depth_block<Element>(s.depth(), depth_step<Element>(s.depth()), [&](index_t k, index_t depth) {
+      each_depth_block(s.depth(), depth_step<Element>(s.depth()), [&](index_t k, index_t depth) {
         pack_right<Element>(s.right, line, lines, padded, k, depth, out, scratch);
         out += words<Element>(depth) * padded;
       });
@@ -184,7 +184,7 @@ struct gemm {
             words<Element>(rest) + words<Element>(next.depth()) <= block_words + joined_words)
           joined = {next.depth(), &append_left<I + 1, Product>};
       }
-      each_depth_block<Element>(s.depth(), step, [&](index_t k, index_t depth) {
+      each_depth_block(s.depth(), step, [&](index_t k, index_t depth) {
         multiply_block(p, s, k, depth, k + depth == s.depth() ? joined : joined_segment<Product>{}, at);
       });
       if (!s.packed_right) at.packed_words += words<Element>(s.depth());

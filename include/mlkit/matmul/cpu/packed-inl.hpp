@@ -8,7 +8,7 @@ void pack_alone(const operand<Source>& op, index_t at, void* panels, void* scrat
   constexpr index_t sliver = sliver_lines<element>, width = vec<word>::width;
   const index_t line = at * sliver, lines = std::min(sliver, op.lines() - line), padded = round_up(lines, width);
   word* out = static_cast<word*>(panels) + line * words<element>(op.depth());
-  each_depth_block<element>(op.depth(), depth_step<element>(op.depth()), [&](index_t k, index_t depth) {
+  each_depth_block(op.depth(), depth_step<element>(op.depth()), [&](index_t k, index_t depth) {
     pack_right<element>(op, line, lines, padded, k, depth, out, static_cast<element*>(scratch));
     out += words<element>(depth) * padded;
   });
