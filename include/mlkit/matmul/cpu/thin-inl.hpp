@@ -46,7 +46,7 @@ inline constexpr int lines_ahead = 3;
 template <int Many, int Few, class T, class Element, class V>
 MLKIT_ALWAYS_INLINE void dot_tile(index_t n, const T* MLKIT_RESTRICT many, index_t many_stride,
                                   const Element* MLKIT_RESTRICT few, index_t few_stride, V* MLKIT_RESTRICT sums,
-                                  index_t sums_stride, const T* const (&ahead)[lines_ahead]) noexcept {
+                                  index_t sums_stride, const std::type_identity_t<T>* const* ahead) noexcept {
   using C = compute<Element>;
   constexpr index_t lanes = V::width * C::elements_per_word;
   V sum[Many][Few];
@@ -56,20 +56,26 @@ MLKIT_ALWAYS_INLINE void dot_tile(index_t n, const T* MLKIT_RESTRICT many, index
     for (int j = 0; j < Few; ++j) sum[i][j] = sums[i * sums_stride + j];
   }
   index_t k = 0;
+  const auto step = [&](index_t at) {
+    V right[Few];
+    MLKIT_UNROLL
+    for (int j = 0; j < Few; ++j) right[j] = load_words<Element>(few + j * few_stride + at);
+    MLKIT_UNROLL
+    for (int i = 0; i < Many; ++i) {
+      const V left = load_words<Element>(many + i * many_stride + at);
+      MLKIT_UNROLL
+      for (int j = 0; j < Few; ++j) sum[i][j] = C::multiply_add(left, right[j], sum[i][j]);
+    }
+  };
+  if constexpr (Few == 1) {
+    for (; k + 2 * lanes <= n; k += 2 * lanes) step(k), step(k + lanes);
+  }
   for (; k + lanes <= n; k += lanes) {
     if constexpr (Few > 1) {
       MLKIT_UNROLL
       for (int p = 0; p < lines_ahead; ++p) __builtin_prefetch(ahead[p] + k, 0, 3);
     }
-    V right[Few];
-    MLKIT_UNROLL
-    for (int j = 0; j < Few; ++j) right[j] = load_words<Element>(few + j * few_stride + k);
-    MLKIT_UNROLL
-    for (int i = 0; i < Many; ++i) {
-      const V left = load_words<Element>(many + i * many_stride + k);
-      MLKIT_UNROLL
-      for (int j = 0; j < Few; ++j) sum[i][j] = C::multiply_add(left, right[j], sum[i][j]);
-    }
+    step(k);
   }
   if (k < n) {
     const int rest = static_cast<int>(n - k);
@@ -130,6 +136,7 @@ struct thin {
   static constexpr index_t decoded_chunk = 256;     // as many of all rows, decoded, stay in the first-level cache
   static constexpr int many4 = tile_registers / 4;  // tiles of many4 x 4 and 8 x 1 sums
   static constexpr int rows_at_once = tile_registers == 24 ? 24 : 12;
+  static constexpr int streams = 4;  // rows read at once against a single line
 
   // few[line][k] of all segments, decoded: as elements for dots, as sums for axpys.
   template <class Product>
@@ -162,56 +169,13 @@ struct thin {
   // c for left lines [row, row + rows); left operands run along k.
   template <class Product>
   static void dot(const Product& p, index_t row, index_t rows, const Element* few, sum* scratch) noexcept {
-    const index_t lines = p.right_lines, stride = few_stride(p);
-    const index_t sums_stride = round_up(lines, V::width);
-    V* partial = reinterpret_cast<V*>(scratch);
-    Element* decoded = reinterpret_cast<Element*>(scratch + rows_at_once * lines * V::width);
-    sum* sums = scratch + rows_at_once * (lines * V::width + chunk + V::width);
-    sum* turned = sums + rows_at_once * sums_stride;
-    for (index_t r = 0; r < rows; r += rows_at_once) {
-      const index_t n = std::min<index_t>(rows_at_once, rows - r);
-      for (index_t i = 0; i < n * lines; ++i) partial[i] = V::zero();
-      const Element* right = few;
-      const auto one = [&](const auto& s) {
-        using Source = typename decltype(s.left)::source_type;
-        for (index_t k = 0; k < s.depth();) {
-          index_t depth = std::min(chunk, s.depth() - k);
-          if constexpr (readable<Source, Element>) {
-            if (s.left.source.col_stride == 1) {
-              if (lines <= 2) depth = s.depth() - k;  // nothing is visited twice: one long run
-              const auto* run = s.left.source.data + (row + r) * s.left.source.row_stride;
-              dot_rows<many4, 8>(n, depth, run + k, s.left.source.row_stride, right + k, stride, lines, partial, lines,
-                                 k + depth < s.depth() ? run + k + depth : run + n * s.left.source.row_stride);
-              k += depth;
-              continue;
-            }
-          }
-          // Sources that can take dots themselves do, where no decoded element would be used often.
-          if constexpr (requires {
-                          dot_decoded(set_tag{}, s.left.source, row, n, k, depth, few, stride, lines, partial);
-                        }) {
-            if (dot_decoded(set_tag{}, s.left.source, row + r, n, k, depth, right + k, stride, lines, partial)) {
-              k += depth;
-              continue;
-            }
-          }
-          depth = std::min(decoded_chunk, depth);
-          for (index_t i = 0; i < n; ++i)
-            decode_run(set_tag{}, s.left.source, row + r + i, k, depth, decoded + i * (chunk + V::width));
-          dot_rows<many4, 8>(n, depth, static_cast<const Element*>(decoded), chunk + V::width, right + k, stride, lines,
-                             partial, lines, static_cast<const Element*>(decoded));
-          k += depth;
-        }
-        right += round_up(s.depth(), thin::lanes);
-      };
-      std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
-      for (index_t i = 0; i < n; ++i) {
-        index_t j = 0;
-        for (; j + 4 <= lines; j += 4) sum4(partial + i * lines + j, sums + i * sums_stride + j);
-        for (; j < lines; ++j) sums[i * sums_stride + j] = partial[i * lines + j].sum();
-      }
-      gemm<Element>::finish(p, row + r, n, 0, lines, sums, sums_stride, turned);
-    }
+    // Against a single line the other operand streams from memory: rows far apart draw more bandwidth than neighbours.
+    const index_t apart = p.right_lines == 1 && dense_rows(std::get<0>(p.segments).left.source) ? rows / streams : 0;
+    constexpr index_t far = rows_at_once / streams;
+    for (index_t r = 0; r < apart; r += far)
+      dot_block(p, row + r, std::min(far, apart - r), streams, apart, few, scratch);
+    for (index_t r = apart * streams; r < rows; r += rows_at_once)
+      dot_block(p, row + r, std::min<index_t>(rows_at_once, rows - r), 1, 0, few, scratch);
   }
 
   // c for left lines [row, row + rows), for left operands whose runs go along lines: sums stay in cache while source
@@ -261,6 +225,73 @@ struct thin {
   }
 
  private:
+  // Rows at row + [0, n) + part * apart, for each of the parts.
+  template <class Product>
+  static void dot_block(const Product& p, index_t row, index_t n, index_t parts, index_t apart, const Element* few,
+                        sum* scratch) noexcept {
+    const index_t lines = p.right_lines, stride = few_stride(p);
+    const index_t sums_stride = round_up(lines, V::width);
+    V* partial = reinterpret_cast<V*>(scratch);  // [parts, n, lines]
+    Element* decoded = reinterpret_cast<Element*>(scratch + rows_at_once * lines * V::width);
+    sum* sums = scratch + rows_at_once * (lines * V::width + chunk + V::width);
+    sum* turned = sums + rows_at_once * sums_stride;
+    for (index_t i = 0; i < parts * n * lines; ++i) partial[i] = V::zero();
+    const auto one = [&](const auto& s) {
+      using Source = typename decltype(s.left)::source_type;
+      for (index_t k = 0; k < s.depth();) {
+        index_t depth = std::min(chunk, s.depth() - k);
+        if constexpr (readable<Source, Element>) {
+          if (dense_rows(s.left.source)) {
+            if (lines <= 2) depth = s.depth() - k;  // nothing is visited twice: one long run
+            const index_t pitch = s.left.source.row_stride;
+            const auto* run = s.left.source.data + row * pitch + k;
+            if (parts == streams)
+              for (index_t i = 0; i < n; ++i)
+                dot_tile<streams, 1>(depth, run + i * pitch, apart * pitch, few + k, stride, partial + i, n, nullptr);
+            else
+              dot_rows<many4, 8>(n, depth, run, pitch, few + k, stride, lines, partial, lines,
+                                 k + depth < s.depth() ? run + depth : run - k + n * pitch);
+            k += depth;
+            continue;
+          }
+        }
+        if (!decoded_dots(s.left.source, row, n, parts, apart, k, depth, few, stride, lines, partial)) {
+          depth = std::min(decoded_chunk, depth);
+          for (index_t part = 0; part < parts; ++part) {
+            for (index_t i = 0; i < n; ++i)
+              decode_run(set_tag{}, s.left.source, row + part * apart + i, k, depth, decoded + i * (chunk + V::width));
+            dot_rows<many4, 8>(n, depth, static_cast<const Element*>(decoded), chunk + V::width, few + k, stride, lines,
+                               partial + part * n * lines, lines, static_cast<const Element*>(decoded));
+          }
+        }
+        k += depth;
+      }
+      few += round_up(s.depth(), thin::lanes);
+    };
+    std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
+    for (index_t i = 0; i < parts * n; ++i) {
+      index_t j = 0;
+      for (; j + 4 <= lines; j += 4) sum4(partial + i * lines + j, sums + i * sums_stride + j);
+      for (; j < lines; ++j) sums[i * sums_stride + j] = partial[i * lines + j].sum();
+    }
+    for (index_t part = 0; part < parts; ++part)
+      gemm<Element>::finish(p, row + part * apart, n, 0, lines, sums + part * n * sums_stride, sums_stride, turned);
+  }
+
+  // Sources that can take dots themselves do, where no decoded element would be used often; false if this one does not.
+  template <class Source>
+  static bool decoded_dots(const Source& s, index_t row, index_t n, index_t parts, index_t apart, index_t k,
+                           index_t depth, const Element* few, index_t few_stride, index_t lines, V* partial) noexcept {
+    if constexpr (requires { dot_decoded(set_tag{}, s, row, n, k, depth, few, few_stride, lines, partial); }) {
+      for (index_t part = 0; part < parts; ++part)
+        if (!dot_decoded(set_tag{}, s, row + part * apart, n, k, depth, few + k, few_stride, lines,
+                         partial + part * n * lines))
+          return false;
+      return true;
+    }
+    return false;
+  }
+
   // Dense sources whose elements a register can be loaded from, to be multiplied as T.
   template <class Source, class T>
   static constexpr bool readable = [] {
@@ -271,6 +302,14 @@ struct thin {
     else
       return std::is_same_v<typename Source::value_type, T>;
   }();
+
+  template <class Source>
+  static bool dense_rows(const Source& s) noexcept {
+    if constexpr (readable<Source, Element>)
+      return s.col_stride == 1;
+    else
+      return false;
+  }
 
   template <class T>
   static void add_rows(index_t depth, index_t n, const T* rows, index_t stride, const sum* few, index_t few_stride,
