@@ -236,6 +236,10 @@ struct vec {
   }
   // Round to nearest even, NaN kept quiet: bf16's own rule, lane by lane.
   MLKIT_ALWAYS_INLINE half_bits narrow() const noexcept {
+#if MLKIT_SET_BF16
+    constexpr int denormal = 0x20;  // which the instruction takes for zero
+    if (__builtin_expect(_mm512_fpclass_ps_mask(v, denormal) == 0, 1)) return (half_bits)_mm512_cvtneps_pbh(v);
+#endif
     const word_bits u = (word_bits)v;
     const word_bits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const word_bits quiet = (u >> 16) | 0x40u;

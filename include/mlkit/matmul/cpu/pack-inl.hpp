@@ -77,13 +77,19 @@ void pack_left(const operand<Source>& op, index_t line, index_t lines, index_t k
   for (index_t l = 0; l < lines; ++l) pad_last_word(panel + l * stride, depth);
 }
 
-// out[l] = the word of even[l] and odd[l], for `width` lines, whole registers.
+// out[l] = the word of even[l] and odd[l], for `width` lines, whole registers; the first `lines` are read, the others
+// zero.
 #if MLKIT_SET_BF16
-inline void interleave(const bf16* even, const bf16* odd, index_t width, float* out) noexcept {
-  for (index_t l = 0; l < width; l += 16) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + l)));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + l)));
-    _mm512_storeu_si512(out + l, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+inline void interleave(const bf16* even, const bf16* odd, index_t lines, index_t width, float* out) noexcept {
+  alignas(64) static constexpr std::uint16_t first[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(first), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (index_t l = 0; l < width; l += 32) {
+    const index_t rest = std::clamp<index_t>(lines - l, 0, 32);
+    const __mmask32 some = _bzhi_u32(0xffffffffu, static_cast<unsigned>(rest));
+    const __m512i e = _mm512_maskz_loadu_epi16(some, even + l), o = _mm512_maskz_loadu_epi16(some, odd + l);
+    _mm512_storeu_si512(out + l, _mm512_permutex2var_epi16(e, low, o));
+    if (l + 16 < width) _mm512_storeu_si512(out + l + 16, _mm512_permutex2var_epi16(e, high, o));
   }
 }
 #endif
@@ -134,17 +140,28 @@ void pack_right(const operand<Source>& op, index_t line, index_t lines, index_t 
     }
   } else {  // two runs interleave into one row of words
     constexpr index_t most = 4 * vec<word>::width;
-    Element* even = scratch;
-    Element* odd = scratch + most;
-    for (index_t l = lines; l < width; ++l) even[l] = odd[l] = Element::from_bits(0);
+    const Element* even = scratch;
+    const Element* odd = scratch + most;
     for (index_t p = 0; p < depth; p += 2) {
       fetch_row(p), fetch_row(p + 1);
-      decode_run(set_tag{}, op.source, k + p, line, lines, even);
-      if (p + 1 < depth)
-        decode_run(set_tag{}, op.source, k + p + 1, line, lines, odd);
-      else
-        for (index_t l = 0; l < lines; ++l) odd[l] = Element::from_bits(0);
-      interleave(even, odd, width, panel + (p / 2) * width);
+      const bool pair = p + 1 < depth;
+      bool in_place = false;
+      if constexpr (std::is_same_v<Source, dense_source<Element>>) {
+        if (op.source.col_stride == 1) {
+          in_place = true;
+          even = op.source.data + (k + p) * op.source.row_stride + line;
+          odd = even + op.source.row_stride;
+        }
+      }
+      if (!in_place) {
+        decode_run(set_tag{}, op.source, k + p, line, lines, scratch);
+        if (pair) decode_run(set_tag{}, op.source, k + p + 1, line, lines, scratch + most);
+      }
+      if (!pair) {
+        for (index_t l = 0; l < lines; ++l) scratch[most + l] = Element::from_bits(0);
+        odd = scratch + most;
+      }
+      interleave(even, odd, lines, width, panel + (p / 2) * width);
     }
   }
 }
