@@ -5,6 +5,7 @@
 #include <atomic>
 #include <catch2/catch.hpp>
 #include <chrono>
+#include <climits>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -85,9 +86,24 @@ TEST_CASE("the user's own pool does the work", "[executor]") {
   CHECK(mlkit::detail::concurrency(exec) == 1);
 }
 
-TEST_CASE("a negative number of threads is refused", "[executor]") {
-  CHECK_THROWS_WITH(mlkit::parallel_for(mlkit::cpu{.threads = -2}, 4, [](mlkit::index_t) {}),
+TEST_CASE("numbers of threads that cannot be are refused before anything starts", "[executor]") {
+  std::atomic<bool> called{false};
+  const auto call = [&](mlkit::index_t) { called = true; };
+  CHECK_THROWS_WITH(mlkit::parallel_for(mlkit::cpu{.threads = -2}, 4, call),
                     "mlkit::value_error: cpu: threads = -2 is negative");
+  // OpenMP would end the program where the system has no more threads to give.
+  const int most = std::max(mlkit::most_threads, mlkit::detail::hardware_threads());
+  for (const int many : {most + 1, 100'000, INT_MAX})
+    for (const mlkit::index_t n : {1, 4, 1'000'000})
+      CHECK_THROWS_WITH(
+          mlkit::parallel_for(mlkit::cpu{.threads = many}, n, call),
+          "mlkit::value_error: cpu: threads = " + std::to_string(many) + " is above " + std::to_string(most));
+  mlkit::parallel_for(mlkit::cpu{.threads = 2}, 1, [&](mlkit::index_t) {  // nor from within a task
+    CHECK_THROWS_AS(mlkit::parallel_for(mlkit::cpu{.threads = 100'000}, 4, call), mlkit::value_error);
+  });
+  CHECK_FALSE(called);
+  mlkit::parallel_for(mlkit::cpu{.threads = most}, 8, call);
+  CHECK(called);
 }
 
 TEST_CASE("a call inside a call runs on its own thread", "[executor]") {

@@ -72,12 +72,17 @@ class pool_ref {
   void (*run_)(void*, int, detail::task_ref) = nullptr;
 };
 
+/// The most threads that may be asked for; the machine's own may be more. An operating system refuses to start ever
+/// more of them, and OpenMP's answer to that is to end the program.
+inline constexpr int most_threads = 1024;
+
 /// Runs kernels on this machine's cores.
 ///
 /// A value: cheap to make and to copy, safe to use from several threads at once and from within a task (where the inner
 /// call runs on the calling thread alone). Results are the same bits for any number of threads and any pool.
 /// Threads come from `pool` if given, else from OpenMP where the program is compiled with it, else from a pool of
-/// std::threads that the process shares.
+/// std::threads that the process shares. Calls throw value_error for a `threads` that is negative, or above both
+/// most_threads and the number of the machine's own.
 struct cpu {
   int threads = 0;     ///< how many threads to use; 0 means all that the process may run on
   pool_ref pool = {};  ///< the user's own threads
@@ -251,6 +256,8 @@ class shared_threads {
 /// How many threads a call on `exec` may use.
 inline int concurrency(const cpu& exec) {
   if (exec.threads < 0) fail_value("cpu: threads = ", exec.threads, " is negative");
+  if (!exec.pool && exec.threads > most_threads && exec.threads > hardware_threads())
+    fail_value("cpu: threads = ", exec.threads, " is above ", std::max(most_threads, hardware_threads()));
   if (inside_task) return 1;
 #if MLKIT_USE_OPENMP
   if (!exec.pool && omp_in_parallel()) return 1;
