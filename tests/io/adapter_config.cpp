@@ -119,7 +119,8 @@ TEST_CASE("changed members and unknown keys are written", "[io]") {
   CHECK(again.json.at("name") == "é");
   CHECK_THAT(io::adapter_config_text(config), Contains("\"name\": \"\\u00e9\"") && Contains("\"lora_dropout\": 0.0"));
   config.bias = "\xff";
-  CHECK_THROWS_AS(io::adapter_config_text(config), value_error);
+  CHECK(message_of<value_error>([&] { io::adapter_config_text(config); }) ==
+        "mlkit::value_error: io::adapter_config_text: a string of the configuration is not valid UTF-8");
   const auto one = parse(R"(,"target_modules":"all-linear")");
   CHECK(one.target_modules_is_pattern);
   CHECK_THAT(io::adapter_config_text(one), Contains("\"target_modules\": \"all-linear\""));
@@ -128,6 +129,8 @@ TEST_CASE("changed members and unknown keys are written", "[io]") {
 TEST_CASE("configurations that are not what they should be are refused", "[io]") {
   CHECK_THAT(failure(""), Contains("is not JSON"));
   CHECK_THAT(failure("{\"r\":4"), Contains("is not JSON"));
+  CHECK(failure("{\"r\":4,\"lora_alpha\":8,\"\xff\":1}") ==
+        "mlkit::io_error: adapter_config.json: is not JSON: it is not valid UTF-8");
   CHECK_THAT(failure("[]"), Contains("is array, but an object was expected"));
   CHECK_THAT(failure("{}"), Contains("there is no \"r\""));
   CHECK_THAT(failure(R"({"r":4})"), Contains("there is no \"lora_alpha\""));

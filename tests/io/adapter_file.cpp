@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 using namespace mlkit;
 using Catch::Contains;
@@ -455,6 +456,30 @@ TEST_CASE("what a naming cannot express is refused before anything is written", 
   other.b = tiny[2].b;
   other.b.shape = {12, 8};
   CHECK_THAT(message_of<shape_error>([&] { io::write_adapters(folder / "x", {other}); }), Contains("of rank 8"));
+  CHECK(folder.files() == 0);
+}
+
+TEST_CASE("text that is not UTF-8 is refused under every naming, and nothing is written", "[io]") {
+  temporary_directory folder;
+  auto entry = io::read_adapters(data("kohya_tiny.safetensors")).adapters.front();
+  const auto refusal = [&](const io::adapter_write_options& options) {
+    return message_of<value_error>([&] { io::write_adapters(folder / "x", {entry}, options); });
+  };
+  const std::string good = std::exchange(entry.module, "mid_block.attn1.to_q\xc3");
+  for (const adapter_naming naming : all_namings)
+    CHECK(refusal({.naming = naming}) == "mlkit::value_error: io::write_adapters: the name \"" + entry.component +
+                                             ".mid_block.attn1.to_q?\" is not valid UTF-8");
+  entry.module = good;
+  entry.component = "\xff";
+  CHECK_THAT(refusal({}), Contains("the name \"?." + good + "\" is not valid UTF-8"));
+  entry.component.clear();
+  io::adapter_config config = io::parse_adapter_config(R"({"r":4,"lora_alpha":4})");
+  config.bias = "\xed\xa0\x80";  // a surrogate
+  for (const adapter_naming naming : {adapter_naming::peft, adapter_naming::diffusers}) {
+    CHECK_THAT(refusal({.naming = naming, .config = config}),
+               Contains("a string of the configuration is not valid UTF-8"));
+    CHECK_THAT(refusal({.naming = naming, .metadata = {{"\xff", "x"}}}), Contains("metadata \"?\" is not valid UTF-8"));
+  }
   CHECK(folder.files() == 0);
 }
 

@@ -123,6 +123,16 @@ TEST_CASE("names are decoded from every JSON escape", "[io]") {
   CHECK(io::parse_safetensors(bytes).tensors()[0].name == "a\"\\/\b\f\n\r\t\xc3\xa9\xf0\x9f\x98\x80");
 }
 
+TEST_CASE("names that are not UTF-8 are refused where they stand, and shown without their bad bytes", "[io]") {
+  for (const char* name : {"\xff", "q\x80", "q\xc3", "\xc0\xaf", "\xe0\x80\xaf", "\xed\xb0\x80", "\xf4\x90\x80\x80"}) {
+    const std::string header = "{" + entry(name, "U8", "[1]", 0, 1) + "}";
+    const std::string at = std::to_string(header.find_first_of("\x80\xc0\xc3\xe0\xed\xf4\xff"));
+    CHECK(failure(header, 1) == "mlkit::io_error: safetensors: header: byte " + at + ": a string is not valid UTF-8");
+  }
+  const auto bytes = file_of("{}", 0);
+  CHECK_THAT(io_failure([&] { io::parse_safetensors(bytes).at("q\xff\n"); }), Contains("no tensor \"q??\" among 0"));
+}
+
 TEST_CASE("a tensor outlives its file and shares the mapping", "[io]") {
   const io::tensor_info kept = io::safetensors::open(data("safetensors_dtypes.safetensors")).at("f32");
   CHECK(kept.view<float, 2>()(0, 1) == -0.5f);

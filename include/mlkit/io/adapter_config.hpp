@@ -51,10 +51,20 @@ inline json parse_json(std::string_view text, const std::string& source) {
       fail_io(source, ": the key ", in_quotes(value.get<std::string>()), " is given twice");
     return true;
   };
+  if (!is_utf8(text)) fail_io(source, ": is not JSON: it is not valid UTF-8");
   try {
     return json::parse(text.begin(), text.end(), check);
   } catch (const json::exception& e) {
     fail_io(source, ": is not JSON: ", e.what());
+  }
+}
+
+// As PEFT and diffusers write it: indented by two, ASCII only.
+inline std::string json_text(const json& value, std::string_view function) {
+  try {
+    return value.dump(2, ' ', true);
+  } catch (const json::exception&) {  // the only thing that dump refuses
+    fail_value(function, ": a string of the configuration is not valid UTF-8");
   }
 }
 
@@ -242,11 +252,7 @@ inline adapter_config read_adapter_config(const std::string& path) {
 /// The text that PEFT would write: indented by two, ASCII only, unknown keys kept. Throws value_error for strings that
 /// are not UTF-8.
 inline std::string adapter_config_text(const adapter_config& config) {
-  try {
-    return detail::json_of(config).dump(2, ' ', true);
-  } catch (const detail::json::exception& e) {
-    detail::fail_value("io::adapter_config_text: ", e.what());
-  }
+  return detail::json_text(detail::json_of(config), "io::adapter_config_text");
 }
 
 }  // namespace MLKIT_NAMESPACE::io

@@ -759,6 +759,8 @@ inline void write_adapters(const std::string& path, const std::vector<adapter_en
   std::map<std::string, std::vector<const adapter_entry*>> by_component;
   for (adapter_entry& e : entries) {
     if (e.module.empty()) detail::fail_value("io::write_adapters: an adapter has no module");
+    if (!detail::is_utf8(e.path()))
+      detail::fail_value("io::write_adapters: the name ", in_quotes(e.path()), " is not valid UTF-8");
     if (const std::string problem = detail::entry_problem(e); !problem.empty())
       detail::fail_shape("io::write_adapters: ", in_quotes(e.path()), ": ", problem);
     if (options.fold_scale) {
@@ -780,7 +782,7 @@ inline void write_adapters(const std::string& path, const std::vector<adapter_en
       const detail::json config = detail::json_of(detail::config_of(options.config, members));
       for (const auto& [key, value] : config.items()) all[(component.empty() ? "unet" : component) + "." + key] = value;
     }
-    metadata["lora_adapter_metadata"] = all.dump(2, ' ', true);
+    metadata["lora_adapter_metadata"] = detail::json_text(all, "io::write_adapters");
   }
   if (options.naming != adapter_naming::peft) {
     write_safetensors(path, tensors, detail::with_format(std::move(metadata)));
@@ -792,6 +794,8 @@ inline void write_adapters(const std::string& path, const std::vector<adapter_en
                        in_quotes(by_component.begin()->first), ", ", in_quotes(std::next(by_component.begin())->first),
                        ", ...), but PEFT's files hold one; write them apart");
   const std::string config = adapter_config_text(detail::config_of(options.config, by_component.begin()->second));
+  std::vector<std::size_t> order;
+  const std::string header = detail::header_of(tensors, detail::with_format(std::move(metadata)), order);
   fs::path model = path;
   std::error_code code;
   if (model.extension() != ".safetensors") {
@@ -799,8 +803,6 @@ inline void write_adapters(const std::string& path, const std::vector<adapter_en
     if (code) detail::fail_io(path, ": cannot make the directory: ", code.message());
     model /= "adapter_model.safetensors";
   }
-  std::vector<std::size_t> order;
-  const std::string header = detail::header_of(tensors, detail::with_format(std::move(metadata)), order);
   mlkit::detail::file_replacement model_file(model.string());
   mlkit::detail::file_replacement config_file((model.parent_path() / "adapter_config.json").string());
   detail::write_tensors(model_file, header, tensors, order);
