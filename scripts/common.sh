@@ -12,6 +12,24 @@ job_count() {
 
 say() { printf '\n==> %s\n' "$*"; }
 
+# bar <what> <total>: how many of so many lines it has read, as a bar like those of the examples; one line at the end where
+# the output is no terminal.
+bar() {
+  local what=$1 total=$2 read=0 began=$SECONDS left='' hashes='############################' dots='............................'
+  [[ -t 1 ]] && left=$'\r'
+  draw() {
+    local full=$((total ? 28 * read / total : 28))
+    printf '%s%-34s [%s%s] %3d %% %6d s' "$left" "$what" "${hashes:0:full}" "${dots:full}" \
+      $((total ? 100 * read / total : 100)) $((SECONDS - began))
+  }
+  while IFS= read -r _; do
+    if ((read < total)); then ((++read)); fi
+    if [[ $left ]]; then draw; fi
+  done
+  draw
+  echo
+}
+
 # build <directory> <cmake options and --target names after -->: configure quietly, then build with progress.
 build() {
   local directory=$1 options=() log

@@ -5,6 +5,7 @@ Reads out/<example>/ (*.png, *.svg, *.csv, log.txt, any other file as a download
 out/benchmark/*.json (Google Benchmark). Standard library only.
 
     gallery.py [out folder]
+    gallery.py --benchmark <folder>     only prints the table of the benchmark
 """
 
 import csv
@@ -258,29 +259,48 @@ def benchmark_rows(folder):
     return rows
 
 
-def benchmark_part(folder):
+def benchmark_cases(folder):
+    """One (case, type, shape, threads, seconds, GFLOP/s, share of the peak or None) for each case of mlkit's."""
     rows = benchmark_rows(folder)
-    if not rows:
-        return None
     rate = {}
     for key, entry in rows.items():
         seconds = entry["real_time"] * {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1}[entry["time_unit"]]
-        rate[key] = (seconds, entry.get("flop", 0) / seconds / 1e9, entry.get("bytes", 0) / seconds / 1e9)
-    peak = {(k[1], k[3]): r[1] for k, r in rate.items() if k[4] == "ceiling" and r[1]}
-    cases = [k for k in rows if k[4] == "mlkit"]
+        rate[key] = (seconds, entry.get("flop", 0) / seconds / 1e9)
+    peak = {(dtype, threads): gflops for (_, dtype, _, threads, by), (_, gflops) in rate.items() if by == "ceiling"}
+    cases = []
+    for (name, dtype, shape, threads, by), (seconds, gflops) in rate.items():
+        if by == "mlkit":
+            ceiling = peak.get((dtype, threads))
+            share = min(gflops / ceiling, 1) if ceiling else None
+            cases.append((name, dtype, shape, threads[1:], seconds, gflops, share))
+    return cases
+
+
+def time_text(seconds):
+    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def benchmark_text(folder):
+    lines = [f"{'case':8}{'type':6}{'shape':20}{'threads':>8}{'time':>11}{'GFLOP/s':>10}{'of the peak':>13}"]
+    for name, dtype, shape, threads, seconds, gflops, share in benchmark_cases(folder):
+        of_peak = f"{100 * share:.0f} %" if share else ""
+        lines.append(f"{name:8}{dtype:6}{shape:20}{threads:>8}{time_text(seconds):>11}{gflops:10.0f}{of_peak:>13}")
+    return "\n".join(lines)
+
+
+def benchmark_part(folder):
+    cases = benchmark_cases(folder)
+    if not cases:
+        return None
     parts = ['<section id="benchmark"><h2>A short benchmark of this machine</h2><div class="said"><p>Each case beside the '
              "multiply-add peak that was measured in the same run. <code>./benchmark</code> measures every family in full, "
              "against other libraries.</p></div>", '<div class="scroll"><table><tr><th>case</th><th>type</th><th>shape</th>'
              '<th class=number>threads</th><th class=number>time</th><th class=number>GFLOP/s</th><th>of the peak</th></tr>']
-    for key in cases:
-        name, dtype, shape, threads, _ = key
-        seconds, gflops, _ = rate[key]
-        ceiling = peak.get((dtype, threads))
-        share = min(gflops / ceiling, 1) if ceiling else None
+    for name, dtype, shape, threads, seconds, gflops, share in cases:
         bar = f'<span class="bar"><i style="width:{100 * share:.0f}%"></i></span>{100 * share:.0f} %' if share else ""
-        time = f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
         parts.append(f"<tr><td>{escape(name)}</td><td>{escape(dtype)}</td><td>{escape(shape)}</td><td class=number>"
-                     f"{escape(threads[1:])}</td><td class=number>{time}</td><td class=number>{gflops:.1f}</td><td>{bar}</td></tr>")
+                     f"{escape(threads)}</td><td class=number>{time_text(seconds)}</td><td class=number>{gflops:.0f}</td>"
+                     f"<td>{bar}</td></tr>")
     parts.append("</table></div><h3>Run it again</h3><pre><code>./benchmark</code></pre></section>")
     return "\n".join(parts)
 
@@ -303,6 +323,9 @@ def machine():
 
 
 def main():
+    if len(sys.argv) == 3 and sys.argv[1] == "--benchmark":
+        print(benchmark_text(pathlib.Path(sys.argv[2])))
+        return
     out = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "out").resolve()
     out.mkdir(parents=True, exist_ok=True)
     parts = [example_part(f, out) for f in sorted(out.iterdir()) if f.is_dir() and f.name != "benchmark"]
