@@ -1,0 +1,121 @@
+// Every kernel that cuts work up over threads, once, from two threads of the user's at the same time: for
+// ThreadSanitizer, which is too slow for the families' own tests.
+#include <mlkit/lora.hpp>
+#include <mlkit/matmul.hpp>
+
+#include <algorithm>
+#include <catch2/catch.hpp>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace lora = mlkit::lora;
+using mlkit::cpu;
+using mlkit::index_t;
+using mlkit::matrix;
+using outputs = std::vector<float>;
+
+namespace {
+
+matrix<float> noise(index_t rows, index_t columns, std::uint64_t stream) {
+  matrix<float> m({rows, columns});
+  for (index_t i = 0; i < m.size(); ++i)
+    m.data()[i] = mlkit::random_stream{5, stream}.uniform(static_cast<std::uint64_t>(i)) - 0.5f;
+  return m;
+}
+
+void append(outputs& all, const auto& tensor) { all.insert(all.end(), tensor.begin(), tensor.end()); }
+
+// call(exec) has the same bits on one thread and on several, also while another thread of the user's calls it.
+void check(const std::function<outputs(const cpu&)>& call) {
+  const outputs one = call(cpu{.threads = 1});
+  outputs beside;
+  std::thread other([&] { beside = call(cpu{.threads = 2}); });
+  const outputs three = call(cpu{.threads = 3});
+  other.join();
+  CHECK(three == one);
+  CHECK(beside == one);
+}
+
+struct layer {
+  index_t tokens, in, out, rank;
+  matrix<float> x = noise(tokens, in, 1), w = noise(out, in, 2), a = noise(rank, in, 3), b = noise(out, rank, 4),
+                dy = noise(tokens, out, 5);
+  mlkit::vector<float> magnitude = [this] {
+    mlkit::vector<float> m({out});
+    std::fill(m.begin(), m.end(), 2.0f);
+    return m;
+  }();
+
+  lora::adapter_view<float> adapter() const { return {a, b, 0.5}; }
+};
+
+const layer wide{260, 192, 320, 12};
+
+}  // namespace
+
+TEST_CASE("products, blocked and thin, packed, batched and grouped", "[threads]") {
+  struct shape {
+    index_t m, n, k;
+  };
+  for (const shape& s :
+       {shape{203, 331, 260}, shape{40, 2000, 300}, shape{5, 2100, 700}, shape{3001, 9, 400}, shape{1, 2048, 1024}}) {
+    const matrix<float> a = noise(s.m, s.k, 1), b = noise(s.k, s.n, 2);
+    check([&](const cpu& exec) {
+      outputs all;
+      matrix<float> c({s.m, s.n});
+      mlkit::matmul(exec, a, b, c, mlkit::epilogue{mlkit::relu{}});
+      append(all, c);
+      mlkit::matmul(exec, a, mlkit::pack(exec, b), c);
+      append(all, c);
+      return all;
+    });
+  }
+  check([](const cpu& exec) {
+    mlkit::tensor<float, 3> a({6, 90, 70}), b({6, 70, 110}), c({6, 90, 110});
+    for (auto* t : {&a, &b})
+      for (index_t i = 0; i < t->size(); ++i) t->data()[i] = static_cast<float>(i % 13) - 6;
+    mlkit::matmul(exec, a, b, c);
+    return outputs(c.begin(), c.end());
+  });
+}
+
+TEST_CASE("adapted layers, forward and backward", "[threads]") {
+  const layer& l = wide;
+  check([&](const cpu& exec) {
+    outputs all;
+    matrix<float> y({l.tokens, l.out}), dx({l.tokens, l.in}), da({l.rank, l.in}), db({l.out, l.rank});
+    mlkit::vector<float> dm({l.out});
+    const lora::linear_options<float> options{.dropout = 0.2, .seed = 3};
+    lora::linear(exec, l.x, lora::dense{l.w}, l.adapter(), y, options);
+    append(all, y);
+    lora::linear_backward(exec, l.x, lora::dense{l.w}, l.adapter(), l.dy, lora::gradients{da, db}, dx, options);
+    for (const auto* t : {&da, &db, &dx}) append(all, *t);
+    const lora::dora dora{l.adapter(), l.magnitude};
+    lora::linear(exec, l.x, lora::dense{l.w}, dora, y);
+    append(all, y);
+    lora::linear_backward(exec, l.x, lora::dense{l.w}, dora, l.dy, lora::gradients{da, db, dm}, dx);
+    for (const auto* t : {&da, &db, &dx}) append(all, *t);
+    append(all, dm);
+    return all;
+  });
+}
+
+TEST_CASE("many adapters, quantised weights, merging", "[threads]") {
+  const layer& l = wide;
+  check([&](const cpu& exec) {
+    outputs all;
+    matrix<float> y({l.tokens, l.out}), merged = l.w.clone();
+    const std::vector<lora::adapter_view<float>> adapters{l.adapter(), l.adapter().scaled(2), l.adapter().scaled(-1)};
+    std::vector<int> ids(static_cast<std::size_t>(l.tokens));
+    for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int>(i * 7 % 4) - 1;
+    lora::linear(exec, l.x, lora::dense{l.w}, lora::per_row{adapters, ids}, y);
+    append(all, y);
+    const auto stored = lora::quantise_nf4(exec, l.w, {.double_quantise = true});
+    lora::linear(exec, l.x, lora::nf4{stored}, l.adapter(), y);
+    append(all, y);
+    lora::merge(exec, merged, l.adapter());
+    append(all, merged);
+    return all;
+  });
+}
