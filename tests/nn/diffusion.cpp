@@ -140,3 +140,45 @@ TEST_CASE("diffusion refuses what has no meaning", "[nn]") {
   const auto predict = [](auto, index_t, auto) {};
   CHECK_THROWS_WITH(nn::ddim_sample<float>({}, s, predict, x, {.steps = 11}), Contains("steps = 11"));
 }
+
+TEST_CASE("views that a step cannot read or write are refused, and nothing is written", "[nn]") {
+  const auto s = nn::noise_schedule::linear(10);
+  const auto poison = [](auto& t) { std::fill(t.begin(), t.end(), 7.0f); };
+  mlkit::matrix<float> x({2, 3}), eps({2, 3}), out({2, 3});
+  poison(x), poison(out);
+  const std::vector<std::int32_t> t{1, 10};
+  const mlkit::matrix_view<float> none(nullptr, {2, 3}), crossed(out.data(), {2, 3}, {1, 1});
+  const std::string add = "nn::noise_schedule::add_noise: ";
+  CHECK_THROWS_WITH(s.add_noise<float>({}, none, t, eps, out), Contains(add + "x0 is null, but has shape [2, 3]"));
+  CHECK_THROWS_WITH(s.add_noise<float>({}, x, t, none, out), Contains(add + "eps is null"));
+  CHECK_THROWS_WITH(s.add_noise<float>({}, x, t, eps, none), Contains(add + "out is null"));
+  CHECK_THROWS_WITH(s.add_noise<float>({}, x, t, eps, crossed), Contains(add + "out of shape [2, 3] has overlapping"));
+  CHECK_THROWS_WITH(s.add_noise<float>({}, x, t, eps, x), Contains(add + "out [2, 3] overlaps x0 [2, 3]"));
+  CHECK_THROWS_WITH(s.add_noise<float>({}, eps, t, x, x), Contains(add + "out [2, 3] overlaps eps [2, 3]"));
+
+  CHECK_THROWS_WITH(nn::ddim_step<float>({}, s, 3, 1, none, x), Contains("nn::ddim_step: eps is null"));
+  CHECK_THROWS_WITH(nn::ddim_step<float>({}, s, 3, 1, eps, none), Contains("nn::ddim_step: x is null"));
+  CHECK_THROWS_WITH(nn::ddim_step<float>({}, s, 3, 1, x, x), Contains("x [2, 3] overlaps eps [2, 3]"));
+  for (const double bad : {-1.0, std::nan(""), double{INFINITY}}) {
+    CHECK_THROWS_WITH(nn::ddim_step<float>({}, s, 3, 1, eps, x, {.eta = bad}), Contains("eta = "));
+    CHECK_THROWS_WITH(nn::ddim_step<float>({}, s, 3, 1, eps, x, {.clip = bad}), Contains("clip = "));
+  }
+  bool asked = false;
+  const auto predict = [&](auto, index_t, auto) { asked = true; };
+  CHECK_THROWS_WITH(nn::ddim_sample<float>({}, s, predict, none, {.steps = 5}), Contains("ddim_sample: x is null"));
+  CHECK_THROWS_WITH(nn::ddim_sample<float>({}, s, predict, x, {.steps = 5, .eta = -1}), Contains("eta = -1"));
+  CHECK_FALSE(asked);
+
+  const mlkit::vector_view<float> every_other(out.data(), {3}, {2}), run(x.data(), {3});
+  CHECK_THROWS_WITH(nn::guide<float>({}, 2, run, every_other),
+                    Contains("nn::guide: conditional has stride 2, but its elements must follow each other"));
+  CHECK_THROWS_WITH(nn::guide<float>({}, 2, every_other, run), Contains("unconditional has stride 2"));
+  CHECK_THROWS_WITH(nn::guide<float>({}, 2, run, run), Contains("conditional [3] overlaps unconditional [3]"));
+  CHECK_THROWS_WITH(nn::guide<float>({}, std::nan(""), run, mlkit::vector_view<float>(out.data(), {3})),
+                    Contains("strength = nan is not finite"));
+  mlkit::matrix<float> odd({2, 3}), even({2, 4});
+  CHECK_THROWS_WITH(nn::time_features<float>(t, odd), Contains("out has 3 columns, an odd number"));
+  CHECK_THROWS_WITH(nn::time_features<float>(t, even, 0), Contains("period = 0 is outside (0, inf)"));
+  CHECK_THROWS_WITH(nn::time_features<float>(t, mlkit::matrix_view<float>(nullptr, {2, 4})), Contains("out is null"));
+  for (const auto* m : {&x, &out}) CHECK(std::all_of(m->begin(), m->end(), [](float v) { return v == 7; }));
+}

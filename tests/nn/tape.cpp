@@ -208,3 +208,43 @@ TEST_CASE("a loss of another tape, and extents that wrap, are refused", "[nn]") 
                     "mlkit::shape_error: nn::shape: [4294967296, 4294967296] is too large");
   CHECK_THROWS_AS((nn::shape{0, most, most}), mlkit::shape_error);
 }
+
+TEST_CASE("AdamW refuses what it cannot step with, and changes nothing", "[nn]") {
+  nn::parameters<float> store;
+  auto& w = store.add("w", {4}, nn::ones{});
+  const float bad[] = {-1, NAN, INFINITY};
+  for (const double v : bad) {
+    CHECK_THROWS_WITH(nn::adamw<float>({&w}, {.rate = v}), Contains("nn::adamw: rate = "));
+    CHECK_THROWS_WITH(nn::adamw<float>({&w}, {.beta2 = v}), Contains("one is outside its range"));
+    CHECK_THROWS_WITH(nn::adamw<float>({&w}, {.epsilon = v}), Contains("one is outside its range"));
+    CHECK_THROWS_WITH(nn::adamw<float>({&w}, {.decay = v}), Contains("one is outside its range"));
+  }
+  CHECK_THROWS_WITH((nn::adamw<float>({&w, nullptr})), "mlkit::value_error: nn::adamw: parameter 1 is null");
+  nn::adamw<float> optimizer({&w}, {.rate = 0.5});
+  CHECK_THROWS_WITH(optimizer.set_rate(std::nan("")), Contains("nn::adamw::set_rate: rate = nan"));
+  CHECK(optimizer.options().rate == 0.5);
+
+  mlkit::vector<float> p({4}), g({4}), m({4}), v({4}), wide({8});
+  for (auto* t : {&p, &m, &v}) std::fill(t->begin(), t->end(), 7.0f);
+  const auto update = [&](mlkit::vector_view<float> to, mlkit::vector_view<float> from, mlkit::vector_view<float> first,
+                          mlkit::vector_view<float> second, index_t step = 1,
+                          nn::adamw_options o = {}) { nn::adamw_update<float>({}, o, step, to, from, first, second); };
+  const mlkit::vector_view<float> none(nullptr, {4}), spread(wide.data(), {4}, {2});
+  const std::string name = "nn::adamw_update: ";
+  CHECK_THROWS_WITH(update(p, g, m, v, 0), Contains(name + "step = 0, but steps count from 1"));
+  CHECK_THROWS_WITH(update(p, g, m, v, 1, {.beta1 = 1}), Contains(name + "rate"));
+  CHECK_THROWS_WITH(update(p, wide, m, v), Contains(name + "gradient has 8 elements, but p has 4"));
+  CHECK_THROWS_WITH(update(p, none, m, v), Contains(name + "gradient is null"));
+  CHECK_THROWS_WITH(update(spread, g, m, v), Contains(name + "p has stride 2"));
+  CHECK_THROWS_WITH(update(p, g, m, spread), Contains(name + "v has stride 2"));
+  CHECK_THROWS_WITH(update(p, p, m, v), Contains(name + "p [4] overlaps gradient [4]"));
+  CHECK_THROWS_WITH(update(p, g, p, v), Contains(name + "p [4] overlaps m [4]"));
+  CHECK_THROWS_WITH(update(p, g, m, m), Contains(name + "m [4] overlaps v [4]"));
+  CHECK_THROWS_WITH(update(p, g, m, g), Contains(name + "v [4] overlaps gradient [4]"));
+  for (const auto* t : {&p, &m, &v}) CHECK(std::all_of(t->begin(), t->end(), [](float x) { return x == 7; }));
+}
+
+TEST_CASE("numbers of threads that cannot be are refused when a tape is made", "[nn]") {
+  CHECK_THROWS_WITH(nn::tape<float>(mlkit::cpu{.threads = -1}), "mlkit::value_error: cpu: threads = -1 is negative");
+  CHECK_THROWS_AS((nn::tape<float>(mlkit::cpu{.threads = 100'000}, {.record = false})), mlkit::value_error);
+}

@@ -16,7 +16,20 @@ struct adamw_options {
   double decay = 0.01;  ///< decoupled weight decay
 };
 
-/// One AdamW step on one tensor: p, gradient, first and second moment, all of n elements; `step` counts from 1.
+namespace detail {
+
+inline void check_adamw(std::string_view function, const adamw_options& o) {
+  const auto finite = [](double value) { return value >= 0 && std::isfinite(value); };
+  if (!finite(o.rate) || !(o.beta1 >= 0 && o.beta1 < 1) || !(o.beta2 >= 0 && o.beta2 < 1) || !finite(o.epsilon) ||
+      !finite(o.decay))
+    fail_value(function, ": rate = ", o.rate, ", beta1 = ", o.beta1, ", beta2 = ", o.beta2, ", epsilon = ", o.epsilon,
+               ", decay = ", o.decay, ": one is outside its range");
+}
+
+}  // namespace detail
+
+/// One AdamW step on one tensor: p, gradient, first and second moment, all runs of n elements that share no memory;
+/// `step` counts from 1.
 ///
 ///     p *= 1 - rate decay;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
 ///     p -= rate / (1 - b1^step) * m / (sqrt(v / (1 - b2^step)) + epsilon)
@@ -29,6 +42,17 @@ void adamw_update(const cpu& exec, const adamw_options& o, index_t step, vector_
   detail::check_extent("nn::adamw_update", "m", "elements", m.size(), "p", p.size());
   detail::check_extent("nn::adamw_update", "v", "elements", v.size(), "p", p.size());
   if (step < 1) detail::fail_value("nn::adamw_update: step = ", step, ", but steps count from 1");
+  detail::check_adamw("nn::adamw_update", o);
+  detail::check_run("nn::adamw_update", "p", p);
+  detail::check_run("nn::adamw_update", "gradient", gradient);
+  detail::check_run("nn::adamw_update", "m", m);
+  detail::check_run("nn::adamw_update", "v", v);
+  detail::check_disjoint("nn::adamw_update", "p", p, "gradient", gradient);
+  detail::check_disjoint("nn::adamw_update", "p", p, "m", m);
+  detail::check_disjoint("nn::adamw_update", "p", p, "v", v);
+  detail::check_disjoint("nn::adamw_update", "m", m, "gradient", gradient);
+  detail::check_disjoint("nn::adamw_update", "m", m, "v", v);
+  detail::check_disjoint("nn::adamw_update", "v", v, "gradient", gradient);
   const T keep = static_cast<T>(1 - o.rate * o.decay);
   const T b1 = static_cast<T>(o.beta1), b2 = static_cast<T>(o.beta2);
   const T c1 = static_cast<T>(1 - o.beta1), c2 = static_cast<T>(1 - o.beta2);
@@ -58,14 +82,21 @@ concept optimizer = requires(O& o, const cpu& exec) {
 template <real T>
 class adamw {
  public:
+  /// Throws value_error for options outside their range and for a parameter that is null.
   explicit adamw(std::vector<parameter<T>*> over, adamw_options o = {}) : options_(o) {
-    if (!(o.rate >= 0) || !(o.beta1 >= 0 && o.beta1 < 1) || !(o.beta2 >= 0 && o.beta2 < 1) || !(o.epsilon >= 0))
-      detail::fail_value("nn::adamw: rate = ", o.rate, ", beta1 = ", o.beta1, ", beta2 = ", o.beta2,
-                         ", epsilon = ", o.epsilon, ": one is outside its range");
+    detail::check_adamw("nn::adamw", o);
+    for (std::size_t i = 0; i < over.size(); ++i)
+      if (!over[i]) detail::fail_value("nn::adamw: parameter ", i, " is null");
     for (parameter<T>* p : over) slots_.push_back({p, vector<T>({p->size()}), vector<T>({p->size()}), 0});
   }
 
-  void set_rate(double rate) noexcept { options_.rate = rate; }
+  /// Throws value_error for a rate that is negative or not finite.
+  void set_rate(double rate) {
+    adamw_options o = options_;
+    o.rate = rate;
+    detail::check_adamw("nn::adamw::set_rate", o);
+    options_ = o;
+  }
   const adamw_options& options() const noexcept { return options_; }
 
   /// Updates the parameters and clears their gradients.

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <numbers>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "elementwise.hpp"
@@ -48,7 +49,7 @@ class noise_schedule {
             std::sqrt(1 - beta(t)) * (1 - alpha_bar(t - 1)) / (1 - alpha_bar(t))};
   }
 
-  /// x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with a t in [0, steps] for each row. All [n, d], rows contiguous.
+  /// x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with a t in [0, steps] for each row. All [n, d].
   template <real T>
   void add_noise(const cpu& exec, matrix_view<const T> x0, std::span<const std::int32_t> t, matrix_view<const T> eps,
                  matrix_view<T> out) const {
@@ -59,7 +60,12 @@ class noise_schedule {
       detail::check_extent(name, "eps", d ? "columns" : "rows", eps.extent(d), "x0", x0.extent(d));
       detail::check_extent(name, "out", d ? "columns" : "rows", out.extent(d), "x0", x0.extent(d));
     }
+    detail::check_view(name, "x0", x0);
+    detail::check_view(name, "eps", eps);
+    detail::check_output(name, "out", out);
     for (const std::int32_t step : t) at("add_noise", step, 0);
+    detail::check_disjoint(name, "out", out, "x0", x0);
+    detail::check_disjoint(name, "out", out, "eps", eps);
     detail::for_rows(exec, x0.extent(0), x0.extent(1), [&](index_t r) {
       const double a = alpha_bar_[static_cast<std::size_t>(t[static_cast<std::size_t>(r)])];
       const T signal = static_cast<T>(std::sqrt(a)), noise = static_cast<T>(std::sqrt(1 - a));
@@ -93,20 +99,32 @@ struct ddim_options {
   std::uint64_t seed = 0;  ///< of the noise that eta > 0 adds
 };
 
+namespace detail {
+
+inline void check_ddim(std::string_view function, const ddim_options& o) {
+  for (const auto& [name, value] : {std::pair("eta", o.eta), std::pair("clip", o.clip)})
+    if (!(value >= 0) || !std::isfinite(value)) fail_value(function, ": ", name, " = ", value, " is outside [0, inf)");
+}
+
+}  // namespace detail
+
 /// One step of DDIM from time t to an earlier time s, in place:
 ///     x_0 = (x - sqrt(1 - abar_t) eps) / sqrt(abar_t)
 ///     x  <- sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma z
 ///     sigma = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s)
-/// Where x_0 is clipped, eps is taken anew from it. x, eps [n, d], rows contiguous; z is a standard normal that depends
+/// Where x_0 is clipped, eps is taken anew from it. x, eps [n, d]; z is a standard normal that depends
 /// on (seed, t, row, column) alone. Song, Meng, Ermon: "Denoising diffusion implicit models", 2021, equations 12
 /// and 16.
 template <real T>
 void ddim_step(const cpu& exec, const noise_schedule& schedule, index_t t, index_t s, matrix_view<const T> eps,
                matrix_view<T> x, const ddim_options& o = {}) {
   if (s < 0 || s >= t) detail::fail_value("nn::ddim_step: s = ", s, " is not before t = ", t);
-  if (!(o.eta >= 0)) detail::fail_value("nn::ddim_step: eta = ", o.eta, " is negative");
+  detail::check_ddim("nn::ddim_step", o);
   for (int d = 0; d < 2; ++d)
     detail::check_extent("nn::ddim_step", "eps", d ? "columns" : "rows", eps.extent(d), "x", x.extent(d));
+  detail::check_view("nn::ddim_step", "eps", eps);
+  detail::check_output("nn::ddim_step", "x", x);
+  detail::check_disjoint("nn::ddim_step", "x", x, "eps", eps);
   const double at = schedule.alpha_bar(t), as = schedule.alpha_bar(s);
   const double sigma = o.eta * std::sqrt((1 - as) / (1 - at) * (1 - at / as));
   const T signal_t = static_cast<T>(std::sqrt(at)), noise_t = static_cast<T>(std::sqrt(1 - at));
@@ -135,6 +153,8 @@ void ddim_sample(const cpu& exec, const noise_schedule& schedule, Predict&& pred
                  const ddim_options& o = {}) {
   if (o.steps < 1 || o.steps > schedule.steps())
     detail::fail_value("nn::ddim_sample: steps = ", o.steps, " is outside [1, ", schedule.steps(), "]");
+  detail::check_ddim("nn::ddim_sample", o);
+  detail::check_output("nn::ddim_sample", "x", x);
   matrix<T> eps({x.extent(0), x.extent(1)});
   for (index_t i = o.steps; i > 0; --i) {
     const index_t t = schedule.steps() * i / o.steps, s = schedule.steps() * (i - 1) / o.steps;
@@ -143,12 +163,17 @@ void ddim_sample(const cpu& exec, const noise_schedule& schedule, Predict&& pred
   }
 }
 
-/// Classifier-free guidance: eps = unconditional + strength (conditional - unconditional), into `conditional`.
+/// Classifier-free guidance: eps = unconditional + strength (conditional - unconditional), into `conditional`. Both are
+/// runs of n elements.
 /// Ho, Salimans: "Classifier-free diffusion guidance", 2022.
 template <real T>
 void guide(const cpu& exec, double strength, vector_view<const T> unconditional, vector_view<T> conditional) {
   detail::check_extent("nn::guide", "conditional", "elements", conditional.size(), "unconditional",
                        unconditional.size());
+  detail::check_run("nn::guide", "unconditional", unconditional);
+  detail::check_run("nn::guide", "conditional", conditional);
+  detail::check_disjoint("nn::guide", "conditional", conditional, "unconditional", unconditional);
+  if (!std::isfinite(strength)) detail::fail_value("nn::guide: strength = ", strength, " is not finite");
   const T g = static_cast<T>(strength), *u = unconditional.data;
   T* c = conditional.data;
   detail::for_each(exec, conditional.size(), [=](index_t i) { c[i] = u[i] + g * (c[i] - u[i]); });
@@ -160,6 +185,9 @@ template <real T>
 void time_features(std::span<const std::int32_t> t, matrix_view<T> out, double period = 10000) {
   detail::check_extent("nn::time_features", "out", "rows", out.extent(0), "t", static_cast<index_t>(t.size()));
   if (out.extent(1) % 2) detail::fail_shape("nn::time_features: out has ", out.extent(1), " columns, an odd number");
+  detail::check_output("nn::time_features", "out", out);
+  if (!(period > 0) || !std::isfinite(period))
+    detail::fail_value("nn::time_features: period = ", period, " is outside (0, inf)");
   const index_t half = out.extent(1) / 2;
   for (index_t i = 0; i < half; ++i) {
     const double w = std::pow(period, -static_cast<double>(i) / static_cast<double>(half));

@@ -22,6 +22,14 @@ namespace MLKIT_NAMESPACE::nn::detail {
 
 using namespace ::mlkit::detail;
 
+/// check_view for a vector that is read or written as one run of memory.
+template <class T>
+void check_run(std::string_view function, std::string_view name, const vector_view<T>& v) {
+  check_view(function, name, v);
+  if (!v.contiguous())
+    fail_shape(function, ": ", name, " has stride ", v.stride(0), ", but its elements must follow each other");
+}
+
 // Elements to a task. Tasks are cut here and nowhere else, so that the vectors' tails fall on the same elements for any
 // number of threads.
 inline constexpr index_t grain = 8192;

@@ -108,8 +108,9 @@ class tape {
     bool record = true;
   };
 
-  explicit tape(cpu exec = {}) : exec_(exec) {}
-  tape(cpu exec, options o) : exec_(exec), record_(o.record) {}
+  /// Throws value_error for a number of threads that cannot be.
+  explicit tape(cpu exec = {}) : tape(exec, options{}) {}
+  tape(cpu exec, options o) : exec_(exec), record_(o.record) { detail::concurrency(exec); }
   tape(const tape&) = delete;
   tape& operator=(const tape&) = delete;
 
