@@ -1,5 +1,5 @@
 // Every kernel that cuts work up over threads, once, from two threads of the user's at the same time: for
-// ThreadSanitizer, which is too slow for the families' own tests.
+// ThreadSanitizer and for qemu, which are too slow for the families' own tests.
 #include <mlkit/lora.hpp>
 #include <mlkit/matmul.hpp>
 
