@@ -1,5 +1,6 @@
 // Adapted linear layers. The plain linear of each shape runs beside them, so that the report can say what an adapter
 // costs; PEFT and bitsandbytes run from peers/lora.py.
+#include <map>
 #include <mlkit/lora.hpp>
 #include <mlkit/lora/quantised.hpp>
 #include <mlkit/matmul.hpp>
@@ -122,16 +123,14 @@ void add_dora_training(const layer& l) {
   });
 }
 
-// Another adapter for each row.
+// 32 adapters, the rows taking turns with them: one each where there are 32 rows.
 void add_adapters(const layer& l) {
-  add("adapters32", l, l.adapted_shape(), {l.adapted().flop, l.plain_bytes() + l.tokens * l.adapter_bytes()},
+  add("adapters32", l, l.adapted_shape(), {l.adapted().flop, l.plain_bytes() + 32 * l.adapter_bytes()},
       [l](mlkit::cpu exec) {
         auto adapters = std::make_shared<std::vector<lora::adapter<float>>>();
         std::vector<int> ids(l.tokens);
-        for (int i = 0; i < l.tokens; ++i) {
-          adapters->push_back(std::move(*l.adapter(i)));
-          ids[i] = i;
-        }
+        for (int i = 0; i < 32; ++i) adapters->push_back(std::move(*l.adapter(i)));
+        for (int i = 0; i < l.tokens; ++i) ids[i] = i % 32;
         return [=, &x = l.x(), &w = l.w(), &y = l.y()] {
           lora::linear(exec, x, lora::dense{w}, lora::per_row{*adapters, ids}, y);
         };
@@ -140,10 +139,14 @@ void add_adapters(const layer& l) {
 
 // A doubly quantised base, which stays at about 4.13 bits a weight.
 void add_nf4(const layer& l) {
-  static const auto blocks = lora::quantise_nf4(mlkit::cpu{}, l.w(), {.double_quantise = true});
+  static std::map<std::pair<int, int>, lora::nf4_matrix> quantised;  // one for each weight, by its extents
+  auto& blocks = quantised[{l.out, l.in}];
+  if (blocks.bytes() == 0) blocks = lora::quantise_nf4(mlkit::cpu{}, l.w(), {.double_quantise = true});
   const double stored = static_cast<double>(blocks.bytes());
   add("nf4", l, l.shape(), {l.plain_flop(), 4.0 * l.tokens * (l.in + l.out) + stored, stored},
-      [l](mlkit::cpu exec) { return [=, &x = l.x(), &y = l.y()] { lora::linear(exec, x, lora::nf4{blocks}, y); }; });
+      [l, &blocks](mlkit::cpu exec) {
+        return [=, &x = l.x(), &y = l.y(), &blocks] { lora::linear(exec, x, lora::nf4{blocks}, y); };
+      });
 }
 
 }  // namespace
@@ -160,7 +163,9 @@ int main(int argc, char** argv) {
     add_dora_training(l);
   }
   add_adapters({32, 4096, 4096, 16});
+  add_adapters({300, 1000, 640, 12});
   for (const int tokens : {1, 32, 512}) add_nf4({tokens, 4096, 4096});
+  add_nf4({300, 1000, 640});
 
   const layer many{4096, 4096, 4096, 16};
   add_plain(many);

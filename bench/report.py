@@ -27,7 +27,7 @@ PEERS = {"torch": "PyTorch", "peft": "PEFT", "bitsandbytes": "bitsandbytes", "on
          "eigen": "Eigen"}
 NAMES = {"gemm": "GEMM", "linear": "linear", "plain": "plain linear", "lora": "LoRA forward", "dora": "DoRA forward", "dora_frozen": "DoRA forward, norms kept,",
          "lora_training": "LoRA forward + backward", "dora_training": "DoRA forward + backward",
-         "adapters32": "32 adapters, one row each", "nf4": "NF4 linear", "nf4_lora": "LoRA on NF4"}
+         "adapters32": "32 adapters, rows in turn", "nf4": "NF4 linear", "nf4_lora": "LoRA on NF4"}
 
 
 # ---------------------------------------------------------------------------------------------------------- data

@@ -77,7 +77,7 @@ def training(tokens, width_out, width_in, rank, **options):
 
 
 def mixed_batch(tokens, width_out, width_in, rank):
-    """One adapter for each row."""
+    """The rows take turns with the adapters."""
     model, config = adapted(width_in, width_out, rank)
     names = ["default"]
     for i in range(1, ADAPTERS):
@@ -124,8 +124,10 @@ def main():
         add("lora_training", shape, "peft", training, rank)
         add("dora_training", shape, "peft", training, rank, use_dora=True)
     add("adapters32", (32, 4096, 4096), "peft", mixed_batch, 16)
+    add("adapters32", (300, 1000, 640), "peft", mixed_batch, 12)
     for tokens in (1, 32, 512):
         add("nf4", (tokens, 4096, 4096), "bitsandbytes", nf4)
+    add("nf4", (300, 1000, 640), "bitsandbytes", nf4)
     cases.run()
 
 
