@@ -47,11 +47,11 @@ figure { margin:0; background:var(--card); border:1px solid var(--line); border-
 figure img { display:block; width:100%; height:auto; background:#fff }
 figure img.pixels { image-rendering:pixelated }
 figcaption { padding:8px 12px; font-size:14px; color:var(--soft); border-top:1px solid var(--line) }
-.pictures { display:grid; grid-template-columns:repeat(auto-fill,minmax(320px,1fr)); gap:16px; margin:18px 0; align-items:start }
+.pictures { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(440px,100%),1fr)); gap:16px; margin:18px 0; align-items:start }
 .pictures .wide { grid-column:1/-1 }
 table { border-collapse:collapse; font-size:14px; background:var(--card); border:1px solid var(--line); border-radius:8px; overflow:hidden }
 .scroll { overflow-x:auto; margin:10px 0 }
-th, td { text-align:left; padding:6px 14px; border-bottom:1px solid var(--line); white-space:nowrap }
+th, td { text-align:left; padding:6px 14px; border-bottom:1px solid var(--line); white-space:pre }
 th { color:var(--soft); font-weight:600; font-size:13px }
 tr:last-child td { border-bottom:0 }
 td.number, th.number { text-align:right; font-variant-numeric:tabular-nums }
@@ -142,14 +142,24 @@ def markdown(text):
 # ---- parts of the page
 
 def is_number(text):
-    return re.fullmatch(r"[-+]?[\d,]*\.?\d+([eE][-+]?\d+)?\s*(%|x|ms|us|s|kB|MB|GB|B|GFLOP/s|GB/s)?", text.strip()) is not None
+    return re.fullmatch(r"[-+]?[\d,]*\.?\d+([eE][-+]?\d+)?(\s*±\s*[\d.]+)?\s*(%|x|ms|us|s|kB|MB|GB|B|GFLOP/s|GB/s)?", text.strip()) is not None
 
 
 def short_number(text):
-    """Six digits are enough for a table; integers stay as they are."""
-    if re.fullmatch(r"[-+]?\d+\.\d{5,}(e[-+]?\d+)?", text.strip()):
-        return f"{float(text):.5g}"
+    """Four digits are enough for a table; integers stay as they are."""
+    if re.fullmatch(r"[-+]?\d+\.\d{4,}(e[-+]?\d+)?", text.strip()):
+        return f"{float(text):.4g}"
     return text
+
+
+def spread_joined(head, rows):
+    """A column named spread becomes part of the one before it: 0.99 ± 0.02."""
+    for c in reversed([c for c in range(1, len(head)) if head[c] == "spread"]):
+        head = head[:c] + head[c + 1:]
+        for i, r in enumerate(rows):
+            value, spread = (f"{float(v):.3f}" for v in r[c - 1:c + 1])
+            rows[i] = [*r[:c - 1], f"{value} ± {spread}", *r[c + 1:]]
+    return head, rows
 
 
 def table(head, rows, render=escape):
@@ -170,7 +180,7 @@ def csv_part(path):
     if len(rows) < 2:
         return ""
     head, rows = rows[0], rows[1:]
-    head = [words(cell) for cell in head]
+    head, rows = spread_joined([words(cell) for cell in head], rows)
     if path.stem != "results" and len(rows) > MAX_TABLE_ROWS / 2:
         shown = rows[:5] + [["..."] * len(head)] + rows[-5:]
         return (f"<details><summary>{escape(words(path.stem))}: {len(rows)} rows</summary>{table(head, shown)}"
@@ -184,7 +194,17 @@ def png_size(path):
     return struct.unpack(">II", start[16:24]) if start[:8] == b"\x89PNG\r\n\x1a\n" else (0, 0)
 
 
-def picture(path, out):
+def captions_of(text):
+    """File name -> what it is, from the tables of a README whose rows are | `name`, `name` | what |."""
+    captions = {}
+    for names, what in re.findall(r"^\|([^|]*`[^|]*)\|([^|]*)\|$", text, re.MULTILINE):
+        files = re.findall(r"`([^`]+)`", names)
+        if len(files) == 1:  # what is said of several is no caption
+            captions[files[0]] = what.strip()
+    return captions
+
+
+def picture(path, out, captions):
     css, figure = "", ""
     if path.suffix == ".png":
         width, height = png_size(path)
@@ -193,13 +213,13 @@ def picture(path, out):
     source = path.relative_to(out).as_posix()
     name = escape(words(path.stem))
     return (f'<figure{figure}><a href="{escape(source)}"><img{css} src="{escape(source)}" alt="{name}" loading="lazy"></a>'
-            f"<figcaption>{name}</figcaption></figure>")
+            f"<figcaption>{inline(captions.get(path.name, words(path.stem)))}</figcaption></figure>")
 
 
 def command_of(log, name):
     """The first line of an example's log is the command that made it."""
     first = log.splitlines()[0] if log else ""
-    return first[2:] if first.startswith("$ ") else f"build/demo/examples/{name}/{name}"
+    return first[2:] if first.startswith("$ ") else f"build/demo/examples/{name}"
 
 
 def plain_log(text):
@@ -217,7 +237,7 @@ def example_part(folder, out):
         title, text = match.group(1), text[match.end():]
     lead, _, rest = text.strip().partition("\n## ")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    pictures = [p for p in files if p.suffix in (".png", ".svg")]
+    pictures = sorted((p for p in files if p.suffix in (".png", ".svg")), key=lambda p: (p.suffix, p.name))
     tables = sorted((p for p in files if p.suffix == ".csv"), key=lambda p: (p.stem != "results", p.name))
     others = [p for p in files if p not in pictures and p not in tables and p.name != "log.txt"]
     log_path = folder / "log.txt"
@@ -225,7 +245,7 @@ def example_part(folder, out):
 
     parts = [f'<section id="{escape(name)}"><h2>{inline(title)}</h2>', f'<div class="said">{markdown(lead)}</div>']
     if pictures:
-        parts.append('<div class="pictures">' + "".join(picture(p, out) for p in pictures) + "</div>")
+        parts.append('<div class="pictures">' + "".join(picture(p, out, captions_of(text)) for p in pictures) + "</div>")
     parts += [csv_part(p) for p in tables]
     parts.append(f"<h3>Run it again</h3><pre><code>{escape(command_of(log, name))}</code></pre>")
     if rest:

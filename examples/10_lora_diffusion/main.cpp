@@ -170,7 +170,7 @@ int demonstrate(const app& app, laboratory lab, const image_set& training_images
         const image_set& images = strip_images.emplace_back(
             sample(exec, p.model, lab.schedule, lab.fresh_labels, {.seed = lab.noise_seed(run)}));
         if (strength == 0) zero_is_base = same(images, untouched.fresh);
-        strip.push_back({"scale " + number(strength), images.rows(0, 16)});
+        strip.push_back({"scale " + number(strength, 3), images.rows(0, 16)});
         sweep.x.push_back(strength);
         sweep.y.push_back(probe.accuracy(exec, images));
       }
@@ -210,11 +210,13 @@ int main(int argc, char** argv) {
   auto& cli = app.options();
   cli.add_option("--data", s.data, "images, a line each: label and pixels")->capture_default_str();
   cli.add_option("--held-out", s.held_out, "the label that the base never sees")->capture_default_str();
-  cli.add_option("--rank", s.adapter.rank, "of the adapters")->capture_default_str();
+  cli.add_option("--rank", s.adapter.rank, "of the adapters")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   cli.add_option("--alpha", s.adapter.alpha, "the update is scaled by alpha / rank")->capture_default_str();
-  cli.add_option("--pretraining", s.pretraining, "steps of the base")->capture_default_str();
-  cli.add_option("--steps", s.steps, "steps of each method")->capture_default_str();
-  cli.add_option("--runs", s.runs, "seeds of each method")->capture_default_str();
+  cli.add_option("--pretraining", s.pretraining, "steps of the base")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  cli.add_option("--steps", s.steps, "steps of each method")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  cli.add_option("--runs", s.runs, "seeds of each method")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   auto* from =
       cli.add_option("--sample-from", s.sample_from, "only sample, with this adapter")->check(CLI::ExistingPath);
   cli.add_option("--base", s.base, "the base of --sample-from")->check(CLI::ExistingFile)->needs(from);

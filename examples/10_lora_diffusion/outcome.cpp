@@ -54,7 +54,7 @@ void write_table(const std::filesystem::path& out, const std::vector<outcome>& o
     for (const auto* values : {&o.recognised, &o.old_recognised})
       csv << ',' << over(*values).mean << ',' << over(*values).deviation;
     csv << ',' << over(o.old_loss).mean / base << ',' << over(o.old_loss).deviation / base << ',' << o.trained << ','
-        << o.bytes << ',' << (o.speed.empty() ? 0 : over(o.speed).mean) << '\n';
+        << o.bytes << ',' << (o.speed.empty() ? "" : number(over(o.speed).mean)) << '\n';
   }
   if (!csv) throw mlkit::io_error((out / "methods.csv").string() + ": cannot be written");
 }

@@ -23,13 +23,16 @@ bool write_curves(const std::filesystem::path& stem, const axes& axes, const std
   script << "set terminal svg size 860,440 font 'sans-serif,14' background 'white'\n"
          << "set output '" << stem.string() << ".svg'\n"
          << "set title '" << axes.title << "'\nset xlabel '" << axes.x << "'\nset ylabel '" << axes.y << "'\n"
-         << "set key outside right top\nset grid lc rgb '#e4e6ea'\nset border 3\nset tics nomirror\n"
+         << (curves.size() > 1 ? "set key outside right top\n" : "set key off\n")
+         << "set autoscale xfix\nset grid lc rgb '#e4e6ea'\nset border 3\nset tics nomirror\n"
          << (axes.log_y ? "set logscale y\n" : "");
   constexpr const char* colours[] = {"#0b62a4", "#d1495b", "#2a9d5c", "#8a5cc2", "#e08e1a", "#4a4f5a"};
+  constexpr std::size_t few_points = 12;  // which are shown as such
   script << "plot ";
   for (std::size_t i = 0; i < curves.size(); ++i)
-    script << (i ? ", " : "") << "'-' using 1:2 with lines lw 2 lc rgb '" << colours[i % std::size(colours)]
-           << "' title '" << curves[i].name << '\'';
+    script << (i ? ", " : "") << "'-' using 1:2 with "
+           << (curves[i].x.size() <= few_points ? "linespoints pt 7 ps 0.6" : "lines") << " lw 2 lc rgb '"
+           << colours[i % std::size(colours)] << "' title '" << curves[i].name << '\'';
   script << '\n';
   for (const curve& c : curves) {
     for (std::size_t i = 0; i < c.x.size(); ++i) script << c.x[i] << ' ' << c.y[i] << '\n';

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 
 #define STB_IMAGE_WRITE_IMPLEMENTATION
 #include <stb_image_write.h>
@@ -14,6 +16,9 @@
 #pragma GCC diagnostic ignored "-Wunused-function"
 #endif
 #include <stb_easy_font.h>
+#define STB_TRUETYPE_IMPLEMENTATION
+#define STBTT_STATIC
+#include <stb_truetype.h>
 #if defined(__GNUC__)
 #pragma GCC diagnostic pop
 #endif
@@ -31,7 +36,73 @@ void picture::fill(int x, int y, int w, int h, colour c) {
       std::copy(c.begin(), c.end(), pixels_.begin() + (static_cast<std::ptrdiff_t>(row) * width_ + column) * 3);
 }
 
+namespace {
+
+// A typeface of the system's, from where Debian puts it; without it, text is drawn in stb_easy_font's strokes.
+class typeface {
+ public:
+  static const typeface& instance() {
+    static const typeface face;
+    return face;
+  }
+  explicit operator bool() const { return !file_.empty(); }
+
+  // Calls draw(x, y, coverage) for every pixel that a line of `height` pixels touches; the width of the line.
+  template <class Draw>
+  int line(const std::string& s, float height, const Draw& draw) const {
+    const float scale = stbtt_ScaleForPixelHeight(&font_, height);
+    int ascent = 0;
+    stbtt_GetFontVMetrics(&font_, &ascent, nullptr, nullptr);
+    float at = 0;
+    std::vector<unsigned char> glyph;
+    for (std::size_t i = 0; i < s.size(); ++i) {
+      int x0, y0, x1, y1, advance, bearing;
+      const float part = at - std::floor(at);
+      stbtt_GetCodepointBitmapBoxSubpixel(&font_, s[i], scale, scale, part, 0, &x0, &y0, &x1, &y1);
+      const int w = x1 - x0, h = y1 - y0;
+      glyph.assign(static_cast<std::size_t>(std::max(0, w * h)), 0);
+      if (!glyph.empty()) stbtt_MakeCodepointBitmapSubpixel(&font_, glyph.data(), w, h, w, scale, scale, part, 0, s[i]);
+      for (int y = 0; y < h; ++y)
+        for (int x = 0; x < w; ++x)
+          if (const unsigned char c = glyph[static_cast<std::size_t>(y * w + x)])
+            draw(static_cast<int>(std::floor(at)) + x0 + x,
+                 static_cast<int>(std::lround(scale * static_cast<float>(ascent))) + y0 + y, c);
+      stbtt_GetCodepointHMetrics(&font_, s[i], &advance, &bearing);
+      if (i + 1 < s.size()) advance += stbtt_GetCodepointKernAdvance(&font_, s[i], s[i + 1]);
+      at += scale * static_cast<float>(advance);
+    }
+    return static_cast<int>(std::ceil(at));
+  }
+
+ private:
+  typeface() {
+    std::ifstream file("/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf", std::ios::binary);
+    file_.assign(std::istreambuf_iterator<char>(file), {});
+    const auto* bytes = reinterpret_cast<const unsigned char*>(file_.data());
+    if (!file_.empty() && !stbtt_InitFont(&font_, bytes, 0)) file_.clear();
+  }
+
+  std::string file_;
+  stbtt_fontinfo font_{};
+};
+
+constexpr float line_height = 9.5f;  // of a text of size 1 in the typeface, which fills it as stb_easy_font fills 12
+
+}  // namespace
+
 void picture::text(int x, int y, const std::string& s, colour c, int size) {
+  if (const typeface& face = typeface::instance()) {
+    face.line(s, line_height * static_cast<float>(size), [&](int dx, int dy, unsigned char coverage) {
+      const int column = x + dx, row = y + dy;
+      if (column < 0 || row < 0 || column >= width_ || row >= height_) return;
+      std::uint8_t* pixel = &pixels_[(static_cast<std::size_t>(row) * static_cast<std::size_t>(width_) +
+                                      static_cast<std::size_t>(column)) *
+                                     3];
+      for (std::size_t k = 0; k < 3; ++k)
+        pixel[k] = static_cast<std::uint8_t>((pixel[k] * (255 - coverage) + c[k] * coverage) / 255);
+    });
+    return;
+  }
   struct vertex {  // what stb_easy_font writes
     float x, y, z;
     std::uint8_t colour[4];
@@ -47,6 +118,8 @@ void picture::text(int x, int y, const std::string& s, colour c, int size) {
 }
 
 int picture::text_width(const std::string& s, int size) {
+  if (const typeface& face = typeface::instance())
+    return face.line(s, line_height * static_cast<float>(size), [](int, int, unsigned char) {});
   return stb_easy_font_width(const_cast<char*>(s.c_str())) * size;
 }
 

@@ -29,6 +29,12 @@ std::string number(double value) {
   return text;
 }
 
+std::string number(double value, int digits) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.*g", digits, value);
+  return text;
+}
+
 namespace {
 
 std::string with_unit(const std::string& text, const std::string& unit) {

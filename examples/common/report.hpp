@@ -15,6 +15,8 @@ statistics over(const std::vector<double>& values);
 
 /// A number in words: as many digits as it needs, no more.
 std::string number(double value);
+/// At most so many digits, and no zeros at the end.
+std::string number(double value, int digits);
 
 class report {
  public:
