@@ -26,7 +26,8 @@ namespace lora = mlkit::lora;
 using S = mlkit::accumulator_t<T>;
 #define CASE(NUMBER) void f##NUMBER(PARAMETERS)
 #define PARAMETERS mlkit::EXECUTOR& exec, mlkit::matrix<T>& x, mlkit::matrix<T>& w, mlkit::matrix<T>& y, \\
-       mlkit::vector<T>& bias, mlkit::tensor<T, 3>& batch, lora::adapter<T>& adapter, std::vector<lora::adapter<T>>& adapters, \\
+       mlkit::vector<T>& bias, mlkit::tensor<T, 3>& batch, mlkit::tensor<T, 4>& images, \\
+       std::vector<mlkit::matmul_problem<T, T, T>>& group, lora::adapter<T>& adapter, std::vector<lora::adapter<T>>& adapters, \\
        std::vector<int>& ids, mlkit::vector<T>& magnitude, lora::nf4_matrix& codes4, lora::int8_matrix& codes8
 """
 
@@ -38,6 +39,7 @@ OPERATIONS = [
         ("with a prologue", "mlkit::matmul(exec, mlkit::prologue{x, [](S v) { return v * v; }}, w, y);"),
         ("packed weights", "mlkit::matmul(exec, x, mlkit::pack(exec, w), y);"),
         ("batched", "mlkit::matmul(exec, batch, batch, batch);"),
+        ("grouped", "mlkit::matmul(exec, group);"),
     ]),
     ("lora", [
         ("linear, dense base", "lora::linear(exec, x, lora::dense{w, bias}, adapter, y);"),
@@ -55,7 +57,18 @@ OPERATIONS = [
          " lora::gradients{adapter.a, adapter.b}, x);"),
         ("backward, DoRA", "lora::linear_backward(exec, x, lora::dense{w}, lora::dora{adapter, magnitude}, y,"
          " lora::gradients{adapter.a, adapter.b, magnitude}, x);"),
+        ("backward, int8 base", "lora::linear_backward(exec, x, lora::int8<QUANTISED>{codes8}, adapter, y,"
+         " lora::gradients{adapter.a, adapter.b}, x);"),
+        ("convolution", "lora::conv2d(exec, images, lora::dense{w}, adapter, images, {.kernel = {3, 3}});"),
+        ("convolution, backward", "lora::conv2d_backward(exec, images, lora::dense{w}, adapter, images,"
+         " lora::gradients{adapter.a, adapter.b}, images, {.kernel = {3, 3}});"),
+        ("embedding", "lora::embedding(exec, ids, w, adapter, y);"),
+        ("embedding, backward",
+         "lora::embedding_backward(exec, ids, w, adapter, y, lora::gradients{adapter.a, adapter.b});"),
         ("merge and unmerge", "lora::merge(exec, w, adapter); lora::unmerge(exec, w, adapter);"),
+        ("merge and unmerge, DoRA", "lora::merge(exec, w, lora::dora{adapter, magnitude});"
+         " lora::unmerge(exec, w, lora::dora{adapter, magnitude, lora::adapted_norms(exec, lora::dense{w}, adapter)});"),
+        ("dequantise NF4", "lora::dequantise(exec, codes4, w);"),
     ]),
 ]
 
