@@ -20,6 +20,8 @@
 #include "../simd/foreach_isa.hpp"
 #define MLKIT_FOREACH "../matmul/cpu/thin-inl.hpp"
 #include "../simd/foreach_isa.hpp"
+#define MLKIT_FOREACH "../matmul/cpu/small-inl.hpp"
+#include "../simd/foreach_isa.hpp"
 #define MLKIT_FOREACH "../matmul/cpu/entry-inl.hpp"
 #include "../simd/foreach_isa.hpp"
 
@@ -172,11 +174,21 @@ void run_oriented(const cpu& exec, const Product& p) {
   run_blocked(exec, kernels, p);
 }
 
+// Products of dense operands in the type that they are multiplied in have a kernel for small sizes.
+template <class E, class Product>
+inline constexpr bool may_be_small = false;
+template <class E, class Out, class Epilogue>
+inline constexpr bool may_be_small<E, product<Out, Epilogue, segment<dense_source<E>, dense_source<E>>>> =
+    !std::is_same_v<E, bf16>;
+
 /// c = epilogue(sum of left right over the segments). E: the type that operands are multiplied in, before the
 /// instruction set has its say. Nothing is checked here.
 template <class E, class Product>
 void run_product(const cpu& exec, const Product& p) {
   if (p.left_lines == 0 || p.right_lines == 0) return;
+  if constexpr (may_be_small<E, Product>) {
+    if (MLKIT_SELECT_WITHOUT_BF16(small<E>::template run<Product>)(p)) return;
+  }
   const double depth =
       std::apply([](const auto&... s) { return (static_cast<double>(s.depth()) + ... + 0.0); }, p.segments);
   const cpu limited =
