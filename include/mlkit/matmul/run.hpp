@@ -186,13 +186,13 @@ inline constexpr bool may_be_small<E, product<Out, Epilogue, segment<dense_sourc
 template <class E, class Product>
 void run_product(const cpu& exec, const Product& p) {
   if (p.left_lines == 0 || p.right_lines == 0) return;
-  if constexpr (may_be_small<E, Product>) {
-    if (MLKIT_SELECT_WITHOUT_BF16(small<E>::template run<Product>)(p)) return;
-  }
   const double depth =
       std::apply([](const auto&... s) { return (static_cast<double>(s.depth()) + ... + 0.0); }, p.segments);
   const cpu limited =
       limit_threads(exec, depth * static_cast<double>(p.left_lines) * static_cast<double>(p.right_lines));
+  if constexpr (may_be_small<E, Product>) {
+    if (MLKIT_SELECT_WITHOUT_BF16(small<E>::template run<Product>)(p)) return;
+  }
   const bool packed = std::apply([](const auto&... s) { return ((s.packed_right != nullptr) || ...); }, p.segments);
   const auto other = flip(p);
   // Few lines belong on the right, where the thin kernels want them; else the cheaper way round.
