@@ -47,14 +47,9 @@ void multiply(const cpu& exec, const A& a, const B& b, const matrix_view<C>& c, 
   const auto left = left_operand(a);
   const auto right = right_operand(b);
   using Segment = segment<typename decltype(left)::source_type, typename decltype(right)::source_type>;
-  run_product<E>(exec, product<C, epilogue<Stages...>, Segment>{{Segment{left, right, packed_panels(b)}},
-                                                                c.extent(0),
-                                                                c.extent(1),
-                                                                false,
-                                                                c.data,
-                                                                c.stride(0),
-                                                                c.stride(1),
-                                                                &e});
+  const product<C, epilogue<Stages...>, Segment> p{
+      {Segment{left, right, packed_panels(b)}}, c.extent(0), c.extent(1), false, c.data, c.stride(0), c.stride(1), &e};
+  if (!run_small<E>(exec, p)) run_product<E>(exec, p);
 }
 
 }  // namespace detail

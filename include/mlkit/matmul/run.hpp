@@ -181,6 +181,17 @@ template <class E, class Out, class Epilogue>
 inline constexpr bool may_be_small<E, product<Out, Epilogue, segment<dense_source<E>, dense_source<E>>>> =
     !std::is_same_v<E, bf16>;
 
+/// Computes a small product whole, and returns whether it did. Its bits may differ from run_product's, so it is not for
+/// products that must agree with others of more segments.
+template <class E, class Product>
+bool run_small(const cpu& exec, const Product& p) {
+  (void)concurrency(exec);  // refuses what is no executor
+  if constexpr (may_be_small<E, Product>)
+    return MLKIT_SELECT_WITHOUT_BF16(small<E>::template run<Product>)(p);
+  else
+    return false;
+}
+
 /// c = epilogue(sum of left right over the segments). E: the type that operands are multiplied in, before the
 /// instruction set has its say. Nothing is checked here.
 template <class E, class Product>
@@ -190,9 +201,6 @@ void run_product(const cpu& exec, const Product& p) {
       std::apply([](const auto&... s) { return (static_cast<double>(s.depth()) + ... + 0.0); }, p.segments);
   const cpu limited =
       limit_threads(exec, depth * static_cast<double>(p.left_lines) * static_cast<double>(p.right_lines));
-  if constexpr (may_be_small<E, Product>) {
-    if (MLKIT_SELECT_WITHOUT_BF16(small<E>::template run<Product>)(p)) return;
-  }
   const bool packed = std::apply([](const auto&... s) { return ((s.packed_right != nullptr) || ...); }, p.segments);
   const auto other = flip(p);
   // Few lines belong on the right, where the thin kernels want them; else the cheaper way round.
