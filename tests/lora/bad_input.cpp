@@ -127,7 +127,7 @@ TEST_CASE("lora::linear_backward refuses what does not fit", "[lora][bad input]"
   CHECK((da3.untouched() && db4.untouched() && dx7.untouched()));
   s.refuses<shape_error>(run(s.x, s.dy, g, s.x.view()), "dx [6, 8] overlaps x [6, 8]");
   s.refuses<shape_error>(run(s.x, s.dy, lora::gradients{s.da.m, mlkit::matrix_view<float>(s.da.m.data(), {5, 2})}, dx),
-                         "da [2, 8] overlaps db [5, 2]");
+                         "db [5, 2] overlaps da [2, 8]");
   s.refuses<shape_error>(run(s.x, s.dy, lora::gradients<float>{}, dx), "da has 0 rows, but adapter.a has 2");
   s.refuses<value_error>(
       run(s.x, s.dy, lora::gradients{s.da.m, s.db.m, mlkit::vector_view<float>(s.dm.m.data(), {5})}, dx),
@@ -274,4 +274,50 @@ TEST_CASE("a fresh adapter's update is zero, its scale is alpha / rank or alpha 
   CHECK_THROWS_AS(lora::make_adapter<float>({.in = 0, .out = 4}), shape_error);
   CHECK_THROWS_AS(lora::make_adapter<float>({.in = 4, .out = -4}), shape_error);
   CHECK_THROWS_AS(lora::make_adapter<float>({.in = 4, .out = 4, .alpha = std::nan("")}), value_error);
+}
+
+TEST_CASE("no entry point of lora writes before it has looked at the executor", "[lora][bad input]") {
+  setting s;
+  const auto p = s.adapter();
+  const lora::dora d{p, s.m};
+  const lora::gradients g{s.da.m, s.db.m};
+  const lora::gradients with_m{s.da.m, s.db.m, mlkit::vector_view<float>(s.dm.m.data(), {5})};
+  const auto dx = s.dx.m.view();
+  // As an image of 8 channels in one row, and as a table of 8 tokens.
+  const mlkit::tensor_view<const float, 4> image(s.x.data(), {1, 8, 1, 6}), dimage(s.dy.data(), {1, 5, 1, 6});
+  const mlkit::tensor_view<float, 4> out(s.y.m.data(), {1, 5, 1, 6}), image_dx(s.dx.m.data(), {1, 8, 1, 6});
+  const lora::adapter_view<float> token_adapter{s.a.view(), s.b.view(), 0.5};
+  const mlkit::matrix<float> table = normal<float>(8, 5, 9);
+  const std::vector<int> ids{7, 0, 3, 3, 1, 2};
+  const std::vector<lora::adapter_view<float>> many(2, p);
+  for (const int threads : {-1, 100000}) {
+    const mlkit::cpu exec{.threads = threads};
+    const std::string text = threads < 0 ? "cpu: threads = -1 is negative" : "cpu: threads = 100000 is above ";
+    s.refuses<value_error>([&] { lora::linear(exec, s.x, s.base(), s.y.m); }, text);
+    s.refuses<value_error>([&] { lora::linear(exec, s.x, s.base(), p, s.y.m); }, text);
+    s.refuses<value_error>([&] { lora::linear(exec, s.x, s.base(), d, s.y.m); }, text);
+    s.refuses<value_error>(
+        [&] {
+          lora::linear(exec, s.x, s.base(), lora::per_row{many, std::vector<int>(6, 0)}, s.y.m);
+        },
+        text);
+    s.refuses<value_error>([&] { lora::linear_backward(exec, s.x, s.base(), p, s.dy, g, dx); }, text);
+    s.refuses<value_error>([&] { lora::linear_backward(exec, s.x, s.base(), d, s.dy, with_m, dx); }, text);
+    s.refuses<value_error>([&] { lora::conv2d(exec, image, s.base(), p, out, {}); }, text);
+    s.refuses<value_error>([&] { lora::conv2d_backward(exec, image, s.base(), p, dimage, g, image_dx, {}); }, text);
+    s.refuses<value_error>([&] { lora::conv2d_backward(exec, image, s.base(), d, dimage, with_m, image_dx, {}); },
+                           text);
+    s.refuses<value_error>([&] { lora::embedding(exec, ids, table, token_adapter, s.y.m); }, text);
+    s.refuses<value_error>([&] { lora::embedding_backward(exec, ids, table, token_adapter, s.dy, g); }, text);
+    s.refuses<value_error>(
+        [&] {
+          lora::embedding_backward(exec, ids, table, lora::dora{token_adapter, s.m}, s.dy, with_m);
+        },
+        text);
+    poisoned<float> w(5, 8);
+    s.refuses<value_error>([&] { lora::merge(exec, w.m, p); }, text);
+    s.refuses<value_error>([&] { lora::merge(exec, w.m, d); }, text);
+    s.refuses<value_error>([&] { lora::unmerge(exec, w.m, p); }, text);
+    CHECK(w.untouched());
+  }
 }

@@ -85,6 +85,26 @@ TEST_CASE("more tokens than are taken at once, with dropout, plain and DoRA, h s
     }
 }
 
+TEST_CASE("gradients in bf16 are rounded once, however many blocks they sum over", "[lora][blocks]") {
+  // A block of 256 and four of 1 make 260; 257 would round to 256 each time.
+  const index_t block = lora::detail::tokens_at_once, tokens = 5 * block;
+  mlkit::matrix<mlkit::bf16> x({tokens, 1}), dy({tokens, 1}), w({1, 1}), a({1, 1}), b({1, 1}), da({1, 1}), db({1, 1});
+  std::fill(x.begin(), x.end(), mlkit::bf16(1.0f));
+  for (index_t i = 0; i < 5; ++i) dy(i * block, 0) = mlkit::bf16(i == 0 ? 256.0f : 1.0f);
+  a(0, 0) = b(0, 0) = mlkit::bf16(1.0f);
+  const lora::adapter_view<mlkit::bf16> p{a, b, 1};
+  const mlkit::matrix_view<mlkit::bf16> no_dx;
+  lora::linear_backward(mlkit::cpu{}, x, lora::dense{w}, p, dy, lora::gradients{da, db}, no_dx);
+  CHECK(static_cast<float>(da(0, 0)) == 260);
+  CHECK(static_cast<float>(db(0, 0)) == 260);
+  mlkit::vector<mlkit::bf16> m({1}), dm({1});
+  m(0) = mlkit::bf16(1.0f);  // ||w + b a|| = 1
+  lora::linear_backward(mlkit::cpu{}, x, lora::dense{w}, lora::dora{p, m}, dy, lora::gradients{da, db, dm}, no_dx);
+  CHECK(static_cast<float>(da(0, 0)) == 260);
+  CHECK(static_cast<float>(db(0, 0)) == 260);
+  CHECK(static_cast<float>(dm(0)) == 260);
+}
+
 TEST_CASE("norms of a weight that lies by columns, of more rows than a run", "[lora][blocks]") {
   const auto w = normal<double>(5, 1300, 1);
   const auto norms = lora::base_norms(mlkit::cpu{}, lora::dense<double>{mlkit::transposed(w.view())});

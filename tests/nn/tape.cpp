@@ -238,8 +238,8 @@ TEST_CASE("AdamW refuses what it cannot step with, and changes nothing", "[nn]")
   CHECK_THROWS_WITH(update(spread, g, m, v), Contains(name + "p has stride 2"));
   CHECK_THROWS_WITH(update(p, g, m, spread), Contains(name + "v has stride 2"));
   CHECK_THROWS_WITH(update(p, p, m, v), Contains(name + "p [4] overlaps gradient [4]"));
-  CHECK_THROWS_WITH(update(p, g, p, v), Contains(name + "p [4] overlaps m [4]"));
-  CHECK_THROWS_WITH(update(p, g, m, m), Contains(name + "m [4] overlaps v [4]"));
+  CHECK_THROWS_WITH(update(p, g, p, v), Contains(name + "m [4] overlaps p [4]"));
+  CHECK_THROWS_WITH(update(p, g, m, m), Contains(name + "v [4] overlaps m [4]"));
   CHECK_THROWS_WITH(update(p, g, m, g), Contains(name + "v [4] overlaps gradient [4]"));
   for (const auto* t : {&p, &m, &v}) CHECK(std::all_of(t->begin(), t->end(), [](float x) { return x == 7; }));
 }

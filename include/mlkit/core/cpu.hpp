@@ -253,11 +253,16 @@ class shared_threads {
 
 #endif
 
-/// How many threads a call on `exec` may use.
-inline int concurrency(const cpu& exec) {
+/// Refuses numbers of threads that nothing can run on.
+inline void check_executor(const cpu& exec) {
   if (exec.threads < 0) fail_value("cpu: threads = ", exec.threads, " is negative");
   if (!exec.pool && exec.threads > most_threads && exec.threads > hardware_threads())
     fail_value("cpu: threads = ", exec.threads, " is above ", std::max(most_threads, hardware_threads()));
+}
+
+/// How many threads a call on `exec` may use.
+inline int concurrency(const cpu& exec) {
+  check_executor(exec);
   if (inside_task) return 1;
 #if MLKIT_USE_OPENMP
   if (!exec.pool && omp_in_parallel()) return 1;

@@ -1,6 +1,7 @@
 // tensor_view: a non-owning, strided view of any rank, and as_view, which makes one from what users already have.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <concepts>
 #include <ranges>
@@ -195,31 +196,44 @@ constexpr auto transposed(X&& x) noexcept {
 
 namespace detail {
 
+// A view without its types, so that checks are compiled once.
+struct any_view {
+  static constexpr int most_dimensions = 8;
+  const void* data;
+  index_t element;  // bytes
+  int rank;
+  const index_t* extents;
+  const index_t* strides;
+
+  template <class T, int Rank>
+  explicit any_view(const tensor_view<T, Rank>& v) noexcept
+      : data(v.data), element(sizeof(T)), rank(Rank), extents(v.extents.data()), strides(v.strides.data()) {
+    static_assert(Rank <= most_dimensions, "mlkit: views have at most 8 dimensions");
+  }
+  bool empty() const noexcept { return std::find(extents, extents + rank, 0) != extents + rank; }
+  // The distance, in elements, from one index of dimension d to the next.
+  index_t step(int d) const noexcept { return strides[d] < 0 ? -strides[d] : strides[d]; }
+};
+
+inline std::string list_text(const index_t* values, int count) {
+  std::string s = "[";
+  for (int i = 0; i < count; ++i) s += (i ? ", " : "") + std::to_string(values[i]);
+  return s + "]";
+}
+
 template <int Rank>
 std::string shape_text(const extents_t<Rank>& extents) {
-  std::string s = "[";
-  for (int d = 0; d < Rank; ++d) s += (d ? ", " : "") + std::to_string(extents[d]);
-  return s + "]";
+  return list_text(extents.data(), Rank);
 }
 
 // The address range [first, last] that a view can touch, as integers; empty views touch nothing.
 struct byte_range {
   std::uintptr_t first = 1, last = 0;
+  bool empty() const noexcept { return first > last; }
   bool overlaps(const byte_range& other) const noexcept {
-    return first <= last && other.first <= other.last && first <= other.last && other.first <= last;
+    return !empty() && !other.empty() && first <= other.last && other.first <= last;
   }
 };
-
-template <class T, int Rank>
-byte_range touched(const tensor_view<T, Rank>& v) noexcept {
-  if (v.empty()) return {};
-  index_t low = 0, high = 0;
-  for (int d = 0; d < Rank; ++d) (v.strides[d] < 0 ? low : high) += v.strides[d] * (v.extents[d] - 1);
-  const auto at = [&](index_t offset) {
-    return reinterpret_cast<std::uintptr_t>(v.data) + static_cast<std::uintptr_t>(offset * index_t{sizeof(T)});
-  };
-  return {at(low), at(high) + sizeof(T) - 1};
-}
 
 // A view as rows of `length` bytes that start `period` bytes apart (0 if there is but one), along its largest stride.
 struct byte_rows {
@@ -235,85 +249,107 @@ struct byte_rows {
   }
 };
 
-template <class T, int Rank>
-byte_rows touched_rows(const tensor_view<T, Rank>& v) noexcept {
-  const auto magnitude = [&](int d) { return v.strides[d] < 0 ? -v.strides[d] : v.strides[d]; };
-  int outer = -1;
-  for (int d = 0; d < Rank; ++d)
-    if (v.extents[d] > 1 && (outer < 0 || magnitude(d) > magnitude(outer))) outer = d;
-  tensor_view<T, Rank> row = v;
-  if (outer >= 0) row.extents[outer] = 1;
-  const byte_range range = touched(row);
-  return {range.first, range.last - range.first + 1,
-          outer < 0 ? 0 : static_cast<std::uintptr_t>(magnitude(outer)) * sizeof(T)};
-}
+// What of the memory a view touches.
+struct touched_memory {
+  byte_range all;
+  byte_rows rows;
 
-template <class T, int R, class U, int S>
-bool disjoint(const tensor_view<T, R>& a, const tensor_view<U, S>& b) noexcept {
-  const byte_range all_a = touched(a), all_b = touched(b);
-  if (!all_a.overlaps(all_b)) return true;
-  const byte_rows one_a{all_a.first, all_a.last - all_a.first + 1, 0};
-  const byte_rows one_b{all_b.first, all_b.last - all_b.first + 1, 0};
-  const byte_rows rows_a = touched_rows(a), rows_b = touched_rows(b);
-  return rows_a.apart(rows_b) || one_a.apart(rows_b) || rows_a.apart(one_b);
-}
+  explicit touched_memory(const any_view& v) noexcept {
+    if (v.empty()) return;
+    int outer = -1;
+    for (int d = 0; d < v.rank; ++d)
+      if (v.extents[d] > 1 && (outer < 0 || v.step(d) > v.step(outer))) outer = d;
+    const auto range = [&](int without) {
+      index_t low = 0, high = 0;
+      for (int d = 0; d < v.rank; ++d)
+        if (d != without) (v.strides[d] < 0 ? low : high) += v.strides[d] * (v.extents[d] - 1);
+      const auto at = [&](index_t offset) {
+        return reinterpret_cast<std::uintptr_t>(v.data) + static_cast<std::uintptr_t>(offset * v.element);
+      };
+      return byte_range{at(low), at(high) + static_cast<std::uintptr_t>(v.element) - 1};
+    };
+    all = range(-1);
+    const byte_range row = range(outer);
+    rows = {row.first, row.last - row.first + 1,
+            outer < 0 ? 0 : static_cast<std::uintptr_t>(v.step(outer) * v.element)};
+  }
+
+  bool disjoint(const touched_memory& other) const noexcept {
+    if (!all.overlaps(other.all)) return true;
+    const byte_rows one{all.first, all.last - all.first + 1, 0};
+    const byte_rows other_one{other.all.first, other.all.last - other.all.first + 1, 0};
+    return rows.apart(other.rows) || one.apart(other.rows) || rows.apart(other_one);
+  }
+};
 
 // More elements than any memory holds. Strides of zero can name them all the same, and sizes of scratch memory, which
 // are small multiples of this, must not overflow.
 inline constexpr index_t most_elements = index_t{1} << 46;
 
 /// Refuses negative extents, shapes that do not fit into index_t, and null data where there are elements.
-template <class T, int Rank>
-void check_view(std::string_view function, std::string_view name, const tensor_view<T, Rank>& v) {
-  for (int d = 0; d < Rank; ++d)
+inline void check_view(std::string_view function, std::string_view name, const any_view& v) {
+  for (int d = 0; d < v.rank; ++d)
     if (v.extents[d] < 0)
       fail_shape(function, ": ", name, " has the negative extent ", v.extents[d], " in dimension ", d);
   if (v.empty()) return;
   index_t count = 1, reach = 1;
   bool fits = true;
-  for (int d = 0; d < Rank && fits; ++d) {
+  for (int d = 0; d < v.rank && fits; ++d) {
     index_t step = 0;
     fits = !__builtin_mul_overflow(count, v.extents[d], &count) && count <= most_elements && v.strides[d] > INT64_MIN &&
-           !__builtin_mul_overflow(v.strides[d] < 0 ? -v.strides[d] : v.strides[d], v.extents[d] - 1, &step) &&
-           !__builtin_add_overflow(reach, step, &reach);
+           !__builtin_mul_overflow(v.step(d), v.extents[d] - 1, &step) && !__builtin_add_overflow(reach, step, &reach);
   }
   index_t bytes = 0;
-  if (!fits || __builtin_mul_overflow(reach, index_t{sizeof(T)}, &bytes))
-    fail_shape(function, ": ", name, " of shape ", shape_text<Rank>(v.extents), " and strides ",
-               shape_text<Rank>(v.strides), " is too large");
-  if (!v.data) fail_value(function, ": ", name, " is null, but has shape ", shape_text<Rank>(v.extents));
+  if (!fits || __builtin_mul_overflow(reach, v.element, &bytes))
+    fail_shape(function, ": ", name, " of shape ", list_text(v.extents, v.rank), " and strides ",
+               list_text(v.strides, v.rank), " is too large");
+  if (!v.data) fail_value(function, ": ", name, " is null, but has shape ", list_text(v.extents, v.rank));
+}
+template <class T, int Rank>
+void check_view(std::string_view function, std::string_view name, const tensor_view<T, Rank>& v) {
+  check_view(function, name, any_view(v));
 }
 
 /// check_view for an output: also refuses strides that make two indices name the same element.
+inline void check_output(std::string_view function, std::string_view name, const any_view& v) {
+  check_view(function, name, v);
+  if (v.empty()) return;
+  // Dimensions by growing stride; each must step over all that came before.
+  index_t reach = 1, last_step = -1;
+  int last = -1;
+  for (int n = 0; n < v.rank; ++n) {
+    int next = -1;
+    for (int d = 0; d < v.rank; ++d) {
+      const bool after = v.step(d) > last_step || (v.step(d) == last_step && d > last);
+      if (after && (next < 0 || v.step(d) < v.step(next))) next = d;
+    }
+    last = next;
+    last_step = v.step(next);
+    if (v.extents[next] == 1) continue;
+    if (last_step < reach)
+      fail_shape(function, ": ", name, " of shape ", list_text(v.extents, v.rank), " has overlapping strides ",
+                 list_text(v.strides, v.rank));
+    reach += last_step * (v.extents[next] - 1);
+  }
+}
 template <class T, int Rank>
 void check_output(std::string_view function, std::string_view name, const tensor_view<T, Rank>& v) {
   static_assert(!std::is_const_v<T>, "an output must be a view of mutable elements");
-  check_view(function, name, v);
-  if (v.empty()) return;
-  extents_t<Rank> order{};  // dimensions by growing stride; each must step over all that came before
-  for (int d = 0; d < Rank; ++d) order[d] = d;
-  const auto magnitude = [&](index_t d) { return v.strides[d] < 0 ? -v.strides[d] : v.strides[d]; };
-  for (int a = 0; a < Rank; ++a)
-    for (int b = a + 1; b < Rank; ++b)
-      if (magnitude(order[b]) < magnitude(order[a])) std::swap(order[a], order[b]);
-  index_t reach = 1;
-  for (int d = 0; d < Rank; ++d) {
-    if (v.extents[order[d]] == 1) continue;
-    if (magnitude(order[d]) < reach)
-      fail_shape(function, ": ", name, " of shape ", shape_text<Rank>(v.extents), " has overlapping strides ",
-                 shape_text<Rank>(v.strides));
-    reach += magnitude(order[d]) * (v.extents[order[d]] - 1);
-  }
+  check_output(function, name, any_view(v));
 }
 
 /// Refuses an output that shares memory with another argument. Blocks of columns of one matrix share none; other ways
 /// in which two views can interleave without touching are refused.
+inline void check_disjoint(std::string_view function, std::string_view output_name, const any_view& output,
+                           std::string_view name, const any_view& other) {
+  if (!touched_memory(output).disjoint(touched_memory(other)))
+    fail_shape(function, ": ", output_name, " ", list_text(output.extents, output.rank), " overlaps ", name, " ",
+               list_text(other.extents, other.rank));
+}
 template <class T, int R, class U, int S>
 void check_disjoint(std::string_view function, std::string_view output_name, const tensor_view<T, R>& output,
                     std::string_view name, const tensor_view<U, S>& other) {
-  if (!disjoint(output, other))
-    fail_shape(function, ": ", output_name, " ", shape_text<R>(output.extents), " overlaps ", name, " ",
-               shape_text<S>(other.extents));
+  check_disjoint(function, output_name, any_view(output), name, any_view(other));
 }
 
 inline void check_extent(std::string_view function, std::string_view name, std::string_view unit, index_t have,

@@ -124,6 +124,13 @@ void check_conv(std::string_view function, const tensor_view<const X, 4>& x, con
                ", but its rows must follow each other: ", y.extent(3) * y.stride(3));
 }
 
+template <class X, class Base, class T>
+void name_conv(arguments& call, const tensor_view<const X, 4>& x, const Base& base, const adapter_view<T>& p) {
+  call.reads("x", x);
+  name_base(call, base);
+  name_adapter(call, p);
+}
+
 template <class X, class Base, class T, class Y, class A>
 void run_conv(const cpu& exec, const tensor_view<const X, 4>& x, const Base& base, adapter_view<T> p, const A* factors,
               const conv_options& o, const tensor_view<Y, 4>& y) {
@@ -166,19 +173,11 @@ void add_patches(const cpu& exec, const matrix_view<A>& columns, index_t first, 
   });
 }
 
-// The same for da and db together.
-template <class A, class G, class F>
-void summed_as(const gradients<G>& g, F&& f) {
-  summed_as<A>(g.da, [&](const matrix_view<A>& da) {
-    summed_as<A>(g.db, [&](const matrix_view<A>& db) { f(gradients<A>(da, db)); });
-  });
-}
-
 // factors, and with them sums for the magnitude's gradient, are null for a plain adapter.
-template <class X, class Base, class T, class D, class G, class Dx, class A>
+template <class X, class Base, class T, class D, class Dx, class A>
 void run_conv_backward(const cpu& exec, const tensor_view<const X, 4>& x, const Base& base, const adapter_view<T>& p,
                        const A* factors, A* sums, const conv_options& o, const tensor_view<const D, 4>& dy,
-                       const gradients<G>& grads, const tensor_view<Dx, 4>& dx) {
+                       const gradients<A>& grads, const tensor_view<Dx, 4>& dx) {
   using Bias = bias_t<Base>;
   const index_t out = base.outputs(), inputs = base.inputs(), rank = p.rank();
   const index_t positions = dy.extent(2) * dy.extent(3), width = dy.extent(3);
@@ -207,9 +206,9 @@ void run_conv_backward(const cpu& exec, const tensor_view<const X, 4>& x, const 
     multiply<product_type_t<A, D>>(exec, left_of(transposed(b)), right_of(dys), nothing<A>(rank), nothing<A>(positions),
                                    g, finish<A, Bias, A>{.value = static_cast<A>(p.scale)});
     multiply<product_type_t<D, A>>(exec, left_of(dys), right_of(transposed(h)), nothing<A>(out), nothing<A>(rank),
-                                   grads.db, finish<A, Bias, G>{.rows = factors}.adding(grads.db));
+                                   grads.db, finish<A, Bias, A>{.rows = factors}.adding(grads.db));
     multiply<product_type_t<A, X>>(exec, left_of(g), operand<patches<X>>{source, true}, nothing<A>(rank),
-                                   nothing<A>(inputs), grads.da, finish<A, Bias, G>{}.adding(grads.da));
+                                   nothing<A>(inputs), grads.da, finish<A, Bias, A>{}.adding(grads.da));
     if (!dx.data && !sums) continue;
     std::fill_n(image.data, pixels, A{});
     for (index_t first = 0; first < positions; first += block) {
@@ -268,9 +267,9 @@ void conv2d(const Executor& exec, const X& x, const Base& base, const Adapter& a
   detail::check_output(function, "y", out);
   detail::check_conv(function, in, base, options, "y", out);
   detail::check_adapter(function, p, base.outputs(), base.inputs());
-  detail::check_disjoint(function, "y", out, "x", in);
-  detail::check_disjoint_base(function, "y", out, base);
-  detail::check_disjoint_adapter(function, "y", out, p);
+  detail::arguments call(function, exec);
+  detail::name_conv(call, in, base, p);
+  call.writes("y", out);
   detail::run_conv(exec, in, base, p, static_cast<const A*>(nullptr), options, out);
 }
 
@@ -287,11 +286,10 @@ void conv2d(const Executor& exec, const X& x, const Base& base, const dora<T, M>
   detail::check_types<U, typename Base::value_type, T, element_t<std::remove_reference_t<Y>>>();
   detail::check_output(function, "y", out);
   detail::check_conv(function, in, base, options, "y", out);
-  detail::check_dora(function, adapter, base.outputs(), base.inputs());
-  detail::check_disjoint(function, "y", out, "x", in);
-  detail::check_disjoint_base(function, "y", out, base);
-  detail::check_disjoint_adapter(function, "y", out, adapter.adapter);
-  detail::check_disjoint_dora(function, "y", out, adapter);
+  detail::arguments call(function, exec);
+  detail::check_dora(call, function, adapter, base.outputs(), base.inputs());
+  detail::name_conv(call, in, base, adapter.adapter);
+  call.writes("y", out);
   const detail::workspace<A> memory(2 * base.outputs());
   A* factors = memory.data() + base.outputs();
   detail::find_factors(adapter.magnitude, detail::find_norms(exec, base, adapter, memory.data()), factors);
@@ -301,33 +299,19 @@ void conv2d(const Executor& exec, const X& x, const Base& base, const dora<T, M>
 namespace detail {
 
 template <class X, class Base, class T, class D, class G, class Dx>
-void check_conv_backward(std::string_view function, const tensor_view<const X, 4>& x, const Base& base,
+void check_conv_backward(arguments& call, std::string_view function, const tensor_view<const X, 4>& x, const Base& base,
                          const adapter_view<T>& p, const tensor_view<const D, 4>& dy, const gradients<G>& g,
                          const tensor_view<Dx, 4>& dx, const conv_options& o) {
   check_conv(function, x, base, o, "dy", dy);
   check_adapter(function, p, base.outputs(), base.inputs());
-  const auto disjoint = [&](std::string_view name, const auto& c) {
-    check_disjoint(function, name, c, "x", x);
-    check_disjoint(function, name, c, "dy", dy);
-    check_disjoint_base(function, name, c, base);
-    check_disjoint_adapter(function, name, c, p);
-  };
-  const auto output = [&](std::string_view name, const auto& c, index_t rows, index_t columns, std::string_view like) {
-    check_output(function, name, c);
-    check_extent(function, name, "rows", c.extent(0), like, rows);
-    check_extent(function, name, "columns", c.extent(1), like, columns);
-    disjoint(name, c);
-  };
-  output("da", g.da, p.rank(), p.inputs(), "adapter.a");
-  output("db", g.db, p.outputs(), p.rank(), "adapter.b");
-  check_disjoint(function, "da", g.da, "db", g.db);
+  name_conv(call, x, base, p);
+  call.reads("dy", dy);
+  check_gradients(call, function, p, g);
   if (!dx.data && dx.empty()) return;
   check_output(function, "dx", dx);
   if (dx.extents != x.extents)
     fail_shape(function, ": dx has shape ", shape_text<4>(dx.extents), ", but x has ", shape_text<4>(x.extents));
-  disjoint("dx", dx);
-  check_disjoint(function, "dx", dx, "da", g.da);
-  check_disjoint(function, "dx", dx, "db", g.db);
+  call.writes("dx", dx);
 }
 
 }  // namespace detail
@@ -348,13 +332,10 @@ void conv2d_backward(const Executor& exec, const X& x, const Base& base, const A
   const adapter_view<T> p = as_adapter(adapter);
   const auto din = as_view(dx);
   detail::check_types<U, typename Base::value_type, T, V, G, element_t<std::remove_reference_t<Dx>>>();
-  detail::check_conv_backward(function, in, base, p, dout, grads, din, options);
-  if (grads.dmagnitude.data) detail::fail_value(function, ": dmagnitude is given, but adapter has none");
-  if (!accumulate) {
-    detail::clear(grads.da);
-    detail::clear(grads.db);
-  }
-  detail::summed_as<A>(grads, [&](const gradients<A>& summed) {
+  detail::check_no_magnitude(function, grads);
+  detail::arguments call(function, exec);
+  detail::check_conv_backward(call, function, in, base, p, dout, grads, din, options);
+  detail::summed_as<A>(grads, accumulate, [&](const gradients<A>& summed) {
     detail::run_conv_backward(exec, in, base, p, static_cast<const A*>(nullptr), static_cast<A*>(nullptr), options,
                               dout, summed, din);
   });
@@ -373,36 +354,21 @@ void conv2d_backward(const Executor& exec, const X& x, const Base& base, const d
   const auto din = as_view(dx);
   const index_t out = base.outputs();
   detail::check_types<U, typename Base::value_type, T, V, G, element_t<std::remove_reference_t<Dx>>>();
-  detail::check_conv_backward(function, in, base, adapter.adapter, dout, grads, din, options);
-  detail::check_dora(function, adapter, out, base.inputs());
-  detail::check_output(function, "dmagnitude", grads.dmagnitude);
-  detail::check_extent(function, "dmagnitude", "elements", grads.dmagnitude.extent(0), "base", out);
-  detail::check_disjoint_gradients(function, adapter, grads);
-  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "x", in);
-  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "dy", dout);
-  detail::check_disjoint_base(function, "dmagnitude", grads.dmagnitude, base);
-  if (din.data) {
-    detail::check_disjoint_dora(function, "dx", din, adapter);
-    detail::check_disjoint(function, "dx", din, "dmagnitude", grads.dmagnitude);
-  }
-  if (!accumulate) {
-    detail::clear(grads.da);
-    detail::clear(grads.db);
-  }
+  detail::arguments call(function, exec);
+  detail::check_conv_backward(call, function, in, base, adapter.adapter, dout, grads, din, options);
+  detail::check_dora(call, function, adapter, out, base.inputs());
+  detail::check_magnitude(call, function, grads, out);
   const detail::workspace<A> memory(3 * out);
   A* factors = memory.data() + out;
   A* sums = factors + out;
   const A* norms = detail::find_norms(exec, base, adapter, memory.data());
   detail::find_factors(adapter.magnitude, norms, factors);
   std::fill_n(sums, out, A{});
-  detail::summed_as<A>(grads, [&](const gradients<A>& summed) {
+  detail::summed_as<A>(grads, accumulate, [&](const gradients<A>& summed) {
     detail::run_conv_backward(exec, in, base, adapter.adapter, static_cast<const A*>(factors), sums, options, dout,
                               summed, din);
   });
-  for (index_t i = 0; i < out; ++i) {
-    const A before = accumulate ? static_cast<A>(grads.dmagnitude(i)) : A{};
-    grads.dmagnitude(i) = static_cast<G>(norms[i] != 0 ? before + sums[i] / norms[i] : before);
-  }
+  detail::finish_magnitude(grads.dmagnitude, accumulate, static_cast<const A*>(sums), norms);
 }
 
 }  // namespace MLKIT_NAMESPACE::lora

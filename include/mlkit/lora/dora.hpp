@@ -64,32 +64,32 @@ dora(const P&, V&&, const Norms&...)
 namespace detail {
 
 template <class T, class M>
-void check_dora(std::string_view function, const dora<T, M>& d, index_t outputs, index_t inputs) {
+void check_dora(arguments& call, std::string_view function, const dora<T, M>& d, index_t outputs, index_t inputs) {
   check_adapter(function, d.adapter, outputs, inputs);
   check_row(function, "magnitude", d.magnitude, outputs);
   if (!d.magnitude.data && outputs > 0) fail_value(function, ": magnitude is null");
   if (d.squares.data) check_row(function, "the base's norms", d.squares, outputs);
   if (d.norms.data) check_row(function, "the adapted norms", d.norms, outputs);
+  call.reads("magnitude", d.magnitude);
+  call.reads("the base's norms", d.squares);
+  call.reads("the adapted norms", d.norms);
 }
 
-template <class Y, class T, class M>
-void check_disjoint_dora(std::string_view function, std::string_view name, const Y& y, const dora<T, M>& d) {
-  check_disjoint(function, name, y, "magnitude", d.magnitude);
-  check_disjoint(function, name, y, "the base's norms", d.squares);
-  check_disjoint(function, name, y, "the adapted norms", d.norms);
+template <class G>
+void check_magnitude(arguments& call, std::string_view function, const gradients<G>& g, index_t outputs) {
+  check_output(function, "dmagnitude", g.dmagnitude);
+  if (g.dmagnitude.extent(0) != outputs)
+    fail_shape(function, ": dmagnitude has ", g.dmagnitude.extent(0), " elements, but base has ", outputs, " outputs");
+  call.writes("dmagnitude", g.dmagnitude);
 }
 
-// The gradients against each other and against what d reads, but for A and B.
-template <class T, class M, class G>
-void check_disjoint_gradients(std::string_view function, const dora<T, M>& d, const gradients<G>& g) {
-  const auto one = [&](std::string_view name, const auto& c) {
-    check_disjoint_dora(function, name, c, d);
-    check_disjoint(function, name, c, "dmagnitude", g.dmagnitude);
-  };
-  one("da", g.da);
-  one("db", g.db);
-  check_disjoint_dora(function, "dmagnitude", g.dmagnitude, d);
-  check_disjoint_adapter(function, "dmagnitude", g.dmagnitude, d.adapter);
+// dmagnitude (+)= sums / norms, 0 where the norm is 0.
+template <class G, class A>
+void finish_magnitude(const vector_view<G>& dmagnitude, bool accumulate, const A* sums, const A* norms) noexcept {
+  for (index_t i = 0; i < dmagnitude.extent(0); ++i) {
+    const A before = accumulate ? static_cast<A>(dmagnitude(i)) : A{};
+    dmagnitude(i) = static_cast<G>(norms[i] != 0 ? before + sums[i] / norms[i] : before);
+  }
 }
 
 // squares[o] = ||W[o]||^2.
@@ -210,18 +210,12 @@ inline constexpr index_t dora_tokens = 256;
 
 template <bool Masked, class X, class Base, class T, class M, class D, class G, class Dx, class A>
 void run_dora_backward(const cpu& exec, const matrix_view<const X>& x, const Base& base, const dora<T, M>& d,
-                       const matrix_view<const D>& dy, const gradients<G>& grads, const matrix_view<Dx>& dx,
-                       const linear_options<A>& o) {
+                       const matrix_view<const D>& dy, const gradients<A>& grads, const vector_view<G>& dmagnitude,
+                       const matrix_view<Dx>& dx, const linear_options<A>& o) {
   using Bias = bias_t<Base>;
   using E = product_type_t<D, typename Base::value_type>;
   const adapter_view<T>& p = d.adapter;
   const index_t tokens = x.extent(0), out = base.outputs(), rank = p.rank();
-  if (!o.accumulate) {
-    clear(grads.da);
-    clear(grads.db);
-    for (index_t i = 0; i < out; ++i) grads.dmagnitude(i) = static_cast<G>(0.0f);
-  }
-  if (tokens == 0) return;
   const workspace<A> memory(out * (4 + rank) + std::min(tokens, tokens_at_once) * rank +
                             (o.z.data ? 0 : std::min(tokens, dora_tokens) * out));
   A* factors = memory.data() + out;
@@ -279,8 +273,7 @@ void run_dora_backward(const cpu& exec, const matrix_view<const X>& x, const Bas
                   finish<A, Bias, Dx>{});
     }
   });
-  for (index_t i = 0; i < out; ++i)
-    if (norms[i] != 0) grads.dmagnitude(i) = static_cast<G>(static_cast<A>(grads.dmagnitude(i)) + sums[i] / norms[i]);
+  finish_magnitude(dmagnitude, o.accumulate, sums, norms);
 }
 
 }  // namespace detail
@@ -325,9 +318,9 @@ void linear(const Executor& exec, const X& x, const Base& base, const dora<T, M>
   const auto out = as_view(y);
   detail::check_types<U, typename Base::value_type, T, element_t<std::remove_reference_t<Y>>>();
   const linear_options<accumulator_t<T>> options;
-  detail::check_linear("lora::linear", in, base, adapter.adapter, out, options);
-  detail::check_dora("lora::linear", adapter, base.outputs(), base.inputs());
-  detail::check_disjoint_dora("lora::linear", "y", out, adapter);
+  detail::arguments call("lora::linear", exec);
+  detail::check_linear(call, "lora::linear", in, base, adapter.adapter, out, options);
+  detail::check_dora(call, "lora::linear", adapter, base.outputs(), base.inputs());
   detail::run_dora<false>(exec, in, base, adapter, out, options);
 }
 
@@ -339,18 +332,9 @@ void linear(const Executor& exec, const X& x, const Base& base, const dora<T, M>
   const matrix_view<const U> in = as_view(x);
   const auto out = as_view(y);
   detail::check_types<U, typename Base::value_type, T, element_t<std::remove_reference_t<Y>>>();
-  detail::check_linear("lora::linear", in, base, adapter.adapter, out, options);
-  detail::check_dora("lora::linear", adapter, base.outputs(), base.inputs());
-  detail::check_disjoint_dora("lora::linear", "y", out, adapter);
-  if (options.h.data) detail::check_disjoint_dora("lora::linear", "h", options.h, adapter);
-  detail::check_kept("lora::linear", options, in.extent(0), base.outputs());
-  if (options.z.data) {
-    detail::check_disjoint("lora::linear", "z", options.z, "x", in);
-    detail::check_disjoint("lora::linear", "z", options.z, "y", out);
-    detail::check_disjoint_base("lora::linear", "z", options.z, base);
-    detail::check_disjoint_adapter("lora::linear", "z", options.z, adapter.adapter);
-    detail::check_disjoint_dora("lora::linear", "z", options.z, adapter);
-  }
+  detail::arguments call("lora::linear", exec);
+  detail::check_linear(call, "lora::linear", in, base, adapter.adapter, out, options);
+  detail::check_dora(call, "lora::linear", adapter, base.outputs(), base.inputs());
   if (detail::drops(options))
     detail::run_dora<true>(exec, in, base, adapter, out, options);
   else
@@ -373,36 +357,16 @@ void linear_backward(const Executor& exec, const X& x, const Base& base, const d
   const matrix_view<const V> dout = as_view(dy);
   const auto din = as_view(dx);
   detail::check_types<U, typename Base::value_type, T, V, G, element_t<std::remove_reference_t<Dx>>>();
-  detail::check_backward(function, in, base, adapter.adapter, dout, grads, din, options);
-  detail::check_dora(function, adapter, base.outputs(), base.inputs());
-  detail::check_output(function, "dmagnitude", grads.dmagnitude);
-  if (grads.dmagnitude.extent(0) != base.outputs())
-    detail::fail_shape(function, ": dmagnitude has ", grads.dmagnitude.extent(0), " elements, but base has ",
-                       base.outputs(), " outputs");
-  const auto disjoint = [&](std::string_view name, const auto& c) {
-    detail::check_disjoint_dora(function, name, c, adapter);
-    detail::check_disjoint(function, name, c, "dmagnitude", grads.dmagnitude);
-  };
-  disjoint("da", grads.da);
-  disjoint("db", grads.db);
-  if (din.data) disjoint("dx", din);
-  detail::check_disjoint_dora(function, "dmagnitude", grads.dmagnitude, adapter);
-  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "x", in);
-  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "dy", dout);
-  detail::check_disjoint_base(function, "dmagnitude", grads.dmagnitude, base);
-  detail::check_disjoint_adapter(function, "dmagnitude", grads.dmagnitude, adapter.adapter);
-  if (options.h.data) detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "h", options.h);
-  detail::check_kept(function, options, in.extent(0), base.outputs());
-  if (options.z.data) {
-    detail::check_disjoint(function, "da", grads.da, "z", options.z);
-    detail::check_disjoint(function, "db", grads.db, "z", options.z);
-    detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "z", options.z);
-    if (din.data) detail::check_disjoint(function, "dx", din, "z", options.z);
-  }
-  if (detail::drops(options))
-    detail::run_dora_backward<true>(exec, in, base, adapter, dout, grads, din, options);
-  else
-    detail::run_dora_backward<false>(exec, in, base, adapter, dout, grads, din, options);
+  detail::arguments call(function, exec);
+  detail::check_backward(call, function, in, base, adapter.adapter, dout, grads, din, options);
+  detail::check_dora(call, function, adapter, base.outputs(), base.inputs());
+  detail::check_magnitude(call, function, grads, base.outputs());
+  detail::summed_as<accumulator_t<T>>(grads, options.accumulate, [&](const auto& sums) {
+    if (detail::drops(options))
+      detail::run_dora_backward<true>(exec, in, base, adapter, dout, sums, grads.dmagnitude, din, options);
+    else
+      detail::run_dora_backward<false>(exec, in, base, adapter, dout, sums, grads.dmagnitude, din, options);
+  });
 }
 
 }  // namespace MLKIT_NAMESPACE::lora

@@ -12,8 +12,8 @@ namespace detail {
 
 // Of an embedding's weight [vocabulary, width]: an adapter has a [rank, vocabulary] and b [width, rank], as in PEFT.
 template <class I, class W, class T>
-void check_embedding(std::string_view function, const vector_view<const I>& ids, const matrix_view<const W>& w,
-                     const adapter_view<T>& p) {
+void check_embedding(arguments& call, std::string_view function, const vector_view<const I>& ids,
+                     const matrix_view<const W>& w, const adapter_view<T>& p) {
   check_view(function, "ids", ids);
   check_view(function, "w", w);
   check_adapter(function, p);
@@ -24,6 +24,9 @@ void check_embedding(std::string_view function, const vector_view<const I>& ids,
   for (index_t i = 0; i < ids.extent(0); ++i)
     if (std::cmp_less(ids(i), 0) || std::cmp_greater_equal(ids(i), w.extent(0)))
       fail_value(function, ": ids[", i, "] = ", ids(i), " is outside [0, ", w.extent(0), ")");
+  call.reads("ids", ids);
+  call.reads("w", w);
+  name_adapter(call, p);
 }
 
 template <class Y>
@@ -120,20 +123,11 @@ void run_embedding_backward(const cpu& exec, const vector_view<const I>& ids, co
 }
 
 template <class I, class D, class T, class G>
-void check_embedding_backward(std::string_view function, const vector_view<const I>& ids, const adapter_view<T>& p,
-                              const matrix_view<const D>& dy, const gradients<G>& g) {
+void check_embedding_backward(arguments& call, std::string_view function, const vector_view<const I>& ids,
+                              const adapter_view<T>& p, const matrix_view<const D>& dy, const gradients<G>& g) {
   check_token_rows(function, "dy", dy, ids.extent(0), p.outputs());
-  const auto output = [&](std::string_view name, const auto& c, index_t rows, index_t columns, std::string_view like) {
-    check_output(function, name, c);
-    check_extent(function, name, "rows", c.extent(0), like, rows);
-    check_extent(function, name, "columns", c.extent(1), like, columns);
-    check_disjoint(function, name, c, "dy", dy);
-    check_disjoint(function, name, c, "ids", ids);
-    check_disjoint_adapter(function, name, c, p);
-  };
-  output("da", g.da, p.rank(), p.inputs(), "adapter.a");
-  output("db", g.db, p.outputs(), p.rank(), "adapter.b");
-  check_disjoint(function, "da", g.da, "db", g.db);
+  call.reads("dy", dy);
+  check_gradients(call, function, p, g);
 }
 
 template <std::ranges::contiguous_range Ids>
@@ -160,12 +154,11 @@ void embedding(const Executor& exec, const Ids& ids, const W& w, const Adapter& 
   const adapter_view<T> p = as_adapter(adapter);
   const auto out = as_view(y);
   detail::check_types<U, T, element_t<std::remove_reference_t<Y>>>();
-  detail::check_embedding(function, tokens, weight, p);
+  detail::arguments call(function, exec);
+  detail::check_embedding(call, function, tokens, weight, p);
   detail::check_output(function, "y", out);
   detail::check_token_rows(function, "y", out, tokens.extent(0), weight.extent(1));
-  detail::check_disjoint(function, "y", out, "ids", tokens);
-  detail::check_disjoint(function, "y", out, "w", weight);
-  detail::check_disjoint_adapter(function, "y", out, p);
+  call.writes("y", out);
   detail::run_embedding(exec, tokens, weight, p, static_cast<const A*>(nullptr), out);
 }
 
@@ -181,14 +174,12 @@ void embedding(const Executor& exec, const Ids& ids, const W& w, const dora<T, M
   const matrix_view<const U> weight = as_view(w);
   const auto out = as_view(y);
   detail::check_types<U, T, element_t<std::remove_reference_t<Y>>>();
-  detail::check_embedding(function, tokens, weight, adapter.adapter);
-  detail::check_dora(function, adapter, weight.extent(1), weight.extent(0));
+  detail::arguments call(function, exec);
+  detail::check_embedding(call, function, tokens, weight, adapter.adapter);
+  detail::check_dora(call, function, adapter, weight.extent(1), weight.extent(0));
   detail::check_output(function, "y", out);
   detail::check_token_rows(function, "y", out, tokens.extent(0), weight.extent(1));
-  detail::check_disjoint(function, "y", out, "ids", tokens);
-  detail::check_disjoint(function, "y", out, "w", weight);
-  detail::check_disjoint_adapter(function, "y", out, adapter.adapter);
-  detail::check_disjoint_dora(function, "y", out, adapter);
+  call.writes("y", out);
   const index_t width = weight.extent(1);
   const detail::workspace<A> memory(2 * width);
   A* factors = memory.data() + width;
@@ -212,9 +203,10 @@ void embedding_backward(const Executor& exec, const Ids& ids, const W& w, const 
   const matrix_view<const U> dout = as_view(dy);
   const adapter_view<T> p = as_adapter(adapter);
   detail::check_types<T, element_t<const W>, U, G>();
-  detail::check_embedding(function, tokens, weight, p);
-  detail::check_embedding_backward(function, tokens, p, dout, grads);
-  if (grads.dmagnitude.data) detail::fail_value(function, ": dmagnitude is given, but adapter has none");
+  detail::check_no_magnitude(function, grads);
+  detail::arguments call(function, exec);
+  detail::check_embedding(call, function, tokens, weight, p);
+  detail::check_embedding_backward(call, function, tokens, p, dout, grads);
   const detail::workspace<A> memory(p.b.size());
   const matrix_view<A> b(memory.data(), p.b.extents);
   for (index_t o = 0; o < b.extent(0); ++o)
@@ -237,17 +229,11 @@ void embedding_backward(const Executor& exec, const Ids& ids, const W& w, const 
   const adapter_view<T>& p = adapter.adapter;
   const index_t width = weight.extent(1);
   detail::check_types<T, V, U, G>();
-  detail::check_embedding(function, tokens, weight, p);
-  detail::check_dora(function, adapter, width, weight.extent(0));
-  detail::check_embedding_backward(function, tokens, p, dout, grads);
-  detail::check_output(function, "dmagnitude", grads.dmagnitude);
-  detail::check_extent(function, "dmagnitude", "elements", grads.dmagnitude.extent(0), "w", width);
-  detail::check_disjoint_gradients(function, adapter, grads);
-  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "dy", dout);
-  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "ids", tokens);
-  detail::check_disjoint(function, "dmagnitude", grads.dmagnitude, "w", weight);
-  detail::check_disjoint(function, "da", grads.da, "w", weight);
-  detail::check_disjoint(function, "db", grads.db, "w", weight);
+  detail::arguments call(function, exec);
+  detail::check_embedding(call, function, tokens, weight, p);
+  detail::check_dora(call, function, adapter, width, weight.extent(0));
+  detail::check_embedding_backward(call, function, tokens, p, dout, grads);
+  detail::check_magnitude(call, function, grads, width);
   const detail::workspace<A> memory(3 * width + p.b.size() + detail::dora_tokens * (p.rank() + width));
   A* factors = memory.data() + width;
   A* sums = factors + width;
@@ -265,10 +251,7 @@ void embedding_backward(const Executor& exec, const Ids& ids, const W& w, const 
     const detail::dense_source<A> z_rows{z.data, count, width, width, 1};
     MLKIT_SELECT(add_column_products<U, A>)(dy_rows, z_rows, 0, width, sums);
   }
-  for (index_t i = 0; i < width; ++i) {
-    const A before = accumulate ? static_cast<A>(grads.dmagnitude(i)) : A{};
-    grads.dmagnitude(i) = static_cast<G>(norms[i] != 0 ? before + sums[i] / norms[i] : before);
-  }
+  detail::finish_magnitude(grads.dmagnitude, accumulate, static_cast<const A*>(sums), norms);
   detail::run_embedding_backward(exec, tokens, p, detail::as_const(b), static_cast<const A*>(factors), dout, grads,
                                  accumulate);
 }

@@ -1,6 +1,7 @@
 // The adapted linear map: y = x W^T + bias + s (D(x) A^T) B^T, forward and backward.
 #pragma once
 
+#include "../core/arguments.hpp"
 #include "dropout.hpp"
 #include "products.hpp"
 
@@ -75,20 +76,18 @@ void check_result(std::string_view function, std::string_view name, const matrix
     fail_shape(function, ": ", name, " has ", y.extent(1), " columns, but base has ", outputs, " outputs");
 }
 
-// What is written must not be what is read.
-template <class Y, class Base>
-void check_disjoint_base(std::string_view function, std::string_view name, const Y& y, const Base& base) {
+template <class Base>
+void name_base(arguments& call, const Base& base) {
   if constexpr (viewable<decltype(base.weight()), 2>)
-    check_disjoint(function, name, y, "base", base.weight());
+    call.reads("base", base.weight());
   else if constexpr (requires { base.weight().each_view([](std::string_view, const auto&) {}); })
-    base.weight().each_view(
-        [&](std::string_view part, const auto& v) { check_disjoint(function, name, y, message("base's ", part), v); });
-  if (base.bias.data) check_disjoint(function, name, y, "bias", base.bias);
+    base.weight().each_view([&](std::string_view part, const auto& v) { call.reads(message("base's ", part), v); });
+  call.reads("bias", base.bias);
 }
-template <class Y, class T>
-void check_disjoint_adapter(std::string_view function, std::string_view name, const Y& y, const adapter_view<T>& p) {
-  check_disjoint(function, name, y, "adapter.a", p.a);
-  check_disjoint(function, name, y, "adapter.b", p.b);
+template <class T>
+void name_adapter(arguments& call, const adapter_view<T>& p) {
+  call.reads("adapter.a", p.a);
+  call.reads("adapter.b", p.b);
 }
 
 // The saved h, where it is given.
@@ -109,7 +108,6 @@ void check_kept(std::string_view function, const linear_options<A>& o, index_t t
   check_extent(function, "z", "columns", o.z.extent(1), "base", outputs);
   if (o.z.extent(1) > 1 && o.z.stride(1) != 1)
     fail_shape(function, ": z has elements ", o.z.stride(1), " apart in a row; a row of it is a run");
-  if (o.h.data) check_disjoint(function, "z", o.z, "h", o.h);
 }
 template <class A>
 void check_nothing_kept(std::string_view function, const linear_options<A>& o) {
@@ -121,23 +119,23 @@ void check_linear(std::string_view function, const matrix_view<const X>& x, cons
   check_base(function, base);
   check_input(function, x, base.inputs());
   check_result(function, "y", y, x.extent(0), base.outputs());
-  check_disjoint(function, "y", y, "x", x);
-  check_disjoint_base(function, "y", y, base);
 }
 
+// What forward reads and writes, of an adapter that was checked.
 template <class X, class Base, class T, class Y, class A>
-void check_linear(std::string_view function, const matrix_view<const X>& x, const Base& base, const adapter_view<T>& p,
-                  const matrix_view<Y>& y, const linear_options<A>& o) {
+void check_linear(arguments& call, std::string_view function, const matrix_view<const X>& x, const Base& base,
+                  const adapter_view<T>& p, const matrix_view<Y>& y, const linear_options<A>& o) {
   check_linear(function, x, base, y);
   check_adapter(function, p, base.outputs(), base.inputs());
-  check_disjoint_adapter(function, "y", y, p);
   check_dropout(function, o);
   check_saved(function, o.h, x.extent(0), p.rank());
-  if (!o.h.data) return;
-  check_disjoint(function, "h", o.h, "x", x);
-  check_disjoint(function, "h", o.h, "y", y);
-  check_disjoint_base(function, "h", o.h, base);
-  check_disjoint_adapter(function, "h", o.h, p);
+  check_kept(function, o, x.extent(0), base.outputs());
+  call.reads("x", x);
+  name_base(call, base);
+  name_adapter(call, p);
+  call.writes("y", y);
+  call.writes("h", o.h);
+  call.writes("z", o.z);
 }
 
 // x as an operand, under its mask.
@@ -200,8 +198,26 @@ void run_linear(const cpu& exec, const matrix_view<const X>& x, const Base& base
   });
 }
 
+// The gradients that every adapter gets.
+template <class T, class G>
+void check_gradients(arguments& call, std::string_view function, const adapter_view<T>& p, const gradients<G>& g) {
+  const auto output = [&](std::string_view name, const auto& c, const auto& like, std::string_view like_name) {
+    check_output(function, name, c);
+    check_extent(function, name, "rows", c.extent(0), like_name, like.extent(0));
+    check_extent(function, name, "columns", c.extent(1), like_name, like.extent(1));
+    call.writes(name, c);
+  };
+  output("da", g.da, p.a, "adapter.a");
+  output("db", g.db, p.b, "adapter.b");
+}
+template <class G>
+void check_no_magnitude(std::string_view function, const gradients<G>& g) {
+  if (g.dmagnitude.data) fail_value(function, ": dmagnitude is given, but adapter has none");
+}
+
+// What backward reads and writes.
 template <class X, class Base, class T, class D, class G, class Dx, class A>
-void check_backward(std::string_view function, const matrix_view<const X>& x, const Base& base,
+void check_backward(arguments& call, std::string_view function, const matrix_view<const X>& x, const Base& base,
                     const adapter_view<T>& p, const matrix_view<const D>& dy, const gradients<G>& g,
                     const matrix_view<Dx>& dx, const linear_options<A>& o) {
   check_base(function, base);
@@ -213,23 +229,19 @@ void check_backward(std::string_view function, const matrix_view<const X>& x, co
     fail_shape(function, ": dy has ", dy.extent(1), " columns, but base has ", base.outputs(), " outputs");
   check_dropout(function, o);
   check_saved(function, o.h, x.extent(0), p.rank());
-  const auto output = [&](std::string_view name, const auto& c, index_t rows, index_t columns, std::string_view like) {
-    check_output(function, name, c);
-    check_extent(function, name, "rows", c.extent(0), like, rows);
-    check_extent(function, name, "columns", c.extent(1), like, columns);
-    check_disjoint(function, name, c, "x", x);
-    check_disjoint(function, name, c, "dy", dy);
-    check_disjoint_base(function, name, c, base);
-    check_disjoint_adapter(function, name, c, p);
-    if (o.h.data) check_disjoint(function, name, c, "h", o.h);
-  };
-  output("da", g.da, p.rank(), p.inputs(), "adapter.a");
-  output("db", g.db, p.outputs(), p.rank(), "adapter.b");
-  check_disjoint(function, "da", g.da, "db", g.db);
+  check_kept(function, o, x.extent(0), base.outputs());
+  call.reads("x", x);
+  call.reads("dy", dy);
+  name_base(call, base);
+  name_adapter(call, p);
+  call.reads("h", o.h);
+  call.reads("z", o.z);
+  check_gradients(call, function, p, g);
   if (!dx.data && dx.empty()) return;
-  output("dx", dx, x.extent(0), x.extent(1), "x");
-  check_disjoint(function, "dx", dx, "da", g.da);
-  check_disjoint(function, "dx", dx, "db", g.db);
+  check_output(function, "dx", dx);
+  check_extent(function, "dx", "rows", dx.extent(0), "x", x.extent(0));
+  check_extent(function, "dx", "columns", dx.extent(1), "x", x.extent(1));
+  call.writes("dx", dx);
 }
 
 template <class T>
@@ -238,26 +250,34 @@ void clear(const matrix_view<T>& c) noexcept {
     for (index_t j = 0; j < c.extent(1); ++j) c(i, j) = static_cast<T>(0.0f);
 }
 
-// db += (dy * factors)^T h and da += g^T D(x), with g = s (dy * factors) B.
-template <class Bias, class Right, class T, class D, class A, class G>
-void add_gradients(const cpu& exec, const matrix_view<const D>& dy, const matrix_view<A>& h, const matrix_view<A>& g,
-                   const operand<Right>& x, const adapter_view<T>& p, const A* factors, const gradients<G>& out) {
-  multiply<product_type_t<D, A>>(exec, left_of(transposed(dy)), right_of(h), nothing<A>(p.outputs()),
-                                 nothing<T>(p.rank()), out.db, finish<A, Bias, G>{.rows = factors}.adding(out.db));
-  multiply<product_type_t<A, typename Right::value_type>>(exec, left_of(transposed(g)), x, nothing<A>(p.rank()),
-                                                          nothing<T>(p.inputs()), out.da,
-                                                          finish<A, Bias, G>{}.adding(out.da));
+// Calls f with da and db as A, cleared first unless they are added to: what f adds in several steps is rounded once.
+template <class A, class G, class F>
+void summed_as(const gradients<G>& g, bool accumulate, F&& f) {
+  if (!accumulate) {
+    clear(g.da);
+    clear(g.db);
+  }
+  summed_as<A>(g.da, [&](const matrix_view<A>& da) {
+    summed_as<A>(g.db, [&](const matrix_view<A>& db) { f(gradients<A>(da, db)); });
+  });
 }
 
-template <bool Masked, class X, class Base, class T, class D, class G, class Dx, class A>
+// db += (dy * factors)^T h and da += g^T D(x), with g = s (dy * factors) B.
+template <class Bias, class Right, class T, class D, class A>
+void add_gradients(const cpu& exec, const matrix_view<const D>& dy, const matrix_view<A>& h, const matrix_view<A>& g,
+                   const operand<Right>& x, const adapter_view<T>& p, const A* factors, const gradients<A>& out) {
+  multiply<product_type_t<D, A>>(exec, left_of(transposed(dy)), right_of(h), nothing<A>(p.outputs()),
+                                 nothing<T>(p.rank()), out.db, finish<A, Bias, A>{.rows = factors}.adding(out.db));
+  multiply<product_type_t<A, typename Right::value_type>>(exec, left_of(transposed(g)), x, nothing<A>(p.rank()),
+                                                          nothing<T>(p.inputs()), out.da,
+                                                          finish<A, Bias, A>{}.adding(out.da));
+}
+
+template <bool Masked, class X, class Base, class T, class D, class Dx, class A>
 void run_backward(const cpu& exec, const matrix_view<const X>& x, const Base& base, const adapter_view<T>& p,
-                  const matrix_view<const D>& dy, const gradients<G>& grads, const matrix_view<Dx>& dx,
+                  const matrix_view<const D>& dy, const gradients<A>& grads, const matrix_view<Dx>& dx,
                   const linear_options<A>& o) {
   using Bias = bias_t<Base>;
-  if (!o.accumulate) {
-    clear(grads.da);
-    clear(grads.db);
-  }
   const dropout_mask whole = dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1));
   const workspace<A> memory(std::min(x.extent(0), tokens_at_once) * p.rank());
   each_token_block(x.extent(0), p.rank(), o.h, [&](index_t first, index_t count, const matrix_view<A>& h) {
@@ -311,7 +331,11 @@ void linear(const Executor& exec, const X& x, const Base& base, Y&& y) {
   const matrix_view<const T> in = as_view(x);
   const auto out = as_view(y);
   detail::check_types<T, W, R>();
+  detail::arguments call("lora::linear", exec);
   detail::check_linear("lora::linear", in, base, out);
+  call.reads("x", in);
+  detail::name_base(call, base);
+  call.writes("y", out);
   detail::project_up(exec, detail::left_of(in), base, matrix_view<const A>(&detail::no_elements<A>, {in.extent(0), 0}),
                      matrix_view<const W>(&detail::no_elements<W>, {base.outputs(), 0}), out,
                      detail::finish<A, detail::bias_t<Base>, R>{.bias = base.bias.data});
@@ -330,13 +354,14 @@ template <executor Executor, viewable<2> X, linear_base Base, plain_adapter Adap
 void linear(const Executor& exec, const X& x, const Base& base, const Adapter& adapter, Y&& y) {
   using T = element_t<const X>;
   using P = typename Adapter::value_type;
-  using A = detail::sums_t<T>;
   const matrix_view<const T> in = as_view(x);
   const adapter_view<P> p = as_adapter(adapter);
   const auto out = as_view(y);
+  const linear_options<detail::sums_t<T>> options;
   detail::check_types<T, typename Base::value_type, P, element_t<std::remove_reference_t<Y>>>();
-  detail::check_linear("lora::linear", in, base, p, out, linear_options<A>{});
-  detail::run_linear<false>(exec, in, base, p, out, linear_options<A>{});
+  detail::arguments call("lora::linear", exec);
+  detail::check_linear(call, "lora::linear", in, base, p, out, options);
+  detail::run_linear<false>(exec, in, base, p, out, options);
 }
 
 /// The same with options: dropout, and h saved for backward.
@@ -353,8 +378,9 @@ void linear(const Executor& exec, const X& x, const Base& base, const Adapter& a
   const adapter_view<P> p = as_adapter(adapter);
   const auto out = as_view(y);
   detail::check_types<T, typename Base::value_type, P, element_t<std::remove_reference_t<Y>>>();
-  detail::check_linear("lora::linear", in, base, p, out, options);
   detail::check_nothing_kept("lora::linear", options);
+  detail::arguments call("lora::linear", exec);
+  detail::check_linear(call, "lora::linear", in, base, p, out, options);
   if (detail::drops(options))
     detail::run_linear<true>(exec, in, base, p, out, options);
   else
@@ -382,13 +408,16 @@ void linear_backward(const Executor& exec, const X& x, const Base& base, const A
   const adapter_view<P> p = as_adapter(adapter);
   const auto din = as_view(dx);
   detail::check_types<T, typename Base::value_type, P, U, G, element_t<std::remove_reference_t<Dx>>>();
-  detail::check_backward("lora::linear_backward", in, base, p, dout, grads, din, options);
   detail::check_nothing_kept("lora::linear_backward", options);
-  if (grads.dmagnitude.data) detail::fail_value("lora::linear_backward: dmagnitude is given, but adapter has none");
-  if (detail::drops(options))
-    detail::run_backward<true>(exec, in, base, p, dout, grads, din, options);
-  else
-    detail::run_backward<false>(exec, in, base, p, dout, grads, din, options);
+  detail::check_no_magnitude("lora::linear_backward", grads);
+  detail::arguments call("lora::linear_backward", exec);
+  detail::check_backward(call, "lora::linear_backward", in, base, p, dout, grads, din, options);
+  detail::summed_as<detail::sums_t<T>>(grads, options.accumulate, [&](const auto& sums) {
+    if (detail::drops(options))
+      detail::run_backward<true>(exec, in, base, p, dout, sums, din, options);
+    else
+      detail::run_backward<false>(exec, in, base, p, dout, sums, din, options);
+  });
 }
 
 /// The same without options: no dropout, h computed again, da and db overwritten.
@@ -405,9 +434,12 @@ void linear_backward(const Executor& exec, const X& x, const Base& base, const A
   const auto din = as_view(dx);
   const linear_options<detail::sums_t<T>> options;
   detail::check_types<T, typename Base::value_type, P, U, G, element_t<std::remove_reference_t<Dx>>>();
-  detail::check_backward("lora::linear_backward", in, base, p, dout, grads, din, options);
-  if (grads.dmagnitude.data) detail::fail_value("lora::linear_backward: dmagnitude is given, but adapter has none");
-  detail::run_backward<false>(exec, in, base, p, dout, grads, din, options);
+  detail::check_no_magnitude("lora::linear_backward", grads);
+  detail::arguments call("lora::linear_backward", exec);
+  detail::check_backward(call, "lora::linear_backward", in, base, p, dout, grads, din, options);
+  detail::summed_as<detail::sums_t<T>>(grads, false, [&](const auto& sums) {
+    detail::run_backward<false>(exec, in, base, p, dout, sums, din, options);
+  });
 }
 
 }  // namespace MLKIT_NAMESPACE::lora

@@ -104,8 +104,8 @@ void merge_product(std::string_view function, const cpu& exec, const matrix_view
 }
 
 template <class T, class P>
-void check_merge(std::string_view function, const matrix_view<T>& w, const adapter_view<P>& p, double weight,
-                 std::string_view name = "adapter") {
+void check_merge(arguments& call, std::string_view function, const matrix_view<T>& w, const adapter_view<P>& p,
+                 double weight, std::string_view name = "adapter") {
   check_types<T, P>();
   check_output(function, "w", w);
   check_adapter(function, p, name);
@@ -114,14 +114,16 @@ void check_merge(std::string_view function, const matrix_view<T>& w, const adapt
   if (p.outputs() != w.extent(0))
     fail_shape(function, ": ", name, ".b has ", p.outputs(), " rows, but w has ", w.extent(0));
   if (!std::isfinite(weight)) fail_value(function, ": weight = ", weight, " is not finite");
-  check_disjoint(function, "w", w, message(name, ".a"), p.a);
-  check_disjoint(function, "w", w, message(name, ".b"), p.b);
+  call.reads(message(name, ".a"), p.a);
+  call.reads(message(name, ".b"), p.b);
 }
 
 template <class T, class P>
 void run_merge(std::string_view function, const cpu& exec, const matrix_view<T>& w, const adapter_view<P>& p,
                double weight) {
-  check_merge(function, w, p, weight);
+  arguments call(function, exec);
+  check_merge(call, function, w, p, weight);
+  call.writes("w", w);
   const stacked<accumulator_t<T>> s(std::span<const adapter_view<P>>(&p, 1), w.extent(0), w.extent(1),
                                     [&](std::size_t) { return weight; });
   merge_product(function, exec, s.b, s.a, w, static_cast<const accumulator_t<T>*>(nullptr));
@@ -162,9 +164,10 @@ void merge(const Executor& exec, W&& w, const Adapters& adapters, const Weights&
   const std::span<const std::ranges::range_value_t<Weights>> factors(weights);
   detail::check_extent(function, "weights", "elements", static_cast<index_t>(factors.size()), "adapters",
                        static_cast<index_t>(views.size()));
-  detail::check_output(function, "w", c);
+  detail::arguments call(function, exec);
+  call.writes("w", c);
   for (std::size_t i = 0; i < views.size(); ++i)
-    detail::check_merge(function, c, views[i], static_cast<double>(factors[i]),
+    detail::check_merge(call, function, c, views[i], static_cast<double>(factors[i]),
                         detail::message("adapters[", static_cast<index_t>(i), "]"));
   if (views.empty()) return;
   const detail::stacked<A> s(std::span<const adapter_view<P>>(views), c.extent(0), c.extent(1),
@@ -181,9 +184,10 @@ void merge(const Executor& exec, W&& w, const dora<T, M>& adapter) {
   const auto c = as_view(w);
   using U = typename decltype(c)::value_type;
   using A = accumulator_t<U>;
-  detail::check_merge(function, c, adapter.adapter, 1);
-  detail::check_dora(function, adapter, c.extent(0), c.extent(1));
-  detail::check_disjoint_dora(function, "w", c, adapter);
+  detail::arguments call(function, exec);
+  detail::check_merge(call, function, c, adapter.adapter, 1);
+  detail::check_dora(call, function, adapter, c.extent(0), c.extent(1));
+  call.writes("w", c);
   const index_t out = c.extent(0);
   const detail::workspace<A> memory(2 * out);
   A* factors = memory.data() + out;
@@ -201,9 +205,10 @@ void unmerge(const Executor& exec, W&& w, const dora<T, M>& adapter) {
   constexpr std::string_view function = "lora::unmerge";
   const auto c = as_view(w);
   using A = accumulator_t<typename decltype(c)::value_type>;
-  detail::check_merge(function, c, adapter.adapter, 1);
-  detail::check_dora(function, adapter, c.extent(0), c.extent(1));
-  detail::check_disjoint_dora(function, "w", c, adapter);
+  detail::arguments call(function, exec);
+  detail::check_merge(call, function, c, adapter.adapter, 1);
+  detail::check_dora(call, function, adapter, c.extent(0), c.extent(1));
+  call.writes("w", c);
   if (!adapter.norms.data)
     detail::fail_value(function,
                        ": the norms from before the merge are needed: dora{adapter, magnitude, adapted_norms}");

@@ -215,9 +215,13 @@ void linear_rows(const cpu& exec, const matrix_view<const X>& x, const Base& bas
   using T = typename Many::value_type;
   check_types<X, typename Base::value_type, T, Y>();
   constexpr std::string_view function = "lora::linear";
+  arguments call(function, exec);
   check_linear(function, x, base, y);
   const row_plan<T> plan = make_plan<T>(function, many, x.extent(0), base.outputs(), base.inputs());
-  for (const adapter_view<T>& p : plan.adapters) check_disjoint_adapter(function, "y", y, p);
+  call.reads("x", x);
+  name_base(call, base);
+  for (const adapter_view<T>& p : plan.adapters) name_adapter(call, p);
+  call.writes("y", y);
   run_rows(exec, x, base, plan, y);
 }
 

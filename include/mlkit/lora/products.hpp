@@ -71,17 +71,8 @@ operand<dense_source<T>> nothing(index_t lines) noexcept {
 template <class E, class Left, class Right, class Left2, class Right2, class C, class Stage>
 void multiply(const cpu& exec, const operand<Left>& left, const operand<Right>& right, const operand<Left2>& left2,
               const operand<Right2>& right2, const matrix_view<C>& c, const Stage& stage) {
-  using First = segment<Left, Right>;
-  using Second = segment<Left2, Right2>;
   const epilogue<Stage> e{stage};
-  run_product<E>(exec, product<C, epilogue<Stage>, First, Second>{{First{left, right}, Second{left2, right2}},
-                                                                  c.extent(0),
-                                                                  c.extent(1),
-                                                                  false,
-                                                                  c.data,
-                                                                  c.stride(0),
-                                                                  c.stride(1),
-                                                                  &e});
+  run_product<E>(exec, make_product(c, e, segment<Left, Right>{left, right}, segment<Left2, Right2>{left2, right2}));
 }
 
 template <class T>

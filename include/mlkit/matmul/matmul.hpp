@@ -47,8 +47,7 @@ void multiply(const cpu& exec, const A& a, const B& b, const matrix_view<C>& c, 
   const auto left = left_operand(a);
   const auto right = right_operand(b);
   using Segment = segment<typename decltype(left)::source_type, typename decltype(right)::source_type>;
-  const product<C, epilogue<Stages...>, Segment> p{
-      {Segment{left, right, packed_panels(b)}}, c.extent(0), c.extent(1), false, c.data, c.stride(0), c.stride(1), &e};
+  const auto p = make_product(c, e, Segment{left, right, packed_panels(b)});
   if (!run_small<E>(exec, p)) run_product<E>(exec, p);
 }
 

@@ -149,7 +149,8 @@ concept right_matmul_operand = matmul_operand<X> || is_packed<std::remove_cvref_
 ///
 /// b is a view or tensor with any strides, or a source. E is the type that products with it are multiplied in: by
 /// default f64 and bf16 for themselves, else f32; name it to multiply other operands, as in `pack<float>(exec, w)` for
-/// bf16 weights and f32 activations.
+/// bf16 weights and f32 activations. Elements are rounded to bf16 where the instruction set multiplies bf16; the others
+/// multiply such operands as f32, and keep what they were given.
 ///
 /// Throws shape_error or value_error where b is no valid view. Reads b once, writes packed.bytes() once.
 template <class E = void, executor Executor, detail::matmul_operand B>

@@ -29,6 +29,13 @@ struct product {
   const Epilogue* epilogue;
 };
 
+/// c = epilogue(sum over segments of left right), where left lines are rows of c.
+template <class C, class Epilogue, class... Segments>
+product<C, Epilogue, Segments...> make_product(const matrix_view<C>& c, const Epilogue& e,
+                                               const Segments&... segments) {
+  return {{segments...}, c.extent(0), c.extent(1), false, c.data, c.stride(0), c.stride(1), &e};
+}
+
 /// One instruction set's functions for one type of product. Lines and rows are left and right lines of the product;
 /// panels and scratch are counted in bytes.
 template <class Product>

@@ -185,7 +185,7 @@ inline constexpr bool may_be_small<E, product<Out, Epilogue, segment<dense_sourc
 /// products that must agree with others of more segments.
 template <class E, class Product>
 bool run_small(const cpu& exec, const Product& p) {
-  (void)concurrency(exec);  // refuses what is no executor
+  check_executor(exec);
   if constexpr (may_be_small<E, Product>)
     return MLKIT_SELECT_WITHOUT_BF16(small<E>::template run<Product>)(p);
   else

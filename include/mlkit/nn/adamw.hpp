@@ -47,12 +47,11 @@ void adamw_update(const cpu& exec, const adamw_options& o, index_t step, vector_
   detail::check_run("nn::adamw_update", "gradient", gradient);
   detail::check_run("nn::adamw_update", "m", m);
   detail::check_run("nn::adamw_update", "v", v);
-  detail::check_disjoint("nn::adamw_update", "p", p, "gradient", gradient);
-  detail::check_disjoint("nn::adamw_update", "p", p, "m", m);
-  detail::check_disjoint("nn::adamw_update", "p", p, "v", v);
-  detail::check_disjoint("nn::adamw_update", "m", m, "gradient", gradient);
-  detail::check_disjoint("nn::adamw_update", "m", m, "v", v);
-  detail::check_disjoint("nn::adamw_update", "v", v, "gradient", gradient);
+  detail::arguments call("nn::adamw_update", exec);
+  call.reads("gradient", gradient);
+  call.writes("p", p);
+  call.writes("m", m);
+  call.writes("v", v);
   const T keep = static_cast<T>(1 - o.rate * o.decay);
   const T b1 = static_cast<T>(o.beta1), b2 = static_cast<T>(o.beta2);
   const T c1 = static_cast<T>(1 - o.beta1), c2 = static_cast<T>(1 - o.beta2);

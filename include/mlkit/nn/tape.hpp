@@ -110,7 +110,7 @@ class tape {
 
   /// Throws value_error for a number of threads that cannot be.
   explicit tape(cpu exec = {}) : tape(exec, options{}) {}
-  tape(cpu exec, options o) : exec_(exec), record_(o.record) { detail::concurrency(exec); }
+  tape(cpu exec, options o) : exec_(exec), record_(o.record) { detail::check_executor(exec); }
   tape(const tape&) = delete;
   tape& operator=(const tape&) = delete;
 

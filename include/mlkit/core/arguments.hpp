@@ -1,0 +1,57 @@
+// The memory that a call's arguments name: what it writes must be none of what it reads, or writes elsewhere.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu.hpp"
+#include "view.hpp"
+
+namespace MLKIT_NAMESPACE::detail {
+
+/// The arguments of one call, in the order in which it names them. Refuses an executor that is none, and an output that
+/// shares memory with another argument.
+class arguments {
+ public:
+  arguments(std::string_view function, const cpu& exec) : function_(function) {
+    check_executor(exec);
+    named_.reserve(16);
+  }
+
+  template <class T, int Rank>
+  void reads(std::string_view name, const tensor_view<T, Rank>& v) {
+    add(name, any_view(v), false);
+  }
+  template <class T, int Rank>
+  void writes(std::string_view name, const tensor_view<T, Rank>& v) {
+    check_output(function_, name, v);
+    add(name, any_view(v), true);
+  }
+
+ private:
+  struct argument {
+    std::string name;
+    touched_memory memory;
+    bool written;
+    int rank;
+    std::array<index_t, any_view::most_dimensions> extents;
+    std::string text() const { return message(name, " ", list_text(extents.data(), rank)); }
+  };
+
+  void add(std::string_view name, const any_view& v, bool written) {
+    if (v.empty()) return;
+    argument added{std::string(name), touched_memory(v), written, v.rank, {}};
+    std::copy_n(v.extents, v.rank, added.extents.begin());
+    for (const argument& other : named_) {
+      if (!(written || other.written) || added.memory.disjoint(other.memory)) continue;
+      const argument &output = written ? added : other, &input = written ? other : added;
+      fail_shape(function_, ": ", output.text(), " overlaps ", input.text());
+    }
+    named_.push_back(added);
+  }
+
+  std::string_view function_;
+  std::vector<argument> named_;
+};
+
+}  // namespace MLKIT_NAMESPACE::detail
