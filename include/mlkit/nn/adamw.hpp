@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "../core/arguments.hpp"
 #include "elementwise.hpp"
 #include "tape.hpp"
 
