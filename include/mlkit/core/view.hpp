@@ -19,26 +19,39 @@ using extents_t = std::array<index_t, Rank>;
 
 namespace detail {
 
+// Element d of extents or strides. std::array's own operator[] cannot be called in device code.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // there it is part of constant expressions alone
+#endif
+template <class Array>
+MLKIT_HOST_DEVICE constexpr auto& at(Array& a, int d) noexcept {
+#if defined(__CUDA_ARCH__)
+  using element = std::conditional_t<std::is_const_v<Array>, const index_t, index_t>;
+  if (!__builtin_is_constant_evaluated()) return reinterpret_cast<element*>(&a)[d];
+#endif
+  return a[static_cast<std::size_t>(d)];
+}
+
 // Shapes come from users before they are checked: a product too large wraps, and check_view refuses it.
-constexpr index_t wrapping_product(index_t a, index_t b) noexcept {
+MLKIT_HOST_DEVICE constexpr index_t wrapping_product(index_t a, index_t b) noexcept {
   return static_cast<index_t>(static_cast<std::uint64_t>(a) * static_cast<std::uint64_t>(b));
 }
 
 template <int Rank>
-constexpr extents_t<Rank> row_major_strides(const extents_t<Rank>& extents) noexcept {
+MLKIT_HOST_DEVICE constexpr extents_t<Rank> row_major_strides(const extents_t<Rank>& extents) noexcept {
   extents_t<Rank> strides{};
   index_t step = 1;
   for (int d = Rank - 1; d >= 0; --d) {
-    strides[d] = step;
-    step = wrapping_product(step, extents[d]);
+    at(strides, d) = step;
+    step = wrapping_product(step, at(extents, d));
   }
   return strides;
 }
 
 template <int Rank>
-constexpr index_t element_count(const extents_t<Rank>& extents) noexcept {
+MLKIT_HOST_DEVICE constexpr index_t element_count(const extents_t<Rank>& extents) noexcept {
   index_t n = 1;
-  for (index_t e : extents) n = wrapping_product(n, e);
+  for (int d = 0; d < Rank; ++d) n = wrapping_product(n, at(extents, d));
   return n;
 }
 
@@ -54,7 +67,8 @@ concept mdspan_like = requires(const M& m) {
 }  // namespace detail
 
 /// A non-owning view of `Rank` dimensions. Row-major by default; strides are in elements and may be anything.
-/// Cheap to copy; passing one by value is the rule. It does not keep what it looks at alive.
+/// Cheap to copy; passing one by value is the rule. It does not keep what it looks at alive. Its members can be called
+/// in CUDA device code too.
 template <class T, int Rank>
 struct tensor_view {
   using value_type = std::remove_const_t<T>;
@@ -66,42 +80,43 @@ struct tensor_view {
   extents_t<Rank> strides{};
 
   constexpr tensor_view() = default;
-  constexpr tensor_view(T* pointer, const extents_t<Rank>& shape) noexcept
+  MLKIT_HOST_DEVICE constexpr tensor_view(T* pointer, const extents_t<Rank>& shape) noexcept
       : data(pointer), extents(shape), strides(detail::row_major_strides<Rank>(shape)) {}
-  constexpr tensor_view(T* pointer, const extents_t<Rank>& shape, const extents_t<Rank>& steps) noexcept
+  MLKIT_HOST_DEVICE constexpr tensor_view(T* pointer, const extents_t<Rank>& shape,
+                                          const extents_t<Rank>& steps) noexcept
       : data(pointer), extents(shape), strides(steps) {}
 
   /// A view of mutable elements converts to one of const elements.
   template <class U>
     requires(std::is_same_v<const U, T> && !std::is_same_v<U, T>)
-  constexpr tensor_view(const tensor_view<U, Rank>& other) noexcept
+  MLKIT_HOST_DEVICE constexpr tensor_view(const tensor_view<U, Rank>& other) noexcept
       : data(other.data), extents(other.extents), strides(other.strides) {}
 
-  constexpr index_t extent(int d) const noexcept { return extents[d]; }
-  constexpr index_t stride(int d) const noexcept { return strides[d]; }
-  constexpr index_t size() const noexcept { return detail::element_count<Rank>(extents); }
-  constexpr bool empty() const noexcept {
-    for (index_t e : extents)
-      if (e == 0) return true;
+  MLKIT_HOST_DEVICE constexpr index_t extent(int d) const noexcept { return detail::at(extents, d); }
+  MLKIT_HOST_DEVICE constexpr index_t stride(int d) const noexcept { return detail::at(strides, d); }
+  MLKIT_HOST_DEVICE constexpr index_t size() const noexcept { return detail::element_count<Rank>(extents); }
+  MLKIT_HOST_DEVICE constexpr bool empty() const noexcept {
+    for (int d = 0; d < Rank; ++d)
+      if (extent(d) == 0) return true;
     return false;
   }
 
   /// The element at the given indices, unchecked.
   template <std::convertible_to<index_t>... I>
     requires(sizeof...(I) == Rank)
-  constexpr T& operator()(I... indices) const noexcept {
-    const index_t at[] = {static_cast<index_t>(indices)...};
+  MLKIT_HOST_DEVICE constexpr T& operator()(I... indices) const noexcept {
+    const index_t index[] = {static_cast<index_t>(indices)...};
     index_t offset = 0;
-    for (int d = 0; d < Rank; ++d) offset += at[d] * strides[d];
+    for (int d = 0; d < Rank; ++d) offset += index[d] * stride(d);
     return data[offset];
   }
 
   /// Whether the elements stand one after another in row-major order.
-  constexpr bool contiguous() const noexcept {
+  MLKIT_HOST_DEVICE constexpr bool contiguous() const noexcept {
     index_t step = 1;
     for (int d = Rank - 1; d >= 0; --d) {
-      if (extents[d] != 1 && strides[d] != step) return false;
-      step = detail::wrapping_product(step, extents[d]);
+      if (extent(d) != 1 && stride(d) != step) return false;
+      step = detail::wrapping_product(step, extent(d));
     }
     return true;
   }
@@ -118,9 +133,12 @@ using matrix_view = tensor_view<T, 2>;
 /// The same elements with the last two dimensions exchanged; nothing is copied.
 template <class T, int Rank>
   requires(Rank >= 2)
-constexpr tensor_view<T, Rank> transposed(tensor_view<T, Rank> v) noexcept {
-  std::swap(v.extents[Rank - 1], v.extents[Rank - 2]);
-  std::swap(v.strides[Rank - 1], v.strides[Rank - 2]);
+MLKIT_HOST_DEVICE constexpr tensor_view<T, Rank> transposed(tensor_view<T, Rank> v) noexcept {
+  const index_t extent = v.extent(Rank - 1), stride = v.stride(Rank - 1);
+  detail::at(v.extents, Rank - 1) = v.extent(Rank - 2);
+  detail::at(v.strides, Rank - 1) = v.stride(Rank - 2);
+  detail::at(v.extents, Rank - 2) = extent;
+  detail::at(v.strides, Rank - 2) = stride;
   return v;
 }
 
