@@ -122,6 +122,65 @@ TEST_CASE("epilogue: functors of the user's own see values, rows and columns") {
       });
 }
 
+TEST_CASE("epilogue: a chain called on one element gives what the product gives") {
+  const auto square = [](float x) { return x * x; };
+  const auto tilt = [](float x, index_t row, index_t col) { return x + static_cast<float>(row - 2 * col) / 64; };
+  for (const shape& s : {shape{5, 11, 3}, shape{130, 70, 0}}) {
+    const extras e(s);
+    const auto columns = as<mlkit::bf16>(e.columns);
+    const auto rows = as<float>(e.rows);
+    const auto residual = as<mlkit::f16>(e.residual);
+    const mlkit::matrix_view<const mlkit::f16> residual_view(residual.data(), {s.m, s.n});
+    const epilogue chain{mlkit::add_bias{columns},
+                         square,
+                         mlkit::scale_rows{rows},
+                         mlkit::accumulate{},
+                         mlkit::relu{},
+                         tilt,
+                         mlkit::scale_columns{columns},
+                         mlkit::add{residual_view}};
+
+    // k = 0, or factors of 1/4 and sums of a few: all exact.
+    mlkit::matrix<float> a({s.m, s.k}), b({s.k, s.n}), c({s.m, s.n});
+    for (index_t i = 0; i < a.size(); ++i) a.data()[i] = static_cast<float>(i % 5 - 2) / 4;
+    for (index_t i = 0; i < b.size(); ++i) b.data()[i] = static_cast<float>(i % 7 - 3) / 4;
+    for (index_t i = 0; i < c.size(); ++i) c.data()[i] = static_cast<float>(i % 13 - 6) / 8;
+    std::vector<float> want;
+    for (index_t i = 0; i < s.m; ++i)
+      for (index_t j = 0; j < s.n; ++j) {
+        double sum = 0;
+        for (index_t k = 0; k < s.k; ++k) sum += a(i, k) * b(k, j);
+        const auto row = static_cast<std::size_t>(i), col = static_cast<std::size_t>(j);
+        const double x = sum + e.columns[col], y = x * x * e.rows[row] + c(i, j);
+        const double z = (std::max(y, 0.0) + static_cast<double>(i - 2 * j) / 64) * e.columns[col];
+        want.push_back(static_cast<float>(z + e.residual[row * e.columns.size() + col]));
+        REQUIRE(chain(static_cast<float>(sum), i, j, c(i, j)) == want.back());
+        REQUIRE(chain(sum, i, j, c(i, j)) == want.back());
+      }
+    mlkit::matmul(cpu{.threads = 1}, a, b, c, chain);
+    REQUIRE(std::equal(want.begin(), want.end(), c.data()));
+  }
+}
+
+TEST_CASE("epilogue: stages called on one element") {
+  const std::vector<float> three{2, -3, 0.5f};
+  const std::vector<double> six{1, 2, 3, 4, 5, 6};
+  const mlkit::matrix_view<const double> turned(six.data(), {3, 2}, {1, 3});
+  REQUIRE(mlkit::add_bias{three}(1.0f, 7, 1) == -2);
+  REQUIRE(mlkit::scale_columns{three}(4.0f, 7, 2) == 2);
+  REQUIRE(mlkit::scale_rows{three}(4.0f, 0, 7) == 8);
+  REQUIRE(mlkit::add{turned}(0.5, 2, 1) == 6.5);
+  REQUIRE(mlkit::accumulate{}(1.0f, 2.0f) == 3);
+  REQUIRE(epilogue<>{}(1.5, 0, 0) == 1.5);
+  REQUIRE(epilogue{mlkit::scale{2.0f}, mlkit::add_bias{three}}(1.0f, 0, 2) == 2.5f);
+
+  using unconditional = epilogue<mlkit::scale>;
+  using accumulating = epilogue<mlkit::scale, mlkit::accumulate>;
+  STATIC_REQUIRE(std::is_invocable_v<const unconditional&, float, index_t, index_t>);
+  STATIC_REQUIRE(!std::is_invocable_v<const accumulating&, float, index_t, index_t>);
+  STATIC_REQUIRE(std::is_invocable_v<const accumulating&, float, index_t, index_t, float>);
+}
+
 TEST_CASE("epilogue: functors are called once for each element of the output, and for nothing else") {
   for_each_isa([] {
     for (const shape& s : shapes) {

@@ -78,7 +78,7 @@ void check_batched(const A& a, const B& b, const C& c, const Epilogue& e) {
   check_output("matmul", "c", c);
   check_extent("matmul", "a", "matrices", a.extent(0), "c", c.extent(0));
   check_disjoint("matmul", "c", c, "a", a);
-  check_epilogue("matmul", e, c.extent(1), c.extent(2));
+  e.check("matmul", c.extent(1), c.extent(2));
   check_epilogue_disjoint("matmul", c, e);
   if constexpr (viewable<const B, 3>) {
     const auto right = as_view(b);

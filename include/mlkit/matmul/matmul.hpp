@@ -30,7 +30,7 @@ void check_matmul(std::string_view function, const A& a, const B& b, const C& c,
     fail_shape(function, ": a has ", left.depth(), " columns, but b has ", right.depth(), " rows");
   check_extent(function, "c", "rows", c.extent(0), "a", left.lines());
   check_extent(function, "c", "columns", c.extent(1), "b", right.lines());
-  check_epilogue(function, e, c.extent(0), c.extent(1));
+  e.check(function, c.extent(0), c.extent(1));
   check_operand_disjoint(function, c, "a", a);
   check_operand_disjoint(function, c, "b", b);
   check_epilogue_disjoint(function, c, e);

@@ -39,6 +39,10 @@ constexpr transposed_source<S> transposed(const S& source) noexcept { return {so
 /// matmul(exec, prologue{x, [](float v) { return v * v; }}, w, y).
 template <class T, class F>
 struct prologue {
+  static_assert(
+      !requires(const F& f) { f.check("", index_t{}, index_t{}); },
+      "prologue: what a stage of an epilogue reads is not checked here; read it in a callable");
+
   using value_type = T;
   matrix_view<const T> view;
   F f;

@@ -131,7 +131,7 @@ struct gemm {
       else
         return false;
     };
-    return std::apply([&](const auto&... stage) { return (one(stage) && ...); }, e.stages);
+    return e.stages.apply([&](const auto&... stage) { return (one(stage) && ...); });
   }
 
   // Whether sums can go straight to the output: whole vectors and whole tiles of the accumulator type.
@@ -322,7 +322,7 @@ struct gemm {
         else
           x = apply_stage(stage, x, at);
       };
-      std::apply([&](const auto&... stage) { (step(stage), ...); }, p.epilogue->stages);
+      p.epilogue->stages.apply([&](const auto&... stage) { (step(stage), ...); });
       if (p.col_stride == 1 && n == V::width) {
         x.store(out + j);
       } else if (p.col_stride == 1) {
