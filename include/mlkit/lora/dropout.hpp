@@ -15,8 +15,14 @@ struct dropout_mask {
   std::uint32_t threshold = 0;
   double scale = 1;
 
+  /// x * mask[row, col].
+  template <std::floating_point A>
+  MLKIT_HOST_DEVICE constexpr A operator()(A x, index_t row, index_t col) const noexcept {
+    const auto index = static_cast<std::uint64_t>((first_row + row) * cols + col);
+    return random.bits(index) >= threshold ? x * static_cast<A>(scale) : A{};
+  }
   /// The mask of the rows from `row` on.
-  dropout_mask from(index_t row) const noexcept {
+  MLKIT_HOST_DEVICE dropout_mask from(index_t row) const noexcept {
     dropout_mask m = *this;
     m.first_row += row;
     return m;
@@ -40,6 +46,10 @@ struct dropped_source {
 /// x * mask: an epilogue stage.
 struct mask_output {
   dropout_mask mask;
+  template <std::floating_point A>
+  MLKIT_HOST_DEVICE constexpr A operator()(A x, index_t row, index_t col) const noexcept {
+    return mask(x, row, col);
+  }
 };
 
 }  // namespace MLKIT_NAMESPACE::lora::detail

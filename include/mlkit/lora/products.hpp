@@ -22,6 +22,16 @@ struct finish {
   A* kept = nullptr;  // [row, col], where each row is a run
   index_t kept_row = 0;
 
+  MLKIT_HOST_DEVICE constexpr A operator()(A x, index_t row, index_t col) const noexcept {
+    x = x * (rows ? value * rows[row] : value);
+    if (kept) kept[row * kept_row + col] = x;
+    if (columns) x = x * columns[col];
+    if (bias) x = x + static_cast<A>(bias[col]);
+    if (row_bias) x = x + static_cast<A>(row_bias[row]);
+    if (add) x = x + static_cast<A>(add[row * add_row + col * add_column]);
+    return last ? x * last[row] : x;
+  }
+
   bool changes_nothing() const noexcept {
     return value == 1 && !rows && !columns && !bias && !add && !last && !row_bias && !kept;
   }
@@ -45,6 +55,11 @@ struct add_token_rows {
   matrix_view<const W> w;
   const I* ids;
   const A* factors = nullptr;
+
+  MLKIT_HOST_DEVICE constexpr A operator()(A x, index_t row, index_t col) const noexcept {
+    x = x + static_cast<A>(w(ids[row], col));
+    return factors ? x * factors[col] : x;
+  }
 };
 
 // The type that sums over these element types are kept in.
