@@ -218,7 +218,8 @@ def cuda():
         source = folder / "all.cu"
         source.write_text("".join(f"#include <{name}>\n" for name in public_headers())
                           + (HERE / "policies.cu").read_text())
-        print(run([nvcc, "-std=c++20", "-arch=sm_80", "-I", INCLUDE, "-c", source, "-o", folder / "all.o"]), end="")
+        print(run([nvcc, "-std=c++20", "-arch=sm_80", "-Werror", "all-warnings", "-I", INCLUDE, "-c", source,
+                   "-o", folder / "all.o"]), end="")
     print(f"{len(public_headers())} headers and the policies compile in a .cu file")
 
 
