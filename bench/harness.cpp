@@ -43,7 +43,7 @@ benchmark::internal::Benchmark* add_case(const label& l, const work& w, std::fun
       p.run();
     }
     last = &p;
-    for ([[maybe_unused]] auto _ : state)
+    while (state.KeepRunningBatch(w.calls))
       if (!once) p.run();
     state.counters["flop"] = w.flop;
     state.counters["bytes"] = w.bytes;

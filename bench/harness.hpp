@@ -17,9 +17,10 @@ struct label {
 };
 
 /// What one call does: the useful flops, and the bytes that have to move at least once; `weights` are the bytes that a
-/// quantised base takes.
+/// quantised base takes. `calls`: the function to time makes that many calls in a row; the times are those of one.
 struct work {
   double flop = 0, bytes = 0, weights = 0;
+  int calls = 1;
 };
 
 /// Registers a case. `make` is called once, before the first timing, and returns the call to time.

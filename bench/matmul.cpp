@@ -10,6 +10,40 @@ using bench::operand;
 using bench::peers::gemm;
 using mlkit::bf16;
 
+template <class T>
+const auto& call_of(const bench::peers::peer& peer) {
+  if constexpr (std::is_same_v<T, float>)
+    return peer.f32;
+  else if constexpr (std::is_same_v<T, double>)
+    return peer.f64;
+  else
+    return peer.bf16;
+}
+
+// Products that take less than a microsecond are timed many in a row, on operands that stay in the first-level cache.
+constexpr int calls_in_a_row = 256;
+template <class T>
+void add_small(int n) {
+  const bench::work work{.flop = 2.0 * n * n * n, .calls = calls_in_a_row};
+  const auto a = [=]() -> auto& { return operand<T>("a", n, n); };
+  const auto b = [=]() -> auto& { return operand<T>("b", n, n); };
+  const auto c = [=]() -> auto& { return operand<T>("c", n, n); };
+  bench::label label{"small_gemm", mlkit::dtype_name<T>(), bench::shape(n, n, n), 1, "mlkit"};
+  bench::add_mlkit(label, work, [=]() -> std::function<void()> {
+    return [=, &a = a(), &b = b(), &c = c(), exec = mlkit::cpu{.threads = 1}] {
+      for (int i = 0; i < calls_in_a_row; ++i) mlkit::matmul(exec, a, b, c);
+    };
+  });
+  for (const bench::peers::peer& peer : bench::peers::all()) {
+    const auto& make = call_of<T>(peer);
+    if (!make) continue;
+    label.by = peer.name;
+    bench::add(label, work, [=] {
+      return make(gemm{n, n, n, false, 1, calls_in_a_row}, a().data(), b().data(), c().data());
+    });
+  }
+}
+
 // c [m, n] = a [m, k] b; b is [k, n] for a GEMM, [n, k] for a linear layer's weight.
 template <class T>
 void add(const std::string& name, int m, int n, int k, bool transposed) {
@@ -34,15 +68,7 @@ void add(const std::string& name, int m, int n, int k, bool transposed) {
       });
     }
     for (const bench::peers::peer& peer : bench::peers::all()) {
-      const auto& make = [&]() -> auto& {
-        if constexpr (std::is_same_v<T, float>)
-          return peer.f32;
-        else if constexpr (std::is_same_v<T, double>)
-          return peer.f64;
-        else
-          return peer.bf16;
-      }
-      ();
+      const auto& make = call_of<T>(peer);
       if (!make) continue;
       label.by = peer.name;
       bench::add(label, work, [=] {
@@ -65,6 +91,10 @@ int main(int argc, char** argv) {
   add<float>("gemm", 300, 1000, 640, false);
   add<bf16>("gemm", 300, 1000, 640, false);
   add<double>("gemm", 300, 1000, 640, false);
+  for (const int n : {4, 8, 16, 32}) {
+    add_small<float>(n);
+    add_small<double>(n);
+  }
   for (const int m : {1, 4, 16, 32, 512}) {
     add<float>("linear", m, 4096, 4096, true);
     add<bf16>("linear", m, 4096, 4096, true);

@@ -15,9 +15,9 @@ std::function<void()> product(const gemm& g, const T* a, const T* b, T* c) {
     const Eigen::Map<const rows> left(a, g.m, g.k);
     Eigen::Map<rows> out(c, g.m, g.n);
     if (g.transposed)
-      out.noalias() = left * Eigen::Map<const columns>(b, g.k, g.n);
+      repeat(g, [&] { out.noalias() = left * Eigen::Map<const columns>(b, g.k, g.n); });
     else
-      out.noalias() = left * Eigen::Map<const rows>(b, g.k, g.n);
+      repeat(g, [&] { out.noalias() = left * Eigen::Map<const rows>(b, g.k, g.n); });
   };
 }
 

@@ -26,10 +26,12 @@ auto product(dnnl::memory::data_type type) {
         {DNNL_ARG_WEIGHTS, memory(right, engine, const_cast<T*>(b))},
         {DNNL_ARG_DST, memory(out, engine, c)},
     };
-    return [=, threads = g.threads] {
-      omp_set_num_threads(threads);
-      primitive.execute(stream, arguments);
-      stream.wait();
+    return [=] {
+      omp_set_num_threads(g.threads);
+      repeat(g, [&] {
+        primitive.execute(stream, arguments);
+        stream.wait();
+      });
     };
   };
 }

@@ -24,13 +24,17 @@ peer openblas() {
           [=](const gemm& g, const float* a, const float* b, float* c) {
             return [=] {
               openblas_set_num_threads(g.threads);
-              cblas_sgemm(CblasRowMajor, CblasNoTrans, order(g), g.m, g.n, g.k, 1, a, g.k, b, stride(g), 0, c, g.n);
+              repeat(g, [&] {
+                cblas_sgemm(CblasRowMajor, CblasNoTrans, order(g), g.m, g.n, g.k, 1, a, g.k, b, stride(g), 0, c, g.n);
+              });
             };
           },
           [=](const gemm& g, const double* a, const double* b, double* c) {
             return [=] {
               openblas_set_num_threads(g.threads);
-              cblas_dgemm(CblasRowMajor, CblasNoTrans, order(g), g.m, g.n, g.k, 1, a, g.k, b, stride(g), 0, c, g.n);
+              repeat(g, [&] {
+                cblas_dgemm(CblasRowMajor, CblasNoTrans, order(g), g.m, g.n, g.k, 1, a, g.k, b, stride(g), 0, c, g.n);
+              });
             };
           },
           {}};

@@ -12,7 +12,17 @@ struct gemm {
   int m, n, k;
   bool transposed;
   int threads;
+  int calls = 1;  // in a row, for products that are short beside the choice of threads
 };
+
+/// product(), g.calls times.
+template <class Product>
+void repeat(const gemm& g, const Product& product) {
+  for (int i = 0; i < g.calls; ++i) {
+    product();
+    asm volatile("" ::: "memory");
+  }
+}
 
 struct peer {
   std::string name, version;
