@@ -25,7 +25,8 @@ FIELDS = ["case", "dtype", "shape", "threads", "by", "best_ns", "median_ns", "sa
 SETS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 PEERS = {"torch": "PyTorch", "peft": "PEFT", "bitsandbytes": "bitsandbytes", "onednn": "oneDNN", "openblas": "OpenBLAS",
          "eigen": "Eigen"}
-NAMES = {"gemm": "GEMM", "linear": "linear", "plain": "plain linear", "lora": "LoRA forward", "dora": "DoRA forward", "dora_frozen": "DoRA forward, norms kept,",
+SMALL = "small_gemm"  # shown in a table of its own
+NAMES = {"gemm": "GEMM", SMALL: "GEMM", "linear": "linear", "plain": "plain linear", "lora": "LoRA forward", "dora": "DoRA forward", "dora_frozen": "DoRA forward, norms kept,",
          "lora_training": "LoRA forward + backward", "dora_training": "DoRA forward + backward",
          "adapters32": "32 adapters, rows in turn", "nf4": "NF4 linear", "nf4_lora": "LoRA on NF4"}
 
@@ -54,13 +55,17 @@ def join(results, family):
         case, dtype, shape, threads, by = key
         times = samples[key]
         row = {"case": case, "dtype": dtype, "shape": shape, "threads": int(threads[1:]), "by": by,
-               "best_ns": round(min(times)), "median_ns": round(statistics.median(times)), "samples": len(times)}
+               "best_ns": nanoseconds(min(times)), "median_ns": nanoseconds(statistics.median(times)), "samples": len(times)}
         if by == "memory":  # nothing was timed
             row.update(best_ns="", median_ns="", samples="")
         row.update({f: counters[key][f] for f in FIELDS[8:] if f in counters[key]})
         rows.append(row)
     facts.update(machine())
     return rows, facts
+
+
+def nanoseconds(time):
+    return round(time) if time >= 1e4 else round(time, 2)
 
 
 def machine():
@@ -119,9 +124,12 @@ class Table:
         return row["best_ns"] if row else None
 
     def keys(self, threads, by="mlkit"):
-        """The (case, dtype, shape) that `by` ran with that many threads, in reading order."""
-        return sorted({(r["case"], r["dtype"], r["shape"]) for r in self.rows if r["threads"] == threads and r["by"] == by},
-                      key=order)
+        """The (case, dtype, shape) that `by` ran with that many threads, in reading order; small products apart."""
+        return sorted({(r["case"], r["dtype"], r["shape"]) for r in self.rows
+                       if r["threads"] == threads and r["by"] == by and r["case"] != SMALL}, key=order)
+
+    def small_keys(self):
+        return sorted({(r["case"], r["dtype"], r["shape"]) for r in self.rows if r["case"] == SMALL}, key=order)
 
     def peak(self, dtype, threads, suffix=""):
         """flop per ns. Where the bf16 instruction is slower than f32 FMA, converting and using FMA is the ceiling."""
@@ -261,12 +269,12 @@ def size(count):
 def title(case, dtype, shape):
     numbers = re.findall(r"\d+", shape)
     name = NAMES.get(case, case)
-    if case == "gemm":
+    if case in ("gemm", SMALL):
         extents = f"{numbers[0]}³" if len(set(numbers)) == 1 else f"M={numbers[0]} N={numbers[1]} K={numbers[2]}"
     else:
         extents = f"T={numbers[0]}, {numbers[2]}→{numbers[1]}" + (f", r={numbers[3]}" if len(numbers) > 3 else "")
         name += "," if case == "adapters32" else ""
-    return f"{name} {dtype + ' ' if case in ('gemm', 'linear') else ''}{extents}"
+    return f"{name} {dtype + ' ' if case in ('gemm', SMALL, 'linear') else ''}{extents}"
 
 
 def rate(table, row):
@@ -319,6 +327,23 @@ def main_table(table, threads, targets, score):
             wanted = [t for t in targets.of(*key) if t["measure"] != "scaling"] if row["by"] == "mlkit" else []
             rows.append(cells + list(score.cells(table, row, wanted)))
     return markdown(header, rows, left=(0, len(header) - 2, len(header) - 1))
+
+
+def small_table(table, targets, score):
+    keys = table.small_keys()
+    peers = [p for p in table.peers if any(table.get(*k, 1, p) for k in keys)]
+    rows = []
+    for key in keys:
+        row = table.get(*key, 1, "mlkit")
+        if not row:
+            continue
+        times = [table.time(*key, 1, p) for p in peers]
+        best, share = min(filter(None, times), default=None), table.ceiling(row)[0]
+        rows.append([title(*key), f"**{row['best_ns']:.1f} ns**", *(f"{t:.1f} ns" if t else "" for t in times),
+                     f"{best / row['best_ns']:.2f}×" if best else "", f"{100 * share:.1f} %" if share else "",
+                     *score.cells(table, row, targets.of(*key))])
+    header = ["one call", "mlkit", *(PEERS[p] for p in peers), "over the best peer", "of FMA peak", "target", "met"]
+    return markdown(header, rows, left=(0, len(header) - 2, len(header) - 1)) if rows else ""
 
 
 def scaling_table(table, targets, score):
@@ -417,6 +442,8 @@ SHADES = {"baseline": "#cfe8dd", "avx2": "#8fcfb3", "avx512": "#3f9f7a", "avx512
 def bars(path, heading, xlabel, keys, series, form, line=None, log=False, marks=(), terminal="svg"):
     """Horizontal bars: `series` is [(name, color, [value or None per key])], `form` how a value is printed, `line` where a dashed
     vertical line stands, `marks` [(key's index, value)] for the targets."""
+    if not series:
+        return False
     low = 0.25 if log else 0
     blocks, plots = [], []
     place, middles, y = {}, [], 0.0  # of each bar and of each key, in bars downwards
@@ -556,6 +583,11 @@ def page(out, tables, targets):
         text += [f"![{plot}]({plot})\n" for plot in plots if plot and plot != "matmul_sets.svg"]
         for n in reversed(table.threads):
             text += [f"### {count(n, 'thread').capitalize()}\n", main_table(table, n, targets, score)]
+        small = small_table(table, targets, score)
+        if small:
+            text += ["### Small products, 1 thread\n",
+                     "Sizes that are known at run time only, operands in the first-level cache; each time is the mean of many calls in a "
+                     "row, and the checks of arguments are part of each.\n", small]
         scaling = scaling_table(table, targets, score)
         if scaling:
             text += ["### From one thread to two\n", scaling]
