@@ -224,7 +224,7 @@ struct any_view {
   const index_t* strides;
 
   template <class T, int Rank>
-  explicit any_view(const tensor_view<T, Rank>& v) noexcept
+  MLKIT_ALWAYS_INLINE explicit any_view(const tensor_view<T, Rank>& v) noexcept
       : data(v.data), element(sizeof(T)), rank(Rank), extents(v.extents.data()), strides(v.strides.data()) {
     static_assert(Rank <= most_dimensions, "mlkit: views have at most 8 dimensions");
   }
@@ -267,6 +267,19 @@ struct byte_rows {
   }
 };
 
+// The addresses that a view touches, as if dimension `without` had one index.
+MLKIT_ALWAYS_INLINE byte_range touched_range(const any_view& v, int without = -1) noexcept {
+  index_t low = 0, high = 0;
+  for (int d = 0; d < v.rank; ++d) {
+    if (v.extents[d] == 0) return {};
+    if (d != without) (v.strides[d] < 0 ? low : high) += v.strides[d] * (v.extents[d] - 1);
+  }
+  const auto at = [&](index_t offset) {
+    return reinterpret_cast<std::uintptr_t>(v.data) + static_cast<std::uintptr_t>(offset * v.element);
+  };
+  return {at(low), at(high) + static_cast<std::uintptr_t>(v.element) - 1};
+}
+
 // What of the memory a view touches.
 struct touched_memory {
   byte_range all;
@@ -277,17 +290,8 @@ struct touched_memory {
     int outer = -1;
     for (int d = 0; d < v.rank; ++d)
       if (v.extents[d] > 1 && (outer < 0 || v.step(d) > v.step(outer))) outer = d;
-    const auto range = [&](int without) {
-      index_t low = 0, high = 0;
-      for (int d = 0; d < v.rank; ++d)
-        if (d != without) (v.strides[d] < 0 ? low : high) += v.strides[d] * (v.extents[d] - 1);
-      const auto at = [&](index_t offset) {
-        return reinterpret_cast<std::uintptr_t>(v.data) + static_cast<std::uintptr_t>(offset * v.element);
-      };
-      return byte_range{at(low), at(high) + static_cast<std::uintptr_t>(v.element) - 1};
-    };
-    all = range(-1);
-    const byte_range row = range(outer);
+    all = touched_range(v);
+    const byte_range row = touched_range(v, outer);
     rows = {row.first, row.last - row.first + 1,
             outer < 0 ? 0 : static_cast<std::uintptr_t>(v.step(outer) * v.element)};
   }
@@ -304,8 +308,8 @@ struct touched_memory {
 // are small multiples of this, must not overflow.
 inline constexpr index_t most_elements = index_t{1} << 46;
 
-/// Refuses negative extents, shapes that do not fit into index_t, and null data where there are elements.
-inline void check_view(std::string_view function, std::string_view name, const any_view& v) {
+// Refuses negative extents, shapes that do not fit into index_t, and null data where there are elements.
+inline void check_any_view(std::string_view function, std::string_view name, const any_view& v) {
   for (int d = 0; d < v.rank; ++d)
     if (v.extents[d] < 0)
       fail_shape(function, ": ", name, " has the negative extent ", v.extents[d], " in dimension ", d);
@@ -323,14 +327,27 @@ inline void check_view(std::string_view function, std::string_view name, const a
                list_text(v.strides, v.rank), " is too large");
   if (!v.data) fail_value(function, ": ", name, " is null, but has shape ", list_text(v.extents, v.rank));
 }
+
+// Sizes that nothing can be wrong with, known after a few instructions: small products are checked as fast as they are
+// computed.
 template <class T, int Rank>
-void check_view(std::string_view function, std::string_view name, const tensor_view<T, Rank>& v) {
-  check_view(function, name, any_view(v));
+MLKIT_ALWAYS_INLINE bool plainly_valid(const tensor_view<T, Rank>& v) noexcept {
+  constexpr std::uint64_t most = Rank <= 2 ? 1 << 23 : Rank <= 4 ? 1 << 11 : 1;
+  bool good = v.data != nullptr;
+  for (int d = 0; d < Rank; ++d)
+    good =
+        good && static_cast<std::uint64_t>(v.extents[d]) < most && static_cast<std::uint64_t>(v.strides[d]) < 1u << 31;
+  return good;
 }
 
-/// check_view for an output: also refuses strides that make two indices name the same element.
-inline void check_output(std::string_view function, std::string_view name, const any_view& v) {
-  check_view(function, name, v);
+/// Refuses negative extents, shapes that do not fit into index_t, and null data where there are elements.
+template <class T, int Rank>
+MLKIT_ALWAYS_INLINE void check_view(std::string_view function, std::string_view name, const tensor_view<T, Rank>& v) {
+  if (!plainly_valid(v)) check_any_view(function, name, any_view(v));
+}
+
+inline void check_any_output(std::string_view function, std::string_view name, const any_view& v) {
+  check_any_view(function, name, v);
   if (v.empty()) return;
   // Dimensions by growing stride; each must step over all that came before.
   index_t reach = 1, last_step = -1;
@@ -350,24 +367,29 @@ inline void check_output(std::string_view function, std::string_view name, const
     reach += last_step * (v.extents[next] - 1);
   }
 }
+
+/// check_view for an output: also refuses strides that make two indices name the same element.
 template <class T, int Rank>
-void check_output(std::string_view function, std::string_view name, const tensor_view<T, Rank>& v) {
+MLKIT_ALWAYS_INLINE void check_output(std::string_view function, std::string_view name, const tensor_view<T, Rank>& v) {
   static_assert(!std::is_const_v<T>, "an output must be a view of mutable elements");
-  check_output(function, name, any_view(v));
+  if (!plainly_valid(v) || !v.contiguous()) check_any_output(function, name, any_view(v));
 }
 
-/// Refuses an output that shares memory with another argument. Blocks of columns of one matrix share none; other ways
-/// in which two views can interleave without touching are refused.
-inline void check_disjoint(std::string_view function, std::string_view output_name, const any_view& output,
-                           std::string_view name, const any_view& other) {
+inline void check_any_disjoint(std::string_view function, std::string_view output_name, const any_view& output,
+                               std::string_view name, const any_view& other) {
   if (!touched_memory(output).disjoint(touched_memory(other)))
     fail_shape(function, ": ", output_name, " ", list_text(output.extents, output.rank), " overlaps ", name, " ",
                list_text(other.extents, other.rank));
 }
+
+/// Refuses an output that shares memory with another argument. Blocks of columns of one matrix share none; other ways
+/// in which two views can interleave without touching are refused.
 template <class T, int R, class U, int S>
-void check_disjoint(std::string_view function, std::string_view output_name, const tensor_view<T, R>& output,
-                    std::string_view name, const tensor_view<U, S>& other) {
-  check_disjoint(function, output_name, any_view(output), name, any_view(other));
+MLKIT_ALWAYS_INLINE void check_disjoint(std::string_view function, std::string_view output_name,
+                                        const tensor_view<T, R>& output, std::string_view name,
+                                        const tensor_view<U, S>& other) {
+  if (!touched_range(any_view(output)).overlaps(touched_range(any_view(other)))) return;
+  check_any_disjoint(function, output_name, any_view(output), name, any_view(other));
 }
 
 inline void check_extent(std::string_view function, std::string_view name, std::string_view unit, index_t have,
