@@ -105,6 +105,44 @@ TEST_CASE("gradients in bf16 are rounded once, however many blocks they sum over
   CHECK(static_cast<float>(dm(0)) == 260);
 }
 
+TEST_CASE("scratch memory does not grow with tokens", "[lora][blocks]") {
+  const mlkit::cpu exec{.threads = 1};
+  constexpr index_t in = 8, out = 6, rank = 2;
+  const auto w = normal<float>(out, in, 1), table = normal<float>(5, out, 2);
+  const auto adapter = lora::make_adapter<float>({.in = in, .out = out, .rank = rank});
+  const std::vector<lora::adapter_view<float>> adapters(2, adapter);
+  const auto tokens_adapter = lora::make_adapter<float>({.in = 5, .out = out, .rank = rank, .embedding = true});
+  const auto peak = [&](index_t tokens, auto&& call) {
+    mlkit::matrix<float> x({tokens, in}), y({tokens, out}), dx({tokens, in}), da({rank, in}), db({out, rank});
+    mlkit::release_workspace();
+    mlkit::reset_workspace_peak();
+    call(x, y, dx, lora::gradients{da, db});
+    return mlkit::workspace_peak_bytes();
+  };
+  const auto independent = [&](const char* what, auto&& call) {
+    INFO(what);
+    const index_t tokens = 3 * lora::detail::tokens_at_once;
+    CHECK(peak(tokens, call) == peak(2 * tokens, call));
+  };
+  independent("linear", [&](auto& x, auto& y, auto&, auto) { lora::linear(exec, x, lora::dense{w}, adapters[0], y); });
+  independent("linear_backward", [&](auto& x, auto& y, auto& dx, auto g) {
+    lora::linear_backward(exec, x, lora::dense{w}, adapters[0], y, g, dx);
+  });
+  independent("per_row", [&](auto& x, auto& y, auto&, auto) {
+    std::vector<int> ids;
+    for (index_t i = 0; i < x.extent(0); ++i) ids.push_back(static_cast<int>(i % 3) - 1);
+    lora::linear(exec, x, lora::dense{w}, lora::per_row{adapters, ids}, y);
+  });
+  independent("segments", [&](auto& x, auto& y, auto&, auto) {
+    const std::vector<index_t> starts{0, 5, x.extent(0)};
+    lora::linear(exec, x, lora::dense{w}, lora::segments{adapters, starts}, y);
+  });
+  independent("embedding", [&](auto& x, auto& y, auto&, auto) {
+    const std::vector<int> ids(static_cast<std::size_t>(x.extent(0)), 3);
+    lora::embedding(exec, ids, table, tokens_adapter, y);
+  });
+}
+
 TEST_CASE("norms of a weight that lies by columns, of more rows than a run", "[lora][blocks]") {
   const auto w = normal<double>(5, 1300, 1);
   const auto norms = lora::base_norms(mlkit::cpu{}, lora::dense<double>{mlkit::transposed(w.view())});

@@ -17,17 +17,18 @@ constexpr void check_many() {
                 "changes the base's own result, so give its rows a call of their own");
 }
 
-// What one row adds: b [out, rank] and where its elements are.
-template <class T>
+// What one row adds: b [out, rank] and where its elements are, or its transpose.
+template <class T, class A>
 struct row_adapter {
   const T* b = nullptr;
   index_t b_row = 0, b_column = 0, rank = 0;
+  const A* turned = nullptr;  // [rank, out]
 };
 
 /// x + sum over j of h[row, j] B_row[col, j] + bias[col].
 template <class A, class B, class T>
 struct add_row_adapters {
-  const row_adapter<T>* rows;
+  const row_adapter<T, A>* rows;
   const A* h;
   index_t h_stride;
   const B* bias;
@@ -76,13 +77,15 @@ segments(const Adapters&, const Starts&)
 
 namespace detail {
 
-// The rows of x, sorted by their adapter, and the adapters as views.
+// The adapters as views, each token's, and for a block of tokens its rows, sorted by their adapter.
 template <class T>
 struct row_plan {
+  using A = accumulator_t<T>;
   std::vector<adapter_view<T>> adapters;
+  std::vector<index_t> ids;     // of all tokens; -1 for none
   std::vector<index_t> order;   // rows with an adapter, those of one adapter beside each other
   std::vector<index_t> starts;  // where in `order` each adapter's rows start
-  std::vector<row_adapter<T>> rows;
+  std::vector<row_adapter<T, A>> rows;
   index_t rank = 0;
 
   template <class P>
@@ -93,26 +96,28 @@ struct row_plan {
       rank = std::max(rank, adapters.back().rank());
     }
   }
-  // id_of(row) is the row's adapter, or -1.
-  template <class F>
-  void sort(index_t tokens, F&& id_of) {
+  void sort(index_t first, index_t count) {
+    const auto id_of = [&](index_t row) {
+      const index_t id = ids[static_cast<std::size_t>(first + row)];
+      return id < 0 || adapters[static_cast<std::size_t>(id)].scale == 0 ? -1 : id;
+    };
     starts.assign(adapters.size() + 1, 0);
-    rows.resize(static_cast<std::size_t>(tokens));
-    for (index_t i = 0; i < tokens; ++i) {
-      const auto id = id_of(i);
+    rows.assign(static_cast<std::size_t>(count), {});
+    for (index_t i = 0; i < count; ++i) {
+      const index_t id = id_of(i);
       if (id < 0) continue;
       const adapter_view<T>& p = adapters[static_cast<std::size_t>(id)];
-      if (p.scale == 0) continue;
       rows[static_cast<std::size_t>(i)] = {p.b.data, p.b.stride(0), p.b.stride(1), p.rank()};
       ++starts[static_cast<std::size_t>(id) + 1];
     }
     for (std::size_t i = 1; i < starts.size(); ++i) starts[i] += starts[i - 1];
     order.resize(static_cast<std::size_t>(starts.back()));
     std::vector<index_t> next(starts.begin(), starts.end() - 1);
-    for (index_t i = 0; i < tokens; ++i)
-      if (rows[static_cast<std::size_t>(i)].rank > 0)
-        order[static_cast<std::size_t>(next[static_cast<std::size_t>(id_of(i))]++)] = i;
+    for (index_t i = 0; i < count; ++i)
+      if (const index_t id = id_of(i); id >= 0)
+        order[static_cast<std::size_t>(next[static_cast<std::size_t>(id)]++)] = i;
   }
+  index_t rows_of(std::size_t adapter) const noexcept { return starts[adapter + 1] - starts[adapter]; }
 };
 
 template <class T, class P, class I>
@@ -127,8 +132,8 @@ row_plan<T> make_plan(std::string_view function, const per_row<P, I>& many, inde
     const I id = many.ids(i);
     if (std::cmp_less(id, -1) || std::cmp_greater_equal(id, count))
       fail_value(function, ": ids[", i, "] = ", id, " is outside [-1, ", count, ")");
+    plan.ids.push_back(static_cast<index_t>(id));
   }
-  plan.sort(tokens, [&](index_t i) { return static_cast<index_t>(many.ids(i)); });
   return plan;
 }
 
@@ -148,11 +153,7 @@ row_plan<T> make_plan(std::string_view function, const segments<P, I>& many, ind
                  "] = ", many.starts(i));
   if (std::cmp_not_equal(many.starts(count), tokens))
     fail_value(function, ": starts ends with ", many.starts(count), ", but x has ", tokens, " rows");
-  index_t at = 0;
-  std::vector<index_t> ids(static_cast<std::size_t>(tokens));
-  for (index_t i = 0; i < count; ++i)
-    for (; std::cmp_less(at, many.starts(i + 1)); ++at) ids[static_cast<std::size_t>(at)] = i;
-  plan.sort(tokens, [&](index_t i) { return ids[static_cast<std::size_t>(i)]; });
+  for (index_t i = 0; i < count; ++i) plan.ids.resize(static_cast<std::size_t>(many.starts(i + 1)), i);
   return plan;
 }
 
@@ -165,14 +166,51 @@ row_plan<T> make_plan(std::string_view function, const segments<P, I>& many, ind
 namespace MLKIT_NAMESPACE::lora {
 namespace detail {
 
+// Turns the B of adapters that several rows share, once for all of them, as long as `memory` has room.
+template <class T, class A>
+void turn_shared(const cpu& exec, row_plan<T>& plan, index_t outputs, A* memory, index_t room) {
+  struct item {
+    const adapter_view<T>* p;
+    A* to;
+  };
+  std::vector<item> items;
+  for (std::size_t n = 0; n < plan.adapters.size(); ++n) {
+    const adapter_view<T>& p = plan.adapters[n];
+    if (plan.rows_of(n) < 2 || p.b.stride(0) == 1 || p.rank() * outputs > room) continue;
+    items.push_back({&p, memory});
+    for (index_t i = plan.starts[n]; i < plan.starts[n + 1]; ++i)
+      plan.rows[static_cast<std::size_t>(plan.order[static_cast<std::size_t>(i)])].turned = memory;
+    memory += p.rank() * outputs;
+    room -= p.rank() * outputs;
+  }
+  const auto kernel = MLKIT_SELECT(turn_adapter<T, A>);
+  const cpu limited =
+      limit_threads(exec, 4 * static_cast<double>(items.size()) * static_cast<double>(plan.rank * outputs));
+  parallel_ranges(limited, static_cast<index_t>(items.size()), [&](index_t begin, index_t end) {
+    for (index_t i = begin; i < end; ++i) {
+      const matrix_view<const T>& b = items[static_cast<std::size_t>(i)].p->b;
+      kernel({b.data, b.extent(0), b.extent(1), b.stride(0), b.stride(1)}, items[static_cast<std::size_t>(i)].to);
+    }
+  });
+}
+
+// Elements of turned adapters at once: what the last-level cache holds.
+inline constexpr index_t turned_at_once = index_t{1} << 21;
+
 template <class X, class Base, class T, class Y>
-void run_rows(const cpu& exec, const matrix_view<const X>& x, const Base& base, const row_plan<T>& plan,
+void run_rows(const cpu& exec, const matrix_view<const X>& x, const Base& base, row_plan<T>& plan,
               const matrix_view<Y>& y) {
   using A = sums_t<X>;
   using Bias = bias_t<Base>;
   const index_t tokens = x.extent(0), inputs = x.extent(1);
   if (tokens == 0) return;
   const workspace<A> h(tokens * plan.rank);
+  index_t shared = 0;
+  for (std::size_t n = 0; n < plan.adapters.size(); ++n)
+    if (plan.rows_of(n) > 1) shared += plan.adapters[n].rank() * base.outputs();
+  const index_t room = std::min(shared, turned_at_once);
+  const workspace<A> turned(room);
+  turn_shared(exec, plan, base.outputs(), turned.data(), room);
 
   // Up to four rows and four lines of their A at a time.
   struct item {
@@ -204,9 +242,7 @@ void run_rows(const cpu& exec, const matrix_view<const X>& x, const Base& base, 
   using Stage = add_row_adapters<A, Bias, T>;
   using Segment = segment<typename decltype(left)::source_type, typename decltype(right)::source_type>;
   const epilogue<Stage> e{Stage{plan.rows.data(), h.data(), plan.rank, base.bias.data, y.extent(1)}};
-  run_product<E>(exec,
-                 product<Y, epilogue<Stage>, Segment>{
-                     {Segment{left, right}}, y.extent(0), y.extent(1), false, y.data, y.stride(0), y.stride(1), &e});
+  run_product<E>(exec, make_product(y, e, Segment{left, right}));
 }
 
 template <class X, class Base, class Many, class Y>
@@ -217,12 +253,16 @@ void linear_rows(const cpu& exec, const matrix_view<const X>& x, const Base& bas
   constexpr std::string_view function = "lora::linear";
   arguments call(function, exec);
   check_linear(function, x, base, y);
-  const row_plan<T> plan = make_plan<T>(function, many, x.extent(0), base.outputs(), base.inputs());
+  row_plan<T> plan = make_plan<T>(function, many, x.extent(0), base.outputs(), base.inputs());
   call.reads("x", x);
   name_base(call, base);
   for (const adapter_view<T>& p : plan.adapters) name_adapter(call, p);
   call.writes("y", y);
-  run_rows(exec, x, base, plan, y);
+  for (index_t first = 0; first < x.extent(0); first += tokens_at_once) {
+    const index_t count = std::min(tokens_at_once, x.extent(0) - first);
+    plan.sort(first, count);
+    run_rows(exec, rows_of(x, first, count), base, plan, rows_of(y, first, count));
+  }
 }
 
 }  // namespace detail

@@ -53,10 +53,29 @@ void project_rows(const dense_source<X>& x, const index_t* rows, index_t count, 
   if (count % 2 == 1) project_rows_of<1>(x, rows + count - 1, a, first, ranks, scale, h, h_stride);
 }
 
+// to [rank, out] = b [out, rank] transposed.
+template <class T, class A>
+void turn_adapter(const dense_source<T>& b, A* to) noexcept {
+  constexpr index_t rows = 64, columns = 64, width = vec<A>::width;
+  A block[rows * columns] = {}, turned[columns * rows];
+  for (index_t o = 0; o < b.rows(); o += rows)
+    for (index_t j = 0; j < b.cols(); j += columns) {
+      const index_t m = std::min(rows, b.rows() - o), n = std::min(columns, b.cols() - j);
+      for (index_t i = 0; i < m; ++i) decode_run(set_tag{}, b, o + i, j, n, block + i * columns);
+      transpose(block, columns, round_up(m, width), round_up(n, width), turned, rows);
+      for (index_t l = 0; l < n; ++l) std::copy_n(turned + l * rows, m, to + (j + l) * b.rows() + o);
+    }
+}
+
 // x + sum over j of h[j] b[col ..][j]: b lies by rows of a few elements, which are turned in registers.
 template <class V, class A, class T>
-MLKIT_ALWAYS_INLINE V add_up(V x, const lora::detail::row_adapter<T>& row, const A* h, index_t col, int count,
+MLKIT_ALWAYS_INLINE V add_up(V x, const lora::detail::row_adapter<T, A>& row, const A* h, index_t col, int count,
                              index_t outputs) noexcept {
+  if (row.turned) {
+    const A* b = row.turned + col;
+    for (index_t j = 0; j < row.rank; ++j, b += outputs) x = fma(V(h[j]), V::load(b, count), x);
+    return x;
+  }
   if (row.b_row == 1) {
     for (index_t j = 0; j < row.rank; ++j) x = fma(V(h[j]), V::load(row.b + j * row.b_column + col, count), x);
     return x;
@@ -93,12 +112,14 @@ MLKIT_ALWAYS_INLINE V add_up(V x, const lora::detail::row_adapter<T>& row, const
 template <class V, class A, class B, class T>
 MLKIT_ALWAYS_INLINE V finish_stage(set_tag, const lora::detail::add_row_adapters<A, B, T>& stage, V x,
                                    const output_position& at) noexcept {
-  const lora::detail::row_adapter<T>& row = stage.rows[at.row];
+  const lora::detail::row_adapter<T, A>& row = stage.rows[at.row];
   if (row.rank > 0) {
     // Each row brings its own B from memory: ask for what the next tile will need, which is multiplied meanwhile.
-    const index_t ahead = at.count < V::width ? at.count : 4 * V::width;
-    const char* p = reinterpret_cast<const char*>(row.b + (at.col + ahead) * row.b_row);
-    for (index_t i = 0; i < at.count * row.rank * index_t{sizeof(T)}; i += 64) __builtin_prefetch(p + i);
+    if (!row.turned) {
+      const index_t ahead = at.count < V::width ? at.count : 4 * V::width;
+      const char* p = reinterpret_cast<const char*>(row.b + (at.col + ahead) * row.b_row);
+      for (index_t i = 0; i < at.count * row.rank * index_t{sizeof(T)}; i += 64) __builtin_prefetch(p + i);
+    }
     x = add_up(x, row, stage.h + at.row * stage.h_stride, at.col, at.count, stage.outputs);
   }
   return stage.bias ? x + V::load(stage.bias + at.col, at.count) : x;
