@@ -1,0 +1,228 @@
+// Score stages on registers: forward, and the gradient through each.
+
+// Where a register of scores stands: lane l is key j + l of query i, and `count` lanes are keys.
+struct score_run {
+  index_t b, h, i, j;
+  int count;
+};
+
+// The first n lanes: all of them for n >= width, none for n <= 0.
+template <class V>
+MLKIT_ALWAYS_INLINE typename V::native_int first_lanes(index_t n) noexcept {
+  using I = typename V::int_type;
+  typename V::native_int lane{};
+  MLKIT_UNROLL
+  for (int l = 0; l < V::width; ++l) lane[l] = static_cast<I>(l);
+  return lane < (typename V::native_int{} + static_cast<I>(std::clamp<index_t>(n, 0, V::width)));
+}
+
+template <class V>
+MLKIT_ALWAYS_INLINE V minus_infinity() noexcept {
+  return V(-math_table<typename V::value_type>::infinity);
+}
+
+// Elements [j, j + count) of row (b, h, i) of broadcast scores.
+template <class V, class T>
+MLKIT_ALWAYS_INLINE V load_scores(const tensor_view<const T, 4>& v, const score_run& at) noexcept {
+  using A = typename V::value_type;
+  const T* p = v.data + at.b * v.strides[0] + at.h * v.strides[1] + at.i * v.strides[2] + at.j * v.strides[3];
+  if (v.strides[3] == 1) return at.count == V::width ? V::load(p) : V::load(p, at.count);
+  A lanes[V::width] = {};
+  for (int l = 0; l < at.count; ++l) lanes[l] = static_cast<A>(p[l * v.strides[3]]);
+  return V::load(lanes);
+}
+
+// What a stage makes of scores.
+template <class V>
+MLKIT_ALWAYS_INLINE V score(set_tag, const attention::scale& stage, V s, const attention::detail::score_shape&,
+                            const score_run&) noexcept {
+  return s * static_cast<typename V::value_type>(stage.value);
+}
+template <class V>
+MLKIT_ALWAYS_INLINE V score(set_tag, const attention::softcap& stage, V s, const attention::detail::score_shape&,
+                            const score_run&) noexcept {
+  using A = typename V::value_type;
+  return static_cast<A>(stage.cap) * tanh(s * static_cast<A>(1 / stage.cap));
+}
+template <class V, class T>
+MLKIT_ALWAYS_INLINE V score(set_tag, const attention::alibi<T>& stage, V s, const attention::detail::score_shape& shape,
+                            const score_run& at) noexcept {
+  using A = typename V::value_type;
+  V distance;
+  const A first = static_cast<A>(at.j - at.i - (shape.keys - shape.queries));
+  MLKIT_UNROLL
+  for (int l = 0; l < V::width; ++l) distance.v[l] = static_cast<A>(l);
+  const A slope = static_cast<A>(stage.slopes.data[at.h * stage.slopes.strides[0]]);
+  return s - slope * abs(distance + first);
+}
+template <class V, class T>
+MLKIT_ALWAYS_INLINE V score(set_tag, const attention::bias<T>& stage, V s, const attention::detail::score_shape&,
+                            const score_run& at) noexcept {
+  return s + load_scores<V>(stage.values, at);
+}
+// Masks that are runs of keys.
+template <class V, attention::detail::mask_stage M>
+  requires requires(const M& m, const attention::detail::score_shape& s) {
+    m.keys(s, index_t{});
+  }
+MLKIT_ALWAYS_INLINE V score(set_tag, const M& stage, V s, const attention::detail::score_shape& shape,
+                            const score_run& at) noexcept {
+  const auto run = stage.keys(shape, at.i);
+  s = V::select(first_lanes<V>(run.second - at.j), s, minus_infinity<V>());
+  return V::select(first_lanes<V>(run.first - at.j), minus_infinity<V>(), s);
+}
+// Masks that answer for each key.
+template <class V, attention::detail::mask_stage M>
+  requires requires(const M& m) { m.at(index_t{}, index_t{}, index_t{}, index_t{}); }
+MLKIT_ALWAYS_INLINE V score(set_tag, const M& stage, V s, const attention::detail::score_shape&,
+                            const score_run& at) noexcept {
+  using A = typename V::value_type;
+  A lanes[V::width];
+  s.store(lanes);
+  for (int l = 0; l < at.count; ++l)
+    if (!stage.at(at.b, at.h, at.i, at.j + l)) lanes[l] = -math_table<A>::infinity;
+  return V::load(lanes);
+}
+template <class V, attention::detail::user_stage F>
+MLKIT_ALWAYS_INLINE V score(set_tag, const F& f, V s, const attention::detail::score_shape&,
+                            const score_run& at) noexcept {
+  using A = typename V::value_type;
+  A lanes[V::width];
+  s.store(lanes);
+  MLKIT_SIMD
+  for (int l = 0; l < V::width; ++l) {
+    if constexpr (std::is_invocable_v<const F&, A, const attention::position&>)
+      lanes[l] = static_cast<A>(f(lanes[l], attention::position{at.b, at.h, at.i, at.j + l}));
+    else
+      lanes[l] = static_cast<A>(f(lanes[l]));
+  }
+  return V::load(lanes);
+}
+// What is of the softmax changes no score.
+template <class V, class S>
+  requires(attention::detail::is_of_softmax<S>)
+MLKIT_ALWAYS_INLINE V score(set_tag, const S&, V s, const attention::detail::score_shape&, const score_run&) noexcept {
+  return s;
+}
+
+// The gradient at a stage's input, from that at its output: g d(out) / d(in), where s is the input and out the output.
+template <class V, class S>
+MLKIT_ALWAYS_INLINE V score_gradient(set_tag, const S& stage, V s, V out, V g, const score_run& at) noexcept {
+  using A = typename V::value_type;
+  if constexpr (attention::detail::is_scale<S>) {
+    return g * static_cast<A>(stage.value);
+  } else if constexpr (std::is_same_v<S, attention::softcap>) {
+    const V t = out * static_cast<A>(1 / stage.cap);
+    return g * (A(1) - t * t);
+  } else if constexpr (attention::detail::user_stage<S>) {
+    A scores[V::width], lanes[V::width];
+    s.store(scores);
+    MLKIT_SIMD
+    for (int l = 0; l < V::width; ++l) {
+      if constexpr (requires(A x, const attention::position& p) { stage.derivative(x, p); })
+        lanes[l] = static_cast<A>(stage.derivative(scores[l], attention::position{at.b, at.h, at.i, at.j + l}));
+      else
+        lanes[l] = static_cast<A>(stage.derivative(scores[l]));
+    }
+    return g * V::load(lanes);
+  } else {
+    return g;  // a mask's scores of -inf have a probability, and with it a gradient, of zero
+  }
+}
+
+// All stages from I on, in order; those that mask only where the block is not full.
+template <bool Masked, int I = 0, class V, class... Stages>
+MLKIT_ALWAYS_INLINE V all_scores(const attention::scores<Stages...>& pipeline, V s,
+                                 const attention::detail::score_shape& shape, const score_run& at) noexcept {
+  if constexpr (I < static_cast<int>(sizeof...(Stages))) {
+    const auto& stage = std::get<I>(pipeline.stages);
+    if constexpr (Masked || !attention::detail::mask_stage<std::remove_cvref_t<decltype(stage)>>)
+      s = score(set_tag{}, stage, s, shape, at);
+    return all_scores<Masked, I + 1>(pipeline, s, shape, at);
+  } else {
+    return s;
+  }
+}
+
+// The gradient at the input of stage I, where s is that input: `last` gives the gradient at the end of the pipeline
+// for the score that comes out of it, `see` is called with each stage, and the gradient at its output.
+template <bool Masked, int I = 0, class V, class Last, class See, class... Stages>
+MLKIT_ALWAYS_INLINE V all_gradients(const attention::scores<Stages...>& pipeline, V s,
+                                    const attention::detail::score_shape& shape, const score_run& at, Last&& last,
+                                    See&& see) noexcept {
+  if constexpr (I < static_cast<int>(sizeof...(Stages))) {
+    const auto& stage = std::get<I>(pipeline.stages);
+    using S = std::remove_cvref_t<decltype(stage)>;
+    if constexpr (Masked || !attention::detail::mask_stage<S>) {
+      const V out = score(set_tag{}, stage, s, shape, at);
+      const V g = all_gradients<Masked, I + 1>(pipeline, out, shape, at, last, see);
+      see(stage, g);
+      return score_gradient(set_tag{}, stage, s, out, g, at);
+    } else {
+      return all_gradients<Masked, I + 1>(pipeline, s, shape, at, last, see);
+    }
+  } else {
+    return last(s);
+  }
+}
+
+// 2^x within 1.5 units in the last place for x <= 0; 0 from where the result is no longer normal. f64: simd/math.hpp's.
+template <class V>
+MLKIT_ALWAYS_INLINE V exp2_nonpositive(V x) noexcept {
+  if constexpr (sizeof(typename V::value_type) == 8) {
+    return exp2(x);
+  } else {
+    // Minimax fit of (2^f - 1) / f for |f| <= 1/2, of the error relative to 2^f.
+    constexpr float fit[] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba16p-10f};
+#if MLKIT_SET_AVX512
+    x = at_least(x, -200.0f);
+    const V n = typename V::native(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    const V f = x - n;
+    return typename V::native(_mm512_scalef_ps(fma(horner(f, fit), f, V(1.0f)).v, n.v));
+#else
+    x = at_least(x, -127.0f);
+    const V n = round_to_integer(x), f = x - n;
+    const V y = fma(horner(f, fit), f, V(1.0f)) * power_of_two(n);
+    return V::select(x <= V(-126.5f), V::zero(), y);
+#endif
+  }
+}
+
+// x under dropout: zero where the score of (b, h, i, j) is dropped, else scaled.
+template <class V>
+MLKIT_ALWAYS_INLINE V drop_scores(const attention::dropout& stage, V x, const attention::detail::score_shape& shape,
+                                  const score_run& at) noexcept {
+  using A = typename V::value_type;
+  const auto threshold = static_cast<std::uint32_t>(stage.p * 0x1p32);
+  const A kept = static_cast<A>(1 / (1 - stage.p));
+  const random_stream random{stage.seed, stage.stream};
+  const auto first =
+      static_cast<std::uint64_t>(((at.b * shape.heads + at.h) * shape.queries + at.i) * shape.keys + at.j);
+  A factors[V::width];
+  for (int l = 0; l < V::width; ++l)
+    factors[l] = random.bits(first + static_cast<std::uint64_t>(l)) < threshold ? A{} : kept;
+  return x * V::load(factors);
+}
+
+// Probabilities under the pipeline's dropout, if it has one.
+template <int I = 0, class V, class... Stages>
+MLKIT_ALWAYS_INLINE V drop_any(const attention::scores<Stages...>& pipeline, V x,
+                               const attention::detail::score_shape& shape, const score_run& at) noexcept {
+  if constexpr (I == static_cast<int>(sizeof...(Stages)))
+    return x;
+  else if constexpr (attention::detail::is_dropout<std::remove_cvref_t<decltype(std::get<I>(pipeline.stages))>>)
+    return drop_scores(std::get<I>(pipeline.stages), x, shape, at);
+  else
+    return drop_any<I + 1>(pipeline, x, shape, at);
+}
+
+// The largest of V's lanes; NaN is passed over.
+template <class V>
+MLKIT_ALWAYS_INLINE typename V::value_type largest_lane(V x) noexcept {
+  typename V::value_type lanes[V::width];
+  x.store(lanes);
+  MLKIT_UNROLL
+  for (int half = V::width / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] = lanes[l] > lanes[l + half] ? lanes[l] : lanes[l + half];
+  return lanes[0];
+}

@@ -1,0 +1,226 @@
+// Attention forward: out = softmax(scores(q k^T)) v.
+#pragma once
+
+#include <algorithm>
+
+#include "../core/arguments.hpp"
+#include "../core/memory.hpp"
+#include "../matmul/run.hpp"
+#include "scores.hpp"
+
+namespace MLKIT_NAMESPACE::attention::detail {
+
+// One head of a tensor, [rows, cols].
+template <class T>
+struct head_rows {
+  T* data;
+  index_t rows, cols, row_stride, col_stride;
+};
+
+template <class T>
+head_rows<T> head(const tensor_view<T, 4>& v, index_t b, index_t h) noexcept {
+  return {v.data + b * v.strides[0] + h * v.strides[1], v.extents[2], v.extents[3], v.strides[2], v.strides[3]};
+}
+
+/// What the kernels are given: q [batch, heads, queries, d], k [batch, kv heads, keys, d], v [batch, kv heads, keys,
+/// d_v], out [batch, heads, queries, d_v], lse [batch, heads, queries] or null. With `starts`, tokens of all sequences
+/// lie in one: q, k, v have a batch of 1, and sequence b is rows [starts[b], starts[b + 1]).
+template <class T, class Out, class A, class Scores>
+struct attention_problem {
+  using value_type = T;
+  tensor_view<const T, 4> q, k, v;
+  tensor_view<Out, 4> out;
+  tensor_view<A, 3> lse;
+  const Scores* scores;
+  const std::int32_t* query_starts = nullptr;
+  const std::int32_t* key_starts = nullptr;
+  index_t sequences = 0;
+  index_t d = 0, d_v = 0, group = 1;
+
+  static index_t first(const std::int32_t* starts, index_t b) noexcept { return starts ? starts[b] : 0; }
+  static index_t count(const std::int32_t* starts, index_t b, index_t rows) noexcept {
+    return starts ? starts[b + 1] - starts[b] : rows;
+  }
+  template <class U>
+  static head_rows<U> sequence(const tensor_view<U, 4>& x, const std::int32_t* starts, index_t b, index_t h) noexcept {
+    head_rows<U> m = head(x, starts ? 0 : b, h);
+    m.rows = count(starts, b, m.rows);
+    m.data += first(starts, b) * m.row_stride;
+    return m;
+  }
+  index_t queries(index_t b) const noexcept { return count(query_starts, b, q.extents[2]); }
+  index_t keys(index_t b) const noexcept { return count(key_starts, b, k.extents[2]); }
+  head_rows<const T> query_rows(index_t b, index_t h) const noexcept { return sequence(q, query_starts, b, h); }
+  head_rows<const T> key_rows(index_t b, index_t h) const noexcept { return sequence(k, key_starts, b, h / group); }
+  head_rows<const T> value_rows(index_t b, index_t h) const noexcept { return sequence(v, key_starts, b, h / group); }
+  head_rows<Out> out_rows(index_t b, index_t h) const noexcept { return sequence(out, query_starts, b, h); }
+  A& lse_at(index_t b, index_t h, index_t i) const noexcept {
+    return lse(query_starts ? 0 : b, h, first(query_starts, b) + i);
+  }
+  score_shape shape(index_t b) const noexcept { return {sequences, q.extents[1], queries(b), keys(b)}; }
+};
+
+template <class Problem>
+struct forward_kernels {
+  index_t group;  // rows that are worked on together
+  index_t (*scratch_bytes)(const Problem&, index_t rows) noexcept;
+  void (*run)(const Problem&, index_t b, index_t h, index_t first, index_t rows, std::byte* scratch) noexcept;
+};
+
+}  // namespace MLKIT_NAMESPACE::attention::detail
+
+#define MLKIT_FOREACH "../attention/cpu/scores-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+#define MLKIT_FOREACH "../attention/cpu/forward-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+
+namespace MLKIT_NAMESPACE::attention {
+namespace detail {
+
+template <class T, class Problem>
+forward_kernels<Problem> select_forward() {
+  if constexpr (std::is_same_v<T, bf16>)
+    return MLKIT_SELECT(forward_entry<T, Problem>)();
+  else
+    return MLKIT_SELECT_WITHOUT_BF16(forward_entry<T, Problem>)();
+}
+
+// Queries that share the packed keys and values, at most.
+inline constexpr index_t queries_at_once = 384;
+
+// Rows of a task: alike, whole groups, and enough tasks that every thread has some.
+inline index_t rows_of_task(index_t queries, index_t heads, index_t group, index_t threads) noexcept {
+  constexpr index_t tasks_of_thread = 4;
+  const index_t wanted = ceil_div(threads == 1 ? 1 : threads * tasks_of_thread, std::max<index_t>(1, heads));
+  const index_t parts = std::max(ceil_div(queries, queries_at_once), std::min(wanted, ceil_div(queries, 4 * group)));
+  return std::max(group, round_up(ceil_div(queries, std::max<index_t>(1, parts)), group));
+}
+
+template <class Problem>
+void run_forward(const cpu& exec, const Problem& p) {
+  const auto kernels = select_forward<typename Problem::value_type, Problem>();
+  const index_t heads = p.q.extents[1];
+  double work = 0;
+  index_t most = 0;
+  for (index_t b = 0; b < p.sequences; ++b) {
+    most = std::max(most, p.queries(b));
+    work += static_cast<double>(p.queries(b)) * static_cast<double>(p.keys(b) + 1);
+  }
+  if (most == 0 || heads == 0) return;
+  const cpu limited = limit_threads(exec, work * static_cast<double>(heads) * static_cast<double>(p.d + p.d_v + 16));
+  const index_t rows = rows_of_task(most, heads * p.sequences, kernels.group, concurrency(limited));
+  const index_t parts = ceil_div(most, rows), tasks = parts * heads * p.sequences;
+  parallel_ranges(limited, tasks, [&](index_t begin, index_t end) {
+    const workspace<std::byte> scratch(kernels.scratch_bytes(p, rows));
+    for (index_t at = begin; at < end; ++at) {
+      // Later queries see more keys under a causal mask: each thread gets them from both ends.
+      const index_t task = at % 2 == 0 ? at / 2 : tasks - 1 - at / 2;
+      const index_t head = task / parts, first = task % parts * rows, b = head / heads;
+      const index_t count = std::min(rows, p.queries(b) - first);
+      if (count > 0) kernels.run(p, b, head % heads, first, count, scratch.data());
+    }
+  });
+}
+
+template <class Q, class K, class V, class Out>
+void check_tensors(std::string_view function, const tensor_view<Q, 4>& q, const tensor_view<K, 4>& k,
+                   const tensor_view<V, 4>& v, const tensor_view<Out, 4>& out) {
+  check_view(function, "q", q);
+  check_view(function, "k", k);
+  check_view(function, "v", v);
+  check_view(function, "out", out);
+  check_extent(function, "k", "batches", k.extent(0), "q", q.extent(0));
+  check_extent(function, "v", "batches", v.extent(0), "q", q.extent(0));
+  check_extent(function, "v", "heads", v.extent(1), "k", k.extent(1));
+  if (k.extent(1) == 0 ? q.extent(1) != 0 : q.extent(1) % k.extent(1) != 0)
+    fail_shape(function, ": q has ", q.extent(1), " heads, which is no multiple of k's ", k.extent(1));
+  check_extent(function, "k", "columns", k.extent(3), "q", q.extent(3));
+  check_extent(function, "v", "keys", v.extent(2), "k", k.extent(2));
+  check_extent(function, "out", "batches", out.extent(0), "q", q.extent(0));
+  check_extent(function, "out", "heads", out.extent(1), "q", q.extent(1));
+  check_extent(function, "out", "queries", out.extent(2), "q", q.extent(2));
+  check_extent(function, "out", "columns", out.extent(3), "v", v.extent(3));
+}
+
+template <class A, class Q>
+void check_lse(std::string_view function, const tensor_view<A, 3>& lse, const tensor_view<Q, 4>& q) {
+  check_view(function, "lse", lse);
+  check_extent(function, "lse", "batches", lse.extent(0), "q", q.extent(0));
+  check_extent(function, "lse", "heads", lse.extent(1), "q", q.extent(1));
+  check_extent(function, "lse", "queries", lse.extent(2), "q", q.extent(2));
+}
+
+template <class... Stages>
+void name_scores(arguments& call, const scores<Stages...>& s) {
+  each_stage(s, [&](const auto& stage) {
+    if constexpr (requires { stage.each_view([](std::string_view, const auto&) {}); })
+      stage.each_view([&](std::string_view name, const auto& v) { call.reads(name, v); });
+  });
+}
+
+template <class T, class Out, class A, class... Stages>
+void forward(std::string_view function, const cpu& exec, const tensor_view<const T, 4>& q,
+             const tensor_view<const T, 4>& k, const tensor_view<const T, 4>& v, const scores<Stages...>& given,
+             const tensor_view<Out, 4>& out, const tensor_view<A, 3>& lse) {
+  static_assert(std::is_same_v<T, double> == std::is_same_v<Out, double>,
+                "attention: f64 goes with f64 alone: q, k, v and out are all f64, or none is");
+  arguments call(function, exec);
+  check_tensors(function, q, k, v, out);
+  const bool with_lse = lse.data || !lse.empty();
+  if (with_lse) check_lse(function, lse, q);
+  const auto pipeline = with_scale(given, q.extent(3));
+  check_scores(function, pipeline, {q.extent(0), q.extent(1), q.extent(2), k.extent(2)});
+  call.reads("q", q);
+  call.reads("k", k);
+  call.reads("v", v);
+  name_scores(call, pipeline);
+  call.writes("out", out);
+  if (with_lse) call.writes("lse", lse);
+  attention_problem<T, Out, A, std::remove_cvref_t<decltype(pipeline)>> p{q, k, v, out, lse, &pipeline};
+  p.sequences = q.extent(0);
+  p.d = q.extent(3);
+  p.d_v = v.extent(3);
+  p.group = k.extent(1) == 0 ? 1 : q.extent(1) / k.extent(1);
+  run_forward(exec, p);
+}
+
+}  // namespace detail
+
+/// out[b, h, i] = sum over j of P[b, h, i, j] v[b, h / g, j], P = softmax over j of S, S = scores(q[b, h, i] . k[b, h /
+/// g, j]): attention, self or cross, with g = q's heads over k's (grouped queries). q [batch, heads, queries, d], k
+/// [batch, kv heads, keys, d], v [batch, kv heads, keys, d_v], out [batch, heads, queries, d_v], any strides, so that
+/// [batch, tokens, heads, d] is a view with its middle dimensions exchanged. A query that sees no key gets 0.
+///
+/// `scores` are stages in declared order; without a scale among them S starts as q . k / sqrt(d). Blocks of keys that
+/// masks leave empty are skipped. f32, f64, bf16 and f16; sums are f32 (f64 for f64), and bf16 probabilities are rounded
+/// to bf16 before they meet v, where the instruction set multiplies bf16. Nothing of queries x keys is ever stored:
+/// scratch memory depends on d and d_v alone. The same bits for any number of threads.
+///
+/// Throws shape_error where extents do not fit or out overlaps what is read, and value_error for null data or a stage's
+/// options out of range, before out is touched. 2 queries keys (d + d_v) flops a head. Dao: "FlashAttention-2", 2023;
+/// Milakov, Gimelshein: "Online normalizer calculation for softmax", 2018.
+template <executor Executor, viewable<4> Q, viewable<4> K, viewable<4> V, class... Stages, viewable<4> Out>
+void forward(const Executor& exec, const Q& q, const K& k, const V& v, const scores<Stages...>& s, Out&& out) {
+  using T = element_t<const Q>;
+  detail::forward("attention::forward", exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
+                  tensor_view<const T, 4>(as_view(v)), s, as_view(out), tensor_view<accumulator_t<T>, 3>{});
+}
+
+/// The same, and lse[b, h, i] = log of the sum of exp(S), [batch, heads, queries], -inf where a query sees no key: what
+/// backward needs, and what merges results over parts of the keys.
+template <executor Executor, viewable<4> Q, viewable<4> K, viewable<4> V, class... Stages, viewable<4> Out,
+          viewable<3> Lse>
+void forward(const Executor& exec, const Q& q, const K& k, const V& v, const scores<Stages...>& s, Out&& out,
+             Lse&& lse) {
+  using T = element_t<const Q>;
+  detail::forward("attention::forward", exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
+                  tensor_view<const T, 4>(as_view(v)), s, as_view(out), as_view(lse));
+}
+
+/// softmax(q k^T / sqrt(d)) v.
+template <executor Executor, viewable<4> Q, viewable<4> K, viewable<4> V, viewable<4> Out>
+void forward(const Executor& exec, const Q& q, const K& k, const V& v, Out&& out) {
+  forward(exec, q, k, v, scores<>{}, out);
+}
+
+}  // namespace MLKIT_NAMESPACE::attention
