@@ -62,7 +62,7 @@ struct attention_problem {
 
 template <class Problem>
 struct forward_kernels {
-  index_t group;  // rows that are worked on together
+  index_t sliver;  // queries that are worked on together
   index_t (*scratch_bytes)(const Problem&, index_t rows) noexcept;
   void (*run)(const Problem&, index_t b, index_t h, index_t first, index_t rows, std::byte* scratch) noexcept;
 };
@@ -86,14 +86,14 @@ forward_kernels<Problem> select_forward() {
 }
 
 // Queries that share the packed keys and values, at most.
-inline constexpr index_t queries_at_once = 384;
+inline constexpr index_t queries_at_once = 512;
 
 // Rows of a task: alike, whole groups, and enough tasks that every thread has some.
-inline index_t rows_of_task(index_t queries, index_t heads, index_t group, index_t threads) noexcept {
+inline index_t rows_of_task(index_t queries, index_t heads, index_t sliver, index_t threads) noexcept {
   constexpr index_t tasks_of_thread = 4;
   const index_t wanted = ceil_div(threads == 1 ? 1 : threads * tasks_of_thread, std::max<index_t>(1, heads));
-  const index_t parts = std::max(ceil_div(queries, queries_at_once), std::min(wanted, ceil_div(queries, 4 * group)));
-  return std::max(group, round_up(ceil_div(queries, std::max<index_t>(1, parts)), group));
+  const index_t parts = std::max(ceil_div(queries, queries_at_once), std::min(wanted, ceil_div(queries, sliver)));
+  return std::max(sliver, round_up(ceil_div(queries, std::max<index_t>(1, parts)), sliver));
 }
 
 template <class Problem>
@@ -108,7 +108,7 @@ void run_forward(const cpu& exec, const Problem& p) {
   }
   if (most == 0 || heads == 0) return;
   const cpu limited = limit_threads(exec, work * static_cast<double>(heads) * static_cast<double>(p.d + p.d_v + 16));
-  const index_t rows = rows_of_task(most, heads * p.sequences, kernels.group, concurrency(limited));
+  const index_t rows = rows_of_task(most, heads * p.sequences, kernels.sliver, concurrency(limited));
   const index_t parts = ceil_div(most, rows), tasks = parts * heads * p.sequences;
   parallel_ranges(limited, tasks, [&](index_t begin, index_t end) {
     const workspace<std::byte> scratch(kernels.scratch_bytes(p, rows));

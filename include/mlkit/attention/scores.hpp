@@ -142,9 +142,9 @@ struct causal {
     const index_t d = detail::diagonal(alignment, s.queries, s.keys);
     return j > i_end - 1 + d ? block::empty : j_end - 1 <= i + d ? block::full : block::partial;
   }
-  // The keys [first, last) of query i.
-  std::pair<index_t, index_t> keys(const detail::score_shape& s, index_t i) const noexcept {
-    return {0, i + detail::diagonal(alignment, s.queries, s.keys) + 1};
+  // The queries [first, last) that see key j.
+  std::pair<index_t, index_t> queries(const detail::score_shape& s, index_t j) const noexcept {
+    return {j - detail::diagonal(alignment, s.queries, s.keys), s.queries};
   }
 };
 
@@ -158,15 +158,16 @@ struct window {
     if (right < 0) detail::fail_value(function, ": window.right = ", right, " is negative");
     detail::check_alignment(function, "window", alignment, s);
   }
-  std::pair<index_t, index_t> keys(const detail::score_shape& s, index_t i) const noexcept {
-    const index_t level = i + detail::diagonal(alignment, s.queries, s.keys);
-    return {level - std::min(left, unlimited), level + std::min(right, unlimited) + 1};
+  // The queries [first, last) that see key j.
+  std::pair<index_t, index_t> queries(const detail::score_shape& s, index_t j) const noexcept {
+    const index_t level = j - detail::diagonal(alignment, s.queries, s.keys);
+    return {level - std::min(right, unlimited), level + std::min(left, unlimited) + 1};
   }
   block classify(const detail::score_shape& s, index_t, index_t, index_t i, index_t i_end, index_t j,
                  index_t j_end) const noexcept {
-    const auto first = keys(s, i), last = keys(s, i_end - 1);
-    if (j >= last.second || j_end <= first.first) return block::empty;
-    return j >= last.first && j_end <= first.second ? block::full : block::partial;
+    const auto first = queries(s, j), last = queries(s, j_end - 1);
+    if (i >= last.second || i_end <= first.first) return block::empty;
+    return i >= last.first && i_end <= first.second ? block::full : block::partial;
   }
 };
 

@@ -1,6 +1,6 @@
 // Score stages on registers: forward, and the gradient through each.
 
-// Where a register of scores stands: lane l is key j + l of query i, and `count` lanes are keys.
+// Where a register of scores stands: lane l is query i + l against key j, and `count` lanes are queries.
 struct score_run {
   index_t b, h, i, j;
   int count;
@@ -21,14 +21,14 @@ MLKIT_ALWAYS_INLINE V minus_infinity() noexcept {
   return V(-math_table<typename V::value_type>::infinity);
 }
 
-// Elements [j, j + count) of row (b, h, i) of broadcast scores.
+// Elements [i, i + count) of column (b, h, j) of broadcast scores.
 template <class V, class T>
 MLKIT_ALWAYS_INLINE V load_scores(const tensor_view<const T, 4>& v, const score_run& at) noexcept {
   using A = typename V::value_type;
   const T* p = v.data + at.b * v.strides[0] + at.h * v.strides[1] + at.i * v.strides[2] + at.j * v.strides[3];
-  if (v.strides[3] == 1) return at.count == V::width ? V::load(p) : V::load(p, at.count);
+  if (v.strides[2] == 0) return V(static_cast<A>(*p));
   A lanes[V::width] = {};
-  for (int l = 0; l < at.count; ++l) lanes[l] = static_cast<A>(p[l * v.strides[3]]);
+  for (int l = 0; l < at.count; ++l) lanes[l] = static_cast<A>(p[l * v.strides[2]]);
   return V::load(lanes);
 }
 
@@ -49,7 +49,7 @@ MLKIT_ALWAYS_INLINE V score(set_tag, const attention::alibi<T>& stage, V s, cons
                             const score_run& at) noexcept {
   using A = typename V::value_type;
   V distance;
-  const A first = static_cast<A>(at.j - at.i - (shape.keys - shape.queries));
+  const A first = static_cast<A>(at.i + shape.keys - shape.queries - at.j);
   MLKIT_UNROLL
   for (int l = 0; l < V::width; ++l) distance.v[l] = static_cast<A>(l);
   const A slope = static_cast<A>(stage.slopes.data[at.h * stage.slopes.strides[0]]);
@@ -60,18 +60,18 @@ MLKIT_ALWAYS_INLINE V score(set_tag, const attention::bias<T>& stage, V s, const
                             const score_run& at) noexcept {
   return s + load_scores<V>(stage.values, at);
 }
-// Masks that are runs of keys.
+// Masks that are runs of queries.
 template <class V, attention::detail::mask_stage M>
   requires requires(const M& m, const attention::detail::score_shape& s) {
-    m.keys(s, index_t{});
+    m.queries(s, index_t{});
   }
 MLKIT_ALWAYS_INLINE V score(set_tag, const M& stage, V s, const attention::detail::score_shape& shape,
                             const score_run& at) noexcept {
-  const auto run = stage.keys(shape, at.i);
-  s = V::select(first_lanes<V>(run.second - at.j), s, minus_infinity<V>());
-  return V::select(first_lanes<V>(run.first - at.j), minus_infinity<V>(), s);
+  const auto run = stage.queries(shape, at.j);
+  s = V::select(first_lanes<V>(run.second - at.i), s, minus_infinity<V>());
+  return V::select(first_lanes<V>(run.first - at.i), minus_infinity<V>(), s);
 }
-// Masks that answer for each key.
+// Masks that answer for each score.
 template <class V, attention::detail::mask_stage M>
   requires requires(const M& m) { m.at(index_t{}, index_t{}, index_t{}, index_t{}); }
 MLKIT_ALWAYS_INLINE V score(set_tag, const M& stage, V s, const attention::detail::score_shape&,
@@ -80,7 +80,7 @@ MLKIT_ALWAYS_INLINE V score(set_tag, const M& stage, V s, const attention::detai
   A lanes[V::width];
   s.store(lanes);
   for (int l = 0; l < at.count; ++l)
-    if (!stage.at(at.b, at.h, at.i, at.j + l)) lanes[l] = -math_table<A>::infinity;
+    if (!stage.at(at.b, at.h, at.i + l, at.j)) lanes[l] = -math_table<A>::infinity;
   return V::load(lanes);
 }
 template <class V, attention::detail::user_stage F>
@@ -92,7 +92,7 @@ MLKIT_ALWAYS_INLINE V score(set_tag, const F& f, V s, const attention::detail::s
   MLKIT_SIMD
   for (int l = 0; l < V::width; ++l) {
     if constexpr (std::is_invocable_v<const F&, A, const attention::position&>)
-      lanes[l] = static_cast<A>(f(lanes[l], attention::position{at.b, at.h, at.i, at.j + l}));
+      lanes[l] = static_cast<A>(f(lanes[l], attention::position{at.b, at.h, at.i + l, at.j}));
     else
       lanes[l] = static_cast<A>(f(lanes[l]));
   }
@@ -120,7 +120,7 @@ MLKIT_ALWAYS_INLINE V score_gradient(set_tag, const S& stage, V s, V out, V g, c
     MLKIT_SIMD
     for (int l = 0; l < V::width; ++l) {
       if constexpr (requires(A x, const attention::position& p) { stage.derivative(x, p); })
-        lanes[l] = static_cast<A>(stage.derivative(scores[l], attention::position{at.b, at.h, at.i, at.j + l}));
+        lanes[l] = static_cast<A>(stage.derivative(scores[l], attention::position{at.b, at.h, at.i + l, at.j}));
       else
         lanes[l] = static_cast<A>(stage.derivative(scores[l]));
     }
@@ -198,9 +198,10 @@ MLKIT_ALWAYS_INLINE V drop_scores(const attention::dropout& stage, V x, const at
   const random_stream random{stage.seed, stage.stream};
   const auto first =
       static_cast<std::uint64_t>(((at.b * shape.heads + at.h) * shape.queries + at.i) * shape.keys + at.j);
+  const auto step = static_cast<std::uint64_t>(shape.keys);
   A factors[V::width];
   for (int l = 0; l < V::width; ++l)
-    factors[l] = random.bits(first + static_cast<std::uint64_t>(l)) < threshold ? A{} : kept;
+    factors[l] = random.bits(first + static_cast<std::uint64_t>(l) * step) < threshold ? A{} : kept;
   return x * V::load(factors);
 }
 
@@ -214,15 +215,4 @@ MLKIT_ALWAYS_INLINE V drop_any(const attention::scores<Stages...>& pipeline, V x
     return drop_scores(std::get<I>(pipeline.stages), x, shape, at);
   else
     return drop_any<I + 1>(pipeline, x, shape, at);
-}
-
-// The largest of V's lanes; NaN is passed over.
-template <class V>
-MLKIT_ALWAYS_INLINE typename V::value_type largest_lane(V x) noexcept {
-  typename V::value_type lanes[V::width];
-  x.store(lanes);
-  MLKIT_UNROLL
-  for (int half = V::width / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] = lanes[l] > lanes[l + half] ? lanes[l] : lanes[l + half];
-  return lanes[0];
 }
