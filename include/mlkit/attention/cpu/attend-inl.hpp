@@ -1,0 +1,118 @@
+// What forward and backward share: scores stand transposed, with queries along the lanes, so that what belongs to a
+// query is a lane of a register, and only the last queries are padded.
+
+// A view's matrix of one head.
+template <class T>
+MLKIT_ALWAYS_INLINE dense_source<std::remove_const_t<T>> head_of(const attention::detail::head_rows<T>& m) noexcept {
+  return {m.data, m.rows, m.cols, m.row_stride, m.col_stride};
+}
+
+template <class Element>
+struct attend {
+  using word = typename compute<Element>::word;
+  using sum = typename compute<Element>::sum;
+  using V = vec<sum>;
+  static constexpr index_t width = V::width;
+  static constexpr index_t sliver = sliver_lines<Element>;  // queries worked on together
+  static constexpr index_t stride = panel_stride<Element>;  // words between rows of left panels
+  static constexpr int group = tile_registers;              // keys that are masked together; any tile's height divides it
+  static constexpr int groups_at_once = 240 / group;
+  static constexpr index_t keys_at_once = index_t{groups_at_once} * group;
+  static constexpr sum log2_e = static_cast<sum>(1.44269504088896340736);
+  static constexpr sum infinity = math_table<sum>::infinity;
+
+  static constexpr index_t padded(index_t lines) noexcept { return round_up(lines, width); }
+
+  // Hands out pieces of one block of memory; with none, only counts.
+  class pieces {
+   public:
+    explicit pieces(std::byte* memory) noexcept : memory_(memory) {}
+    template <class T>
+    void take(T*& piece, index_t count) noexcept {
+      piece = reinterpret_cast<T*>(memory_ + bytes_);
+      bytes_ = round_up(bytes_ + count * index_t{sizeof(T)}, index_t{64});
+    }
+    index_t bytes() const noexcept { return bytes_; }
+
+   private:
+    std::byte* memory_;
+    index_t bytes_ = 0;
+  };
+
+  static index_t depth_blocks(index_t d) noexcept { return ceil_div(d, depth_step<Element>(d)); }
+
+  // c[rows][lanes] (+)= left[rows][depth] right[depth][lanes], at most a sliver of lanes; all in words, with rows of
+  // right and c so many words apart.
+  static void multiply(index_t depth, const word* left, index_t rows, const word* right, index_t right_stride,
+                       index_t lanes, sum* c, index_t c_stride, bool accumulate) noexcept {
+    const int vectors = static_cast<int>(lanes / width), height = tile_rows(vectors);
+    for (index_t i = 0; i < rows; i += height) {
+      const char* next = reinterpret_cast<const char*>(left + (i + height) * stride);
+      const fetch_ahead ahead{reinterpret_cast<const char*>(right), next, stride * index_t{sizeof(word)},
+                              depth * index_t{sizeof(word)}};
+      select_tile<Element>(vectors, static_cast<int>(std::min<index_t>(height, rows - i)))(
+          depth, left + i * stride, right, right_stride, c + i * c_stride, c_stride, accumulate, ahead);
+    }
+  }
+
+  // What the groups of a block of keys are to some queries.
+  struct block_plan {
+    attention::block groups[groups_at_once];
+    bool any = false;
+
+    // Calls f(first, last) for the runs of keys whose groups are not empty.
+    template <class F>
+    void each_run(index_t keys, F&& f) const noexcept {
+      for (index_t at = 0; at < keys;) {
+        index_t end = at;
+        while (end < keys && groups[end / group] != attention::block::empty) end += group;
+        if (end > at) f(at, std::min(end, keys));
+        at = std::max(end, at + group);
+      }
+    }
+  };
+  template <class Problem>
+  static block_plan plan_block(const Problem& p, const attention::detail::score_shape& shape, index_t b, index_t h,
+                               index_t i, index_t i_end, index_t j, index_t j_end) noexcept {
+    block_plan plan;
+    for (index_t g = 0; g < groups_at_once && j < j_end; ++g, j += group) {
+      plan.groups[g] =
+          attention::detail::classify(*p.scores, shape, b, h, i, i_end, j, std::min<index_t>(j_end, j + group));
+      plan.any = plan.any || plan.groups[g] != attention::block::empty;
+    }
+    return plan;
+  }
+
+  static MLKIT_ALWAYS_INLINE bool any_lane(typename V::native_int mask) noexcept {
+#if MLKIT_SET_AVX512
+    if constexpr (sizeof(sum) == 4)
+      return _mm512_movepi32_mask((__m512i)mask) != 0;
+    else
+      return _mm512_movepi64_mask((__m512i)mask) != 0;
+#else
+    typename V::int_type lanes[width], any = 0;
+    __builtin_memcpy(lanes, &mask, sizeof lanes);
+    for (int l = 0; l < width; ++l) any |= lanes[l];
+    return any != 0;
+#endif
+  }
+
+#if MLKIT_SET_BF16
+  // Rows of f32, by pairs, become rows of words of two bf16: a right panel whose depth is the rows.
+  template <int Vectors>
+  static void pair_rows(const float* rows, index_t row_stride, index_t count, float* out, index_t out_stride) noexcept {
+    alignas(64) static constexpr std::uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i interleaved = _mm512_load_si512(order);
+    for (index_t j = 0; j < count; j += 2, rows += 2 * row_stride, out += out_stride) {
+      MLKIT_UNROLL
+      for (int c = 0; c < Vectors; ++c) {
+        const V low = V::load(rows + c * width);
+        const V high = j + 1 < count ? V::load(rows + row_stride + c * width) : V::zero();
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
+        _mm512_storeu_si512(out + c * width, _mm512_permutexvar_epi16(interleaved, both));
+      }
+    }
+  }
+#endif
+};
