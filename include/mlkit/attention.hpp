@@ -1,6 +1,7 @@
 // attention: softmax(scores(q k^T)) v, with score pipelines that are types.
 #pragma once
 
+#include "attention/backward.hpp"
 #include "attention/forward.hpp"
 #include "attention/scores.hpp"
 #include "core/cpu.hpp"

@@ -1,0 +1,382 @@
+// Attention backward on tiles: for a block of queries, block by block of keys, S^T = K Q^T and dP^T = V dO^T, from them
+// P^T and dS^T, and with these dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T.
+
+template <class Element, class Problem>
+struct attend_backward : attend<Element> {
+  using base = attend<Element>;
+  using typename base::block_plan;
+  using typename base::sum;
+  using typename base::V;
+  using typename base::word;
+  using base::group;
+  using base::infinity;
+  using base::padded;
+  using base::sliver;
+  using base::stride;
+  using base::width;
+  using shape_type = attention::detail::score_shape;
+
+  static constexpr int groups_of_block = 120 / group;
+  static constexpr index_t block_keys = index_t{groups_of_block} * group;
+  static constexpr index_t slivers_of_block = 256 / sliver;
+  static constexpr index_t block_queries = slivers_of_block * sliver;  // which one left panel row holds
+  static constexpr bool paired = !std::is_same_v<Element, sum>;
+  static_assert(block_queries <= compute<Element>::depth_block);
+
+  struct parts {
+    // Right panels over queries: [slivers][words of d or d_v][lanes].
+    word *queries, *output_gradients;
+    // Right panels whose depth is the queries: [slivers of d or d_v][words of queries][lanes].
+    word *query_rows, *output_rows;
+    // Left panels: [depth blocks][keys][stride], and with the keys along k, [d][stride].
+    word *keys, *values, *key_columns;
+    sum *scores, *gradients;      // [keys][stride]: S and P, dP and dS
+    word *p_left, *ds_left;       // the same as left panels; the same memory where the types agree
+    word* ds_right;               // right panel [words of keys][block_queries]
+    sum* dq;                      // [slivers][d][lanes]
+    sum *level, *delta;           // of each query: lse, and D = sum of dO * O, less dlse
+    sum* turned;                  // a sliver's dQ, or gradients of a bias, transposed
+    Element* pack;
+  };
+
+  static index_t right_words(index_t depth) noexcept {
+    return sliver * (words<Element>(depth) + base::depth_blocks(depth));
+  }
+  static index_t line_slivers(index_t lines) noexcept { return ceil_div(lines, sliver); }
+  static index_t rows_words(index_t lines) noexcept {
+    return line_slivers(lines) * words<Element>(block_queries) * sliver;
+  }
+  // Sums of dK and dV: [keys][padded d] and [keys][padded d_v].
+  static index_t sums_size(const Problem& p, index_t keys) noexcept {
+    return round_up(keys + group, index_t{group}) * (padded(p.d) + padded(p.d_v));
+  }
+
+  static index_t dq_size(const Problem& p) noexcept { return sliver * round_up(p.d, index_t{group}); }
+
+  static index_t lay_out(const Problem& p, std::byte* memory, parts& s) noexcept {
+    typename base::pieces all(memory);
+    const index_t panel = (block_keys + group) * stride;
+    all.take(s.queries, slivers_of_block * right_words(p.d));
+    all.take(s.output_gradients, slivers_of_block * right_words(p.d_v));
+    all.take(s.query_rows, rows_words(p.d));
+    all.take(s.output_rows, rows_words(p.d_v));
+    all.take(s.keys, base::depth_blocks(p.d) * panel);
+    all.take(s.values, base::depth_blocks(p.d_v) * panel);
+    all.take(s.key_columns, round_up(p.d + group, index_t{group}) * stride);
+    all.take(s.scores, panel);
+    all.take(s.gradients, panel);
+    if constexpr (paired) {
+      all.take(s.p_left, panel);
+      all.take(s.ds_left, panel);
+      all.take(s.ds_right, words<Element>(block_keys) * block_queries);
+    } else {
+      s.p_left = s.scores;
+      s.ds_left = s.ds_right = s.gradients;
+    }
+    all.take(s.dq, slivers_of_block * dq_size(p));
+    all.take(s.level, block_queries);
+    all.take(s.delta, block_queries);
+    all.take(s.turned, sliver * std::max(block_keys, index_t{256}));
+    all.take(s.pack, pack_scratch<Element>);
+    return all.bytes();
+  }
+  static index_t scratch_bytes(const Problem& p) noexcept {
+    parts unused;
+    return lay_out(p, nullptr, unused);
+  }
+
+  // Adds to the sums of dK and dV of kv head `kv` of batch b what blocks [begin, end) of its queries give, and writes
+  // those queries' dQ. Blocks count through the heads that share the kv head.
+  static void run(const Problem& p, index_t b, index_t kv, index_t begin, index_t end, sum* sums,
+                  std::byte* memory) noexcept {
+    parts s;
+    lay_out(p, memory, s);
+    const shape_type shape = p.forward.shape(b);
+    const index_t blocks = ceil_div(shape.queries, block_queries);
+    sum* dk = sums;
+    sum* dv = sums + round_up(shape.keys + group, index_t{group}) * padded(p.d);
+    for (index_t at = begin; at < end; ++at) {
+      const index_t first = at % blocks * block_queries;
+      run_block(p, shape, b, kv * p.forward.group + at / blocks, first,
+                std::min(block_queries, shape.queries - first), dk, dv, s);
+    }
+  }
+
+  // dK and dV from their sums.
+  static void finish(const Problem& p, index_t b, index_t kv, const sum* sums) noexcept {
+    const index_t keys = p.forward.keys(b);
+    const auto write = [&](const auto& to, const sum* from, index_t lanes) {
+      using Out = std::remove_cvref_t<decltype(*to.data)>;
+      for (index_t j = 0; j < keys; ++j, from += lanes) {
+        auto* y = to.data + j * to.row_stride;
+        if (to.col_stride == 1)
+          decode_run(set_tag{}, dense_source<sum>{from, 1, to.cols, to.cols, 1}, 0, 0, to.cols, y);
+        else
+          for (index_t c = 0; c < to.cols; ++c) y[c * to.col_stride] = static_cast<Out>(from[c]);
+      }
+    };
+    write(p.dk_rows(b, kv), sums, padded(p.d));
+    write(p.dv_rows(b, kv), sums + round_up(keys + group, index_t{group}) * padded(p.d), padded(p.d_v));
+  }
+
+ private:
+  template <class F>
+  static void each_sliver(index_t count, F&& f) noexcept {
+    for (index_t at = 0; at < count; at += sliver) {
+      const index_t n = std::min(sliver, count - at);
+      f(at, n, padded(n));
+    }
+  }
+
+  // Packs lines [first, first + count) as right panels for S^T and dP^T.
+  template <class Source>
+  static void pack_over_queries(const operand<Source>& op, index_t first, index_t count, index_t depth, word* panels,
+                                Element* pack) noexcept {
+    each_sliver(count, [&](index_t at, index_t n, index_t lanes) {
+      word* panel = panels + at / sliver * right_words(depth);
+      each_depth_block(depth, depth_step<Element>(depth), [&](index_t c, index_t deep) {
+        pack_right<Element>(op, first + at, n, lanes, c, deep, panel, pack);
+        panel += words<Element>(deep) * lanes;
+      });
+    });
+  }
+  // Packs the same rows as right panels whose depth they are.
+  template <class Source>
+  static void pack_rows(const operand<Source>& op, index_t first, index_t count, index_t lines, word* panels,
+                        Element* pack) noexcept {
+    each_sliver(lines, [&](index_t at, index_t n, index_t lanes) {
+      pack_right<Element>(op, at, n, lanes, first, count, panels + at * words<Element>(block_queries), pack);
+    });
+  }
+
+  static void run_block(const Problem& p, const shape_type& shape, index_t b, index_t h, index_t first, index_t count,
+                        sum* dk, sum* dv, const parts& s) noexcept {
+    const auto q = head_of(p.forward.query_rows(b, h)), k = head_of(p.forward.key_rows(b, h)),
+               v = head_of(p.forward.value_rows(b, h));
+    const auto dout = head_of(p.dout_rows(b, h));
+    using Source = std::remove_cvref_t<decltype(q)>;
+    using Gradient = std::remove_cvref_t<decltype(dout)>;
+    const index_t d = p.d, d_v = p.d_v, keys = attention::detail::key_limit(*p.forward.scores, b, shape.keys);
+    pack_over_queries(operand<Source>{q, true}, first, count, d, s.queries, s.pack);
+    pack_over_queries(operand<Gradient>{dout, true}, first, count, d_v, s.output_gradients, s.pack);
+    pack_rows(operand<Source>{q, false}, first, count, d, s.query_rows, s.pack);
+    pack_rows(operand<Gradient>{dout, false}, first, count, d_v, s.output_rows, s.pack);
+    find_deltas(p, b, h, first, count, s);
+    std::fill_n(s.dq, slivers_of_block * dq_size(p), sum{});
+
+    for (index_t j = 0; j < keys; j += block_keys) {
+      const index_t n = std::min(block_keys, keys - j);
+      block_plan plans[slivers_of_block];
+      bool any = false;
+      each_sliver(count, [&](index_t at, index_t m, index_t) {
+        block_plan& plan = plans[at / sliver];
+        plan = base::plan_block(p.forward, shape, b, h, first + at, first + at + m, j, j + n);
+        any = any || plan.any;
+      });
+      if (!any) continue;
+      pack_keys(operand<Source>{k, true}, j, n, d, s.keys, s.pack);
+      pack_keys(operand<Source>{v, true}, j, n, d_v, s.values, s.pack);
+      pack_left<Element>(operand<Source>{k, false}, 0, d, j, n, reinterpret_cast<Element*>(s.key_columns), s.pack, 0);
+      each_sliver(count, [&](index_t at, index_t m, index_t lanes) {
+        const block_plan& plan = plans[at / sliver];
+        clear_empty(plan, n, at, lanes, s);
+        if (!plan.any) return;
+        plan.each_run(n, [&](index_t from, index_t to) {
+          multiply_over_depth(d, s.keys, from, to, s.queries + at / sliver * right_words(d), lanes, s.scores + at);
+          multiply_over_depth(d_v, s.values, from, to, s.output_gradients + at / sliver * right_words(d_v), lanes,
+                              s.gradients + at);
+        });
+        find_gradients(p, shape, {b, h, first + at, j, 0}, at, m, lanes, n, plan, s);
+        plan.each_run(n, [&](index_t from, index_t to) {
+          const word* right = s.ds_right + at + from / compute<Element>::elements_per_word * right_stride;
+          base::multiply(words<Element>(to - from), s.key_columns + from / compute<Element>::elements_per_word, d,
+                         right, right_stride, lanes, s.dq + at / sliver * dq_size(p), lanes, true);
+        });
+      });
+      add_key_gradients(plans, n, count, d, s.ds_left, s.query_rows, dk + j * padded(d));
+      add_key_gradients(plans, n, count, d_v, s.p_left, s.output_rows, dv + j * padded(d_v));
+    }
+    write_dq(p, b, h, first, count, s);
+  }
+
+  static constexpr index_t right_stride = paired ? block_queries : stride;
+
+  template <class Source>
+  static void pack_keys(const operand<Source>& op, index_t j, index_t n, index_t depth, word* panel,
+                        Element* pack) noexcept {
+    each_depth_block(depth, depth_step<Element>(depth), [&](index_t c, index_t deep) {
+      pack_left<Element>(op, j, n, c, deep, reinterpret_cast<Element*>(panel), pack, 0);
+      panel += (block_keys + group) * stride;
+    });
+  }
+
+  // c[keys from, to)[lanes] = left right over all of a depth.
+  static void multiply_over_depth(index_t depth, const word* left, index_t from, index_t to, const word* right,
+                                  index_t lanes, sum* c) noexcept {
+    c += from * stride;
+    if (depth == 0)
+      for (index_t j = from; j < to; ++j, c += stride) std::fill_n(c, lanes, sum{});
+    each_depth_block(depth, depth_step<Element>(depth), [&](index_t at, index_t deep) {
+      base::multiply(words<Element>(deep), left + from * stride, to - from, right, lanes, lanes, c, stride, at > 0);
+      left += (block_keys + group) * stride;
+      right += words<Element>(deep) * lanes;
+    });
+  }
+
+  // Queries whose gradients are taken as depth run over slivers: those without keys in a group give zeros.
+  static void clear_empty(const block_plan& plan, index_t n, index_t at, index_t lanes, const parts& s) noexcept {
+    for (index_t j = 0; j < n; ++j) {
+      if (plan.groups[j / group] != attention::block::empty) continue;
+      const auto clear = [&](word* panel) {
+        Element* x = reinterpret_cast<Element*>(panel + j * stride) + at;
+        __builtin_memset(static_cast<void*>(x), 0, static_cast<std::size_t>(lanes) * sizeof(Element));
+      };
+      clear(s.p_left);
+      clear(s.ds_left);
+    }
+  }
+
+  // D = sum over d_v of dO * O, less dlse, and the lse that probabilities are taken against.
+  static void find_deltas(const Problem& p, index_t b, index_t h, index_t first, index_t count,
+                          const parts& s) noexcept {
+    const auto out = p.forward.out_rows(b, h);
+    const auto dout = p.dout_rows(b, h);
+    for (index_t i = 0; i < count; ++i) {
+      const auto* x = out.data + (first + i) * out.row_stride;
+      const auto* y = dout.data + (first + i) * dout.row_stride;
+      V sums = V::zero();
+      sum rest = 0;
+      index_t c = 0;
+      if (out.col_stride == 1 && dout.col_stride == 1)
+        for (; c + width <= p.d_v; c += width) sums = fma(V::load(x + c), V::load(y + c), sums);
+      for (; c < p.d_v; ++c)
+        rest += static_cast<sum>(x[c * out.col_stride]) * static_cast<sum>(y[c * dout.col_stride]);
+      const sum lse = p.forward.lse_at(b, h, first + i);
+      s.delta[i] = sums.sum() + rest - (p.dlse.data ? p.dlse_at(b, h, first + i) : sum{});
+      s.level[i] = lse == -infinity ? infinity : lse;
+    }
+    for (index_t i = count; i < round_up(count, width); ++i) {  // lanes that are no queries
+      s.level[i] = infinity;
+      s.delta[i] = 0;
+    }
+  }
+
+  // From S and dP of a sliver: P and dS.
+  template <int Vectors>
+  static void gradient_columns(const Problem& p, const shape_type& shape, const score_run& at, index_t from_lane,
+                               index_t l, index_t count, index_t n, const block_plan& plan, const parts& s) noexcept {
+    V level[Vectors], delta[Vectors];
+    MLKIT_UNROLL
+    for (int c = 0; c < Vectors; ++c) {
+      level[c] = V::load(s.level + from_lane + l + c * width);
+      delta[c] = V::load(s.delta + from_lane + l + c * width);
+    }
+    const auto rows = [&](auto masked, index_t from, index_t to) {
+      for (index_t j = from; j < to; ++j) {
+        sum* x = s.scores + j * stride + from_lane + l;
+        sum* y = s.gradients + j * stride + from_lane + l;
+        MLKIT_UNROLL
+        for (int c = 0; c < Vectors; ++c) {
+          const index_t lane = c * width;
+          const score_run run{at.b, at.h, at.i + l + lane, at.j + j,
+                              static_cast<int>(std::clamp<index_t>(count - l - lane, 0, width))};
+          const V dp = V::load(y + lane);
+          V kept;
+          const V ds = all_gradients<decltype(masked)::value>(
+              *p.forward.scores, V::load(x + lane), shape, run,
+              [&](V score) {
+                const V probability = exp2_nonpositive((score - level[c]) * base::log2_e);
+                kept = drop_any(*p.forward.scores, probability, shape, run);
+                return probability * (drop_any(*p.forward.scores, dp, shape, run) - delta[c]);
+              },
+              [&](const auto& stage, V g) {
+                if constexpr (attention::detail::is_bias<std::remove_cvref_t<decltype(stage)>>)
+                  if (p.dbias.data) add_bias_gradient(p, g, run);
+              });
+          kept.store(x + lane);
+          ds.store(y + lane);
+          if constexpr (paired) {
+            kept.store(reinterpret_cast<Element*>(s.p_left + j * stride) + from_lane + l + lane);
+            ds.store(reinterpret_cast<Element*>(s.ds_left + j * stride) + from_lane + l + lane);
+          }
+        }
+      }
+    };
+    for (index_t g = 0; g * group < n; ++g) {
+      const index_t from = g * group, to = std::min<index_t>(n, from + group);
+      if (plan.groups[g] == attention::block::full)
+        rows(std::false_type{}, from, to);
+      else if (plan.groups[g] == attention::block::partial)
+        rows(std::true_type{}, from, to);
+    }
+    if constexpr (paired)
+      plan.each_run(n, [&](index_t from, index_t to) {
+        base::template pair_rows<Vectors>(s.gradients + from * stride + from_lane + l, stride, to - from,
+                                          s.ds_right + from / 2 * right_stride + from_lane + l, right_stride);
+      });
+  }
+  static void find_gradients(const Problem& p, const shape_type& shape, const score_run& at, index_t from_lane,
+                             index_t count, index_t lanes, index_t n, const block_plan& plan,
+                             const parts& s) noexcept {
+    for (index_t l = 0; l < lanes; l += 4 * width) switch ((lanes - l) / width) {
+        case 1: gradient_columns<1>(p, shape, at, from_lane, l, count, n, plan, s); break;
+        case 2: gradient_columns<2>(p, shape, at, from_lane, l, count, n, plan, s); break;
+        case 3: gradient_columns<3>(p, shape, at, from_lane, l, count, n, plan, s); break;
+        default: gradient_columns<4>(p, shape, at, from_lane, l, count, n, plan, s);
+      }
+  }
+  static void add_bias_gradient(const Problem& p, V g, const score_run& at) noexcept {
+    sum lanes[width];
+    g.store(lanes);
+    auto* to = p.dbias.data + at.b * p.dbias.strides[0] + at.h * p.dbias.strides[1] + at.i * p.dbias.strides[2] +
+               at.j * p.dbias.strides[3];
+    for (int l = 0; l < at.count; ++l) to[l * p.dbias.strides[2]] = static_cast<typename Problem::bias_type>(lanes[l]);
+  }
+
+  // sums[keys][lines] += left[keys][queries] rows[queries][lines], over the slivers of queries that have keys there.
+  static void add_key_gradients(const block_plan* plans, index_t n, index_t count, index_t lines, const word* left,
+                                const word* rows, sum* sums) noexcept {
+    constexpr index_t per_word = compute<Element>::elements_per_word;
+    const index_t slivers = ceil_div(count, sliver);
+    for (index_t j = 0; j < n; j += group) {
+      index_t begin = slivers, end = 0;
+      for (index_t at = 0; at < slivers; ++at)
+        if (plans[at].groups[j / group] != attention::block::empty) {
+          begin = std::min(begin, at);
+          end = at + 1;
+        }
+      if (begin >= end) continue;
+      const index_t from = begin * sliver, deep = words<Element>(std::min(count, end * sliver) - from);
+      each_sliver(lines, [&](index_t line, index_t, index_t lanes) {
+        base::multiply(deep, left + j * stride + from / per_word, std::min<index_t>(group, n - j),
+                       rows + line * words<Element>(block_queries) + from / per_word * lanes, lanes, lanes,
+                       sums + j * padded(lines) + line, padded(lines), true);
+      });
+    }
+  }
+
+  static void write_dq(const Problem& p, index_t b, index_t h, index_t first, index_t count, const parts& s) noexcept {
+    const auto to = p.dq_rows(b, h);
+    constexpr index_t columns = 256;
+    each_sliver(count, [&](index_t at, index_t m, index_t lanes) {
+      for (index_t c = 0; c < p.d; c += columns) {
+        const index_t n = std::min(columns, p.d - c);
+        transpose(s.dq + at / sliver * dq_size(p) + c * lanes, lanes, n, lanes, s.turned, n);
+        for (index_t i = 0; i < m; ++i) {
+          auto* y = to.data + (first + at + i) * to.row_stride + c * to.col_stride;
+          using Out = std::remove_cvref_t<decltype(*y)>;
+          if (to.col_stride == 1)
+            decode_run(set_tag{}, dense_source<sum>{s.turned + i * n, 1, n, n, 1}, 0, 0, n, y);
+          else
+            for (index_t l = 0; l < n; ++l) y[l * to.col_stride] = static_cast<Out>(s.turned[i * n + l]);
+        }
+      }
+    });
+  }
+};
+
+template <class E, class Problem>
+attention::detail::backward_kernels<Problem> backward_entry() noexcept {
+  using kernel = attend_backward<panel_element<E>, Problem>;
+  return {kernel::block_queries, &kernel::scratch_bytes, &kernel::sums_size, &kernel::run, &kernel::finish};
+}
