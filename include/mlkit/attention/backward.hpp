@@ -100,8 +100,8 @@ void run_backward(const cpu& exec, const Problem& p) {
   double work = 0;
   for (index_t b = 0; b < p.forward.sequences; ++b)
     work += static_cast<double>(p.forward.queries(b)) * static_cast<double>(p.forward.keys(b) + 1);
-  const cpu limited =
-      limit_threads(exec, 2.5 * work * static_cast<double>(p.forward.q.extents[1]) * static_cast<double>(p.d + p.d_v + 16));
+  const cpu limited = limit_threads(
+      exec, 2.5 * work * static_cast<double>(p.forward.q.extents[1]) * static_cast<double>(p.d + p.d_v + 16));
   const index_t units = heads * p.forward.sequences, threads = concurrency(limited);
 
   struct span {

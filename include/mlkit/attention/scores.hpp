@@ -176,8 +176,7 @@ template <std::integral I>
 struct key_lengths {
   vector_view<const I> lengths;
   template <std::ranges::contiguous_range R>
-  explicit key_lengths(const R& r)
-      : lengths(std::ranges::data(r), {static_cast<index_t>(std::ranges::size(r))}) {}
+  explicit key_lengths(const R& r) : lengths(std::ranges::data(r), {static_cast<index_t>(std::ranges::size(r))}) {}
   void check(std::string_view function, const detail::score_shape& s) const {
     detail::check_view(function, "key_lengths", lengths);
     detail::check_extent(function, "key_lengths", "elements", lengths.extent(0), "the batch", s.batch);
@@ -345,12 +344,13 @@ template <class S>
 inline constexpr bool is_of_softmax = is_dropout<S> || is_sinks<S> || is_key_lengths<S>;
 template <class S>
 inline constexpr bool is_own = is_scale<S> || is_of_softmax<S> || is_bias<S> || mask_stage<S> ||
-                               std::is_same_v<S, softcap> || requires(const S& s) { s.slopes; };
+                               std::is_same_v<S, softcap> || requires(const S& s) {
+  s.slopes;
+};
 template <class S>
 concept user_stage = !is_own<S> && (std::is_invocable_r_v<float, const S&, float> ||
                                     std::is_invocable_r_v<float, const S&, float, const position&>);
 
-template <class... Stages>
 constexpr int count_of(std::initializer_list<bool> is) noexcept {
   int n = 0;
   for (const bool b : is) n += b;
@@ -360,7 +360,7 @@ constexpr int count_of(std::initializer_list<bool> is) noexcept {
 template <class... Stages>
 constexpr bool softmax_stages_last() noexcept {
   bool seen_sinks = false, seen_dropout = false, good = true;
-  const auto one = [&](bool sink, bool drop, bool other) {
+  [[maybe_unused]] const auto one = [&](bool sink, bool drop, bool other) {
     if (other && (seen_sinks || seen_dropout)) good = false;
     if (sink && seen_dropout) good = false;
     seen_sinks = seen_sinks || sink;
@@ -385,8 +385,9 @@ struct scores {
   static_assert(detail::count_of({detail::is_sinks<Stages>...}) <= 1, "attention: sinks stand once");
   static_assert(detail::count_of({detail::is_bias<Stages>...}) <= 1,
                 "attention: a pipeline has one bias; add them up beforehand");
-  static_assert(detail::softmax_stages_last<Stages...>(),
-                "attention: sinks and dropout are of the softmax, not of a score: they stand last, dropout after sinks");
+  static_assert(
+      detail::softmax_stages_last<Stages...>(),
+      "attention: sinks and dropout are of the softmax, not of a score: they stand last, dropout after sinks");
   std::tuple<Stages...> stages;
 
   scores() = default;

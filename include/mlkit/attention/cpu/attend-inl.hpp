@@ -15,7 +15,7 @@ struct attend {
   static constexpr index_t width = V::width;
   static constexpr index_t sliver = sliver_lines<Element>;  // queries worked on together
   static constexpr index_t stride = panel_stride<Element>;  // words between rows of left panels
-  static constexpr int group = tile_registers;              // keys that are masked together; any tile's height divides it
+  static constexpr int group = tile_registers;  // keys that are masked together; any tile's height divides it
   static constexpr int groups_at_once = 240 / group;
   static constexpr index_t keys_at_once = index_t{groups_at_once} * group;
   static constexpr sum log2_e = static_cast<sum>(1.44269504088896340736);
@@ -29,7 +29,7 @@ struct attend {
     explicit pieces(std::byte* memory) noexcept : memory_(memory) {}
     template <class T>
     void take(T*& piece, index_t count) noexcept {
-      piece = reinterpret_cast<T*>(memory_ + bytes_);
+      piece = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
       bytes_ = round_up(bytes_ + count * index_t{sizeof(T)}, index_t{64});
     }
     index_t bytes() const noexcept { return bytes_; }
@@ -101,8 +101,9 @@ struct attend {
   // Rows of f32, by pairs, become rows of words of two bf16: a right panel whose depth is the rows.
   template <int Vectors>
   static void pair_rows(const float* rows, index_t row_stride, index_t count, float* out, index_t out_stride) noexcept {
-    alignas(64) static constexpr std::uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i interleaved = _mm512_load_si512(order);
     for (index_t j = 0; j < count; j += 2, rows += 2 * row_stride, out += out_stride) {
       MLKIT_UNROLL

@@ -4,16 +4,16 @@
 template <class Element, class Problem>
 struct attend_backward : attend<Element> {
   using base = attend<Element>;
-  using typename base::block_plan;
-  using typename base::sum;
-  using typename base::V;
-  using typename base::word;
   using base::group;
   using base::infinity;
   using base::padded;
   using base::sliver;
   using base::stride;
   using base::width;
+  using typename base::block_plan;
+  using typename base::sum;
+  using typename base::V;
+  using typename base::word;
   using shape_type = attention::detail::score_shape;
 
   static constexpr int groups_of_block = 120 / group;
@@ -30,12 +30,12 @@ struct attend_backward : attend<Element> {
     word *query_rows, *output_rows;
     // Left panels: [depth blocks][keys][stride], and with the keys along k, [d][stride].
     word *keys, *values, *key_columns;
-    sum *scores, *gradients;      // [keys][stride]: S and P, dP and dS
-    word *p_left, *ds_left;       // the same as left panels; the same memory where the types agree
-    word* ds_right;               // right panel [words of keys][block_queries]
-    sum* dq;                      // [slivers][d][lanes]
-    sum *level, *delta;           // of each query: lse, and D = sum of dO * O, less dlse
-    sum* turned;                  // a sliver's dQ, or gradients of a bias, transposed
+    sum *scores, *gradients;  // [keys][stride]: S and P, dP and dS
+    word *p_left, *ds_left;   // the same as left panels; the same memory where the types agree
+    word* ds_right;           // right panel [words of keys][block_queries]
+    sum* dq;                  // [slivers][d][lanes]
+    sum *level, *delta;       // of each query: lse, and D = sum of dO * O, less dlse
+    sum* turned;              // a sliver's dQ, or gradients of a bias, transposed
     Element* pack;
   };
 
@@ -97,8 +97,8 @@ struct attend_backward : attend<Element> {
     sum* dv = sums + round_up(shape.keys + group, index_t{group}) * padded(p.d);
     for (index_t at = begin; at < end; ++at) {
       const index_t first = at % blocks * block_queries;
-      run_block(p, shape, b, kv * p.forward.group + at / blocks, first,
-                std::min(block_queries, shape.queries - first), dk, dv, s);
+      run_block(p, shape, b, kv * p.forward.group + at / blocks, first, std::min(block_queries, shape.queries - first),
+                dk, dv, s);
     }
   }
 
@@ -249,8 +249,7 @@ struct attend_backward : attend<Element> {
       index_t c = 0;
       if (out.col_stride == 1 && dout.col_stride == 1)
         for (; c + width <= p.d_v; c += width) sums = fma(V::load(x + c), V::load(y + c), sums);
-      for (; c < p.d_v; ++c)
-        rest += static_cast<sum>(x[c * out.col_stride]) * static_cast<sum>(y[c * dout.col_stride]);
+      for (; c < p.d_v; ++c) rest += static_cast<sum>(x[c * out.col_stride]) * static_cast<sum>(y[c * dout.col_stride]);
       const sum lse = p.forward.lse_at(b, h, first + i);
       s.delta[i] = sums.sum() + rest - (p.dlse.data ? p.dlse_at(b, h, first + i) : sum{});
       s.level[i] = lse == -infinity ? infinity : lse;
@@ -316,8 +315,7 @@ struct attend_backward : attend<Element> {
       });
   }
   static void find_gradients(const Problem& p, const shape_type& shape, const score_run& at, index_t from_lane,
-                             index_t count, index_t lanes, index_t n, const block_plan& plan,
-                             const parts& s) noexcept {
+                             index_t count, index_t lanes, index_t n, const block_plan& plan, const parts& s) noexcept {
     for (index_t l = 0; l < lanes; l += 4 * width) switch ((lanes - l) / width) {
         case 1: gradient_columns<1>(p, shape, at, from_lane, l, count, n, plan, s); break;
         case 2: gradient_columns<2>(p, shape, at, from_lane, l, count, n, plan, s); break;

@@ -4,16 +4,16 @@
 template <class Element, class Problem>
 struct attend_forward : attend<Element> {
   using base = attend<Element>;
-  using typename base::block_plan;
-  using typename base::sum;
-  using typename base::V;
-  using typename base::word;
   using base::group;
   using base::infinity;
   using base::keys_at_once;
   using base::sliver;
   using base::stride;
   using base::width;
+  using typename base::block_plan;
+  using typename base::sum;
+  using typename base::V;
+  using typename base::word;
   using shape_type = attention::detail::score_shape;
 
   struct parts {

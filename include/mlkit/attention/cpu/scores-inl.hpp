@@ -62,9 +62,7 @@ MLKIT_ALWAYS_INLINE V score(set_tag, const attention::bias<T>& stage, V s, const
 }
 // Masks that are runs of queries.
 template <class V, attention::detail::mask_stage M>
-  requires requires(const M& m, const attention::detail::score_shape& s) {
-    m.queries(s, index_t{});
-  }
+  requires requires(const M& m, const attention::detail::score_shape& s) { m.queries(s, index_t{}); }
 MLKIT_ALWAYS_INLINE V score(set_tag, const M& stage, V s, const attention::detail::score_shape& shape,
                             const score_run& at) noexcept {
   const auto run = stage.queries(shape, at.j);
@@ -101,9 +99,8 @@ MLKIT_ALWAYS_INLINE V score(set_tag, const F& f, V s, const attention::detail::s
 // What is of the softmax changes no score.
 template <class V, class S>
   requires(attention::detail::is_of_softmax<S>)
-MLKIT_ALWAYS_INLINE V score(set_tag, const S&, V s, const attention::detail::score_shape&, const score_run&) noexcept {
-  return s;
-}
+MLKIT_ALWAYS_INLINE V score(set_tag, const S&, V s, const attention::detail::score_shape&, const score_run&)
+noexcept { return s; }
 
 // The gradient at a stage's input, from that at its output: g d(out) / d(in), where s is the input and out the output.
 template <class V, class S>
