@@ -18,17 +18,20 @@ TYPES = [("f32", "float"), ("f64", "double"), ("bf16", "mlkit::bf16"), ("f16", "
 EXECUTORS = ["cpu"]
 
 SETUP = """
+#include <mlkit/attention.hpp>
 #include <mlkit/lora.hpp>
 #include <mlkit/lora/quantised.hpp>
 #include <mlkit/matmul.hpp>
 #include <vector>
 namespace lora = mlkit::lora;
+namespace attention = mlkit::attention;
 using S = mlkit::accumulator_t<T>;
 #define CASE(NUMBER) void f##NUMBER(PARAMETERS)
 #define PARAMETERS mlkit::EXECUTOR& exec, mlkit::matrix<T>& x, mlkit::matrix<T>& w, mlkit::matrix<T>& y, \\
        mlkit::vector<T>& bias, mlkit::tensor<T, 3>& batch, mlkit::tensor<T, 4>& images, \\
        std::vector<mlkit::matmul_problem<T, T, T>>& group, lora::adapter<T>& adapter, std::vector<lora::adapter<T>>& adapters, \\
-       std::vector<int>& ids, mlkit::vector<T>& magnitude, lora::nf4_matrix& codes4, lora::int8_matrix& codes8
+       std::vector<int>& ids, mlkit::vector<T>& magnitude, lora::nf4_matrix& codes4, lora::int8_matrix& codes8, \\
+       mlkit::tensor<S, 3>& lse, mlkit::matrix<S>& packed_lse, std::vector<std::int32_t>& starts
 """
 
 OPERATIONS = [
@@ -69,6 +72,23 @@ OPERATIONS = [
         ("merge and unmerge, DoRA", "lora::merge(exec, w, lora::dora{adapter, magnitude});"
          " lora::unmerge(exec, w, lora::dora{adapter, magnitude, lora::adapted_norms(exec, lora::dense{w}, adapter)});"),
         ("dequantise NF4", "lora::dequantise(exec, codes4, w);"),
+    ]),
+    ("attention", [
+        ("forward", "attention::forward(exec, images, images, images, images);"),
+        ("forward, any stages",
+         "attention::forward(exec, images, images, images, attention::scores{attention::softcap{30}, attention::bias{w},"
+         " attention::causal{}, attention::sinks{bias}, attention::dropout{0.1}}, images, lse);"),
+        ("forward, packed sequences",
+         "attention::forward(exec, batch, batch, batch, attention::sequences(starts), attention::scores<>{}, batch,"
+         " packed_lse);"),
+        ("backward", "attention::backward(exec, images, images, images, attention::scores<>{}, images, lse, images,"
+         " attention::gradients{images, images, images});"),
+        ("backward, with the gradient of a bias",
+         "attention::backward(exec, images, images, images, attention::scores{attention::bias{w}}, images, lse, images,"
+         " attention::gradients{images, images, images, w});"),
+        ("backward, packed sequences",
+         "attention::backward(exec, batch, batch, batch, attention::sequences(starts), attention::scores<>{}, batch,"
+         " packed_lse, batch, batch, batch, batch);"),
     ]),
 ]
 

@@ -2,6 +2,7 @@
 // configuration.
 #pragma once
 
+#include "attention.hpp"
 #include "core/cpu.hpp"
 #include "core/random.hpp"
 #include "core/tensor.hpp"

@@ -32,6 +32,7 @@ namespace detail {
 template <class Forward, class D, class G, class B, class A>
 struct backward_problem {
   using value_type = typename Forward::value_type;
+  using scores_type = typename Forward::scores_type;
   using bias_type = B;
   Forward forward;
   tensor_view<const D, 4> dout;
@@ -64,6 +65,8 @@ struct backward_functions {
   index_t (*sums_size)(const Problem&, index_t keys) noexcept;
   void (*run)(const Problem&, index_t b, index_t kv, index_t begin, index_t end, A* sums, std::byte* scratch) noexcept;
   void (*finish)(const Problem&, index_t b, index_t kv, const A* sums) noexcept;
+  void (*run_bias)(const Problem&, index_t b, index_t b_end, index_t h, index_t h_end, index_t first, index_t last,
+                   A* totals, std::byte* scratch) noexcept;
 };
 template <class Problem>
 using backward_kernels = backward_functions<Problem, accumulator_t<typename Problem::value_type>>;
@@ -171,6 +174,35 @@ void run_backward(const cpu& exec, const Problem& p) {
   });
 }
 
+// Whether every score has an element of the bias of its own, so that no gradient is a sum.
+template <class Problem>
+bool bias_is_whole(const Problem& p) noexcept {
+  const index_t of[] = {p.forward.sequences, p.forward.q.extents[1], p.forward.q.extents[2], p.forward.k.extents[2]};
+  for (int d = 0; d < 4; ++d)
+    if (p.dbias.extents[d] != of[d]) return false;
+  return true;
+}
+
+// The gradient of a bias whose elements serve several scores: scores once more, in an order that the shape decides.
+template <class Problem>
+void run_shared_bias(const cpu& exec, const Problem& p) {
+  using A = accumulator_t<typename Problem::value_type>;
+  const auto kernels = select_backward<typename Problem::value_type, Problem>();
+  const auto& have = p.dbias.extents;
+  const index_t heads = p.forward.q.extents[1], queries = p.forward.q.extents[2];
+  const index_t rows = have[2] == 1 ? std::max<index_t>(queries, 1) : kernels.block_queries;
+  const index_t blocks = have[2] == 1 ? 1 : ceil_div(queries, rows);
+  parallel_ranges(exec, have[0] * have[1] * blocks, [&](index_t begin, index_t end) {
+    const workspace<std::byte> scratch(kernels.scratch_bytes(p));
+    const workspace<A> totals((have[2] == 1 ? 1 : rows) * have[3]);
+    for (index_t at = begin; at < end; ++at) {
+      const index_t b = at / blocks / have[1], h = at / blocks % have[1], first = at % blocks * rows;
+      kernels.run_bias(p, b, have[0] == 1 ? p.forward.sequences : b + 1, h, have[1] == 1 ? heads : h + 1, first,
+                       std::min(queries, first + rows), totals.data(), scratch.data());
+    }
+  });
+}
+
 // dsinks[h] = -sum over b and i of exp(sink - lse) D.
 template <class Problem, class Sinks, class B>
 void find_sink_gradients(const Problem& p, const Sinks& sinks, const vector_view<B>& dsinks) {
@@ -206,7 +238,7 @@ template <class T, class Out, class A, class D, class G, class B, class... Stage
 void backward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_view<const T, 4>& k,
               const tensor_view<const T, 4>& v, const scores<Stages...>& given, const tensor_view<const Out, 4>& out,
               const tensor_view<const A, 3>& lse, const tensor_view<const D, 4>& dout, const gradients<G, B>& g,
-              const tensor_view<const A, 3>& dlse) {
+              const tensor_view<const A, 3>& dlse, const sequences* packed) {
   constexpr std::string_view function = "attention::backward";
   arguments call(function, exec);
   check_tensors(function, q, k, v, out);
@@ -218,7 +250,7 @@ void backward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vi
   const bool with_dlse = dlse.data || !dlse.empty();
   if (with_dlse) check_lse(function, dlse, q);
   const auto pipeline = with_scale(given, q.extent(3));
-  check_scores(function, pipeline, {q.extent(0), q.extent(1), q.extent(2), k.extent(2)});
+  const auto f = make_problem<T>(function, q, k, v, out, lse, pipeline, packed);
   check_same(function, "dq", g.dq, "q", q.extents);
   check_same(function, "dk", g.dk, "k", k.extents);
   check_same(function, "dv", g.dv, "v", v.extents);
@@ -251,15 +283,25 @@ void backward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vi
   if (g.dsinks.data) call.writes("dsinks", g.dsinks);
 
   using Scores = std::remove_cvref_t<decltype(pipeline)>;
-  using Forward = attention_problem<T, const Out, const A, Scores>;
-  Forward f{q, k, v, out, lse, &pipeline};
-  f.sequences = q.extent(0);
-  f.d = q.extent(3);
-  f.d_v = v.extent(3);
-  f.group = k.extent(1) == 0 ? 1 : q.extent(1) / k.extent(1);
+  using Forward = std::remove_const_t<decltype(f)>;
   backward_problem<Forward, D, G, B, A> p{f, dout, dlse, g.dq, g.dk, g.dv, g.dbias};
   p.d = f.d;
   p.d_v = f.d_v;
+  if constexpr (any_bias<Scores>) {
+    if (p.dbias.data) {
+      // Masked blocks are skipped: their gradients are zero.
+      for (index_t b = 0; b < g.dbias.extent(0); ++b)
+        for (index_t h = 0; h < g.dbias.extent(1); ++h)
+          for (index_t i = 0; i < g.dbias.extent(2); ++i)
+            for (index_t j = 0; j < g.dbias.extent(3); ++j)
+              p.dbias.data[b * p.dbias.strides[0] + h * p.dbias.strides[1] + i * p.dbias.strides[2] +
+                           j * p.dbias.strides[3]] = static_cast<B>(0.0f);
+      if (!bias_is_whole(p)) {
+        run_shared_bias(exec, p);
+        p.dbias.data = nullptr;
+      }
+    }
+  }
   run_backward(exec, p);
   each_stage(pipeline, [&](const auto& stage) {
     if constexpr (is_sinks<std::remove_cvref_t<decltype(stage)>>)
@@ -287,7 +329,27 @@ void backward(const Executor& exec, const Q& q, const K& k, const V& v, const sc
   detail::backward(exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
                    tensor_view<const T, 4>(as_view(v)), s, tensor_view<const element_t<const Out>, 4>(as_view(out)),
                    tensor_view<const A, 3>(as_view(lse)), tensor_view<const element_t<const D>, 4>(as_view(dout)), g,
-                   dlse);
+                   dlse, nullptr);
+}
+
+/// The same for packed sequences: q, out and dout [tokens, heads, ...], k and v [tokens, kv heads, ...], lse [heads,
+/// tokens], gradients of the shapes of q, k and v.
+template <executor Executor, viewable<3> Q, viewable<3> K, viewable<3> V, class... Stages, viewable<3> Out,
+          viewable<2> Lse, viewable<3> D, viewable<3> Dq, viewable<3> Dk, viewable<3> Dv>
+void backward(const Executor& exec, const Q& q, const K& k, const V& v, const sequences& packed,
+              const scores<Stages...>& s, const Out& out, const Lse& lse, const D& dout, Dq&& dq, Dk&& dk, Dv&& dv) {
+  detail::check_packable<Stages...>();
+  using T = element_t<const Q>;
+  using A = accumulator_t<T>;
+  using View = tensor_view<const T, 3>;
+  detail::backward(exec, detail::packed_heads(View(as_view(q))), detail::packed_heads(View(as_view(k))),
+                   detail::packed_heads(View(as_view(v))), s,
+                   detail::packed_heads(tensor_view<const element_t<const Out>, 3>(as_view(out))),
+                   detail::packed_lse(matrix_view<const A>(as_view(lse))),
+                   detail::packed_heads(tensor_view<const element_t<const D>, 3>(as_view(dout))),
+                   gradients{detail::packed_heads(as_view(dq)), detail::packed_heads(as_view(dk)),
+                             detail::packed_heads(as_view(dv))},
+                   tensor_view<const A, 3>{}, &packed);
 }
 
 }  // namespace MLKIT_NAMESPACE::attention

@@ -66,28 +66,24 @@ void run_forward(const cpu& exec, const Problem& p) {
 }
 
 template <class T, class Out, class A, class... Stages>
-void forward(std::string_view function, const cpu& exec, const tensor_view<const T, 4>& q,
-             const tensor_view<const T, 4>& k, const tensor_view<const T, 4>& v, const scores<Stages...>& given,
-             const tensor_view<Out, 4>& out, const tensor_view<A, 3>& lse) {
+void forward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_view<const T, 4>& k,
+             const tensor_view<const T, 4>& v, const scores<Stages...>& given, const tensor_view<Out, 4>& out,
+             const tensor_view<A, 3>& lse, const sequences* packed) {
   static_assert(std::is_same_v<T, double> == std::is_same_v<Out, double>,
                 "attention: f64 goes with f64 alone: q, k, v and out are all f64, or none is");
+  constexpr std::string_view function = "attention::forward";
   arguments call(function, exec);
   check_tensors(function, q, k, v, out);
   const bool with_lse = lse.data || !lse.empty();
   if (with_lse) check_lse(function, lse, q);
   const auto pipeline = with_scale(given, q.extent(3));
-  check_scores(function, pipeline, {q.extent(0), q.extent(1), q.extent(2), k.extent(2)});
+  const auto p = make_problem<T>(function, q, k, v, out, lse, pipeline, packed);
   call.reads("q", q);
   call.reads("k", k);
   call.reads("v", v);
   name_scores(call, pipeline);
   call.writes("out", out);
   if (with_lse) call.writes("lse", lse);
-  attention_problem<T, Out, A, std::remove_cvref_t<decltype(pipeline)>> p{q, k, v, out, lse, &pipeline};
-  p.sequences = q.extent(0);
-  p.d = q.extent(3);
-  p.d_v = v.extent(3);
-  p.group = k.extent(1) == 0 ? 1 : q.extent(1) / k.extent(1);
   run_forward(exec, p);
 }
 
@@ -109,8 +105,8 @@ void forward(std::string_view function, const cpu& exec, const tensor_view<const
 template <executor Executor, viewable<4> Q, viewable<4> K, viewable<4> V, class... Stages, viewable<4> Out>
 void forward(const Executor& exec, const Q& q, const K& k, const V& v, const scores<Stages...>& s, Out&& out) {
   using T = element_t<const Q>;
-  detail::forward("attention::forward", exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
-                  tensor_view<const T, 4>(as_view(v)), s, as_view(out), tensor_view<accumulator_t<T>, 3>{});
+  detail::forward(exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
+                  tensor_view<const T, 4>(as_view(v)), s, as_view(out), tensor_view<accumulator_t<T>, 3>{}, nullptr);
 }
 
 /// The same, and lse[b, h, i] = log of the sum of exp(S), [batch, heads, queries], -inf where a query sees no key: what
@@ -120,8 +116,24 @@ template <executor Executor, viewable<4> Q, viewable<4> K, viewable<4> V, class.
 void forward(const Executor& exec, const Q& q, const K& k, const V& v, const scores<Stages...>& s, Out&& out,
              Lse&& lse) {
   using T = element_t<const Q>;
-  detail::forward("attention::forward", exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
-                  tensor_view<const T, 4>(as_view(v)), s, as_view(out), as_view(lse));
+  detail::forward(exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
+                  tensor_view<const T, 4>(as_view(v)), s, as_view(out), as_view(lse), nullptr);
+}
+
+/// The same for sequences of different lengths, packed without padding: q and out [tokens, heads, d and d_v], k and v
+/// [tokens, kv heads, ...], lse [heads, tokens]. Each sequence sees its own keys alone, and stages count queries and
+/// keys from its start. Stages that bring elements for every score (bias, boolean_mask, documents, block_sparse) do not
+/// compile. Throws value_error for starts that decrease, or do not run from 0 to the number of rows.
+template <executor Executor, viewable<3> Q, viewable<3> K, viewable<3> V, class... Stages, viewable<3> Out,
+          viewable<2> Lse>
+void forward(const Executor& exec, const Q& q, const K& k, const V& v, const sequences& packed,
+             const scores<Stages...>& s, Out&& out, Lse&& lse) {
+  detail::check_packable<Stages...>();
+  using T = element_t<const Q>;
+  using View = tensor_view<const T, 3>;
+  detail::forward(exec, detail::packed_heads(View(as_view(q))), detail::packed_heads(View(as_view(k))),
+                  detail::packed_heads(View(as_view(v))), s, detail::packed_heads(as_view(out)),
+                  detail::packed_lse(as_view(lse)), &packed);
 }
 
 /// softmax(q k^T / sqrt(d)) v.

@@ -8,6 +8,29 @@
 #include "../matmul/run.hpp"
 #include "scores.hpp"
 
+namespace MLKIT_NAMESPACE::attention {
+
+/// Where the sequences of a packed batch start: sequence b is rows [queries[b], queries[b + 1]) of q and [keys[b],
+/// keys[b
+/// + 1]) of k and v (what others call cu_seqlens); both [batch + 1], from 0 to the number of rows. `sequences{starts}`
+/// where they are the same. It owns nothing.
+struct sequences {
+  vector_view<const std::int32_t> queries, keys;
+
+  template <std::ranges::contiguous_range R>
+  explicit sequences(const R& starts) : sequences(starts, starts) {}
+  template <std::ranges::contiguous_range Q, std::ranges::contiguous_range K>
+  sequences(const Q& query_starts, const K& key_starts)
+      : queries(std::ranges::data(query_starts), {static_cast<index_t>(std::ranges::size(query_starts))}),
+        keys(std::ranges::data(key_starts), {static_cast<index_t>(std::ranges::size(key_starts))}) {
+    static_assert(std::is_same_v<std::ranges::range_value_t<Q>, std::int32_t> &&
+                      std::is_same_v<std::ranges::range_value_t<K>, std::int32_t>,
+                  "attention: starts of sequences are std::int32_t");
+  }
+};
+
+}  // namespace MLKIT_NAMESPACE::attention
+
 namespace MLKIT_NAMESPACE::attention::detail {
 
 // One head of a tensor, [rows, cols].
@@ -28,6 +51,7 @@ head_rows<T> head(const tensor_view<T, 4>& v, index_t b, index_t h) noexcept {
 template <class T, class Out, class A, class Scores>
 struct attention_problem {
   using value_type = T;
+  using scores_type = Scores;
   tensor_view<const T, 4> q, k, v;
   tensor_view<Out, 4> out;
   tensor_view<A, 3> lse;
@@ -88,12 +112,66 @@ void check_lse(std::string_view function, const tensor_view<A, 3>& lse, const te
   check_extent(function, "lse", "queries", lse.extent(2), "q", q.extent(2));
 }
 
+// Packed tokens [tokens, heads, d] as [1, heads, tokens, d].
+template <class T>
+tensor_view<T, 4> packed_heads(const tensor_view<T, 3>& v) noexcept {
+  return {v.data, {1, v.extents[1], v.extents[0], v.extents[2]}, {0, v.strides[1], v.strides[0], v.strides[2]}};
+}
+template <class T>
+tensor_view<T, 3> packed_lse(const matrix_view<T>& v) noexcept {
+  return {v.data, {1, v.extents[0], v.extents[1]}, {0, v.strides[0], v.strides[1]}};
+}
+
+inline void check_starts(std::string_view function, std::string_view name, const vector_view<const std::int32_t>& v,
+                         std::string_view of, index_t rows) {
+  check_view(function, name, v);
+  if (v.extent(0) == 0) fail_shape(function, ": ", name, " is empty; it has one element more than there are sequences");
+  if (v(0) != 0) fail_value(function, ": ", name, "[0] = ", v(0), " is not 0");
+  for (index_t b = 1; b < v.extent(0); ++b)
+    if (v(b) < v(b - 1))
+      fail_value(function, ": ", name, "[", b, "] = ", v(b), " is less than ", name, "[", b - 1, "] = ", v(b - 1));
+  if (v(v.extent(0) - 1) != rows)
+    fail_value(function, ": ", name, " ends with ", v(v.extent(0) - 1), ", but ", of, " has ", rows, " rows");
+}
+
+template <class... Stages>
+constexpr void check_packable() {
+  static_assert(
+      ((!is_of_one_shape<Stages> && !is_key_lengths<Stages>)&&...),
+      "attention: a bias, boolean_mask, documents, block_sparse or key_lengths is made for one shape of scores, "
+      "which the sequences of a packed batch do not share");
+}
+
 template <class... Stages>
 void name_scores(arguments& call, const scores<Stages...>& s) {
   each_stage(s, [&](const auto& stage) {
     if constexpr (requires { stage.each_view([](std::string_view, const auto&) {}); })
       stage.each_view([&](std::string_view name, const auto& v) { call.reads(name, v); });
   });
+}
+
+template <class T, class Out, class A, class... Stages>
+auto make_problem(std::string_view function, const tensor_view<const T, 4>& q, const tensor_view<const T, 4>& k,
+                  const tensor_view<const T, 4>& v, const tensor_view<Out, 4>& out, const tensor_view<A, 3>& lse,
+                  const scores<Stages...>& pipeline, const sequences* packed) {
+  attention_problem<T, Out, A, scores<Stages...>> p{q, k, v, out, lse, &pipeline};
+  p.sequences = q.extent(0);
+  p.d = q.extent(3);
+  p.d_v = v.extent(3);
+  p.group = k.extent(1) == 0 ? 1 : q.extent(1) / k.extent(1);
+  if (packed) {
+    check_starts(function, "sequences.queries", packed->queries, "q", q.extent(2));
+    check_starts(function, "sequences.keys", packed->keys, "k", k.extent(2));
+    check_extent(function, "sequences.keys", "elements", packed->keys.extent(0), "sequences.queries",
+                 packed->queries.extent(0));
+    p.sequences = packed->queries.extent(0) - 1;
+    p.query_starts = packed->queries.data;
+    p.key_starts = packed->keys.data;
+    for (index_t b = 0; b < p.sequences; ++b) check_scores(function, pipeline, p.shape(b));
+  } else {
+    check_scores(function, pipeline, p.shape(0));
+  }
+  return p;
 }
 
 }  // namespace MLKIT_NAMESPACE::attention::detail

@@ -401,6 +401,17 @@ namespace detail {
 template <class... Stages>
 inline constexpr bool has_scale = (is_scale<Stages> || ...);
 
+// Stages that bring elements for the scores of one shape.
+template <class S>
+inline constexpr bool is_of_one_shape = is_bias<S> || requires(const S& s) {
+  s.at(index_t{}, index_t{}, index_t{}, index_t{});
+};
+
+template <class Scores>
+inline constexpr bool any_bias = false;
+template <class... Stages>
+inline constexpr bool any_bias<scores<Stages...>> = (is_bias<Stages> || ...);
+
 // The pipeline with the scale that it has where it names none.
 template <class... Stages>
 auto with_scale(const scores<Stages...>& s, index_t d) {

@@ -116,4 +116,29 @@ struct attend {
     }
   }
 #endif
+
+  static MLKIT_ALWAYS_INLINE const void* bias_at(const void* bias, index_t at) noexcept {
+    return bias ? static_cast<const sum*>(bias) + at : nullptr;
+  }
+  static constexpr index_t bias_size = keys_at_once * sliver + sliver * keys_at_once;
+
+  // turned[n][lanes] = the bias of `count` queries from i on against n keys from j on; null where the pipeline has none
+  // that differs from query to query. `memory` holds bias_size elements.
+  template <class Problem>
+  static const sum* turn_bias(const Problem& p, index_t b, index_t h, index_t i, index_t count, index_t lanes,
+                              index_t j, index_t n, sum* memory) noexcept {
+    const sum* result = nullptr;
+    with_bias_rows(*p.scores, [&](const auto& v) {
+      using T = typename std::remove_cvref_t<decltype(v)>::value_type;
+      sum *turned = memory, *rows = memory + keys_at_once * sliver;
+      const auto& step = v.strides;
+      const dense_source<T> source{v.data + b * step[0] + h * step[1] + i * step[2] + j * step[3], count, n, step[2],
+                                   step[3]};
+      for (index_t r = 0; r < count; ++r) decode_run(set_tag{}, source, r, 0, n, rows + r * n);
+      for (index_t r = count; r < lanes; ++r) std::fill_n(rows + r * n, n, sum{});
+      transpose(rows, n, lanes, n, turned, lanes);
+      result = turned;
+    });
+    return result;
+  }
 };

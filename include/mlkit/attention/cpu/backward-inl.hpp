@@ -20,6 +20,7 @@ struct attend_backward : attend<Element> {
   static constexpr index_t block_keys = index_t{groups_of_block} * group;
   static constexpr index_t slivers_of_block = 256 / sliver;
   static constexpr index_t block_queries = slivers_of_block * sliver;  // which one left panel row holds
+  static constexpr bool has_bias = attention::detail::any_bias<typename Problem::scores_type>;
   static constexpr bool paired = !std::is_same_v<Element, sum>;
   static_assert(block_queries <= compute<Element>::depth_block);
 
@@ -35,7 +36,8 @@ struct attend_backward : attend<Element> {
     word* ds_right;           // right panel [words of keys][block_queries]
     sum* dq;                  // [slivers][d][lanes]
     sum *level, *delta;       // of each query: lse, and D = sum of dO * O, less dlse
-    sum* turned;              // a sliver's dQ, or gradients of a bias, transposed
+    sum* turned;              // a sliver's dQ, or its gradient of the bias, transposed
+    sum *bias, *dbias;        // of a sliver, [keys][lanes]
     Element* pack;
   };
 
@@ -77,6 +79,8 @@ struct attend_backward : attend<Element> {
     all.take(s.level, block_queries);
     all.take(s.delta, block_queries);
     all.take(s.turned, sliver * std::max(block_keys, index_t{256}));
+    all.take(s.bias, has_bias ? base::bias_size : 0);
+    all.take(s.dbias, has_bias ? block_keys * sliver : 0);
     all.take(s.pack, pack_scratch<Element>);
     return all.bytes();
   }
@@ -97,8 +101,29 @@ struct attend_backward : attend<Element> {
     sum* dv = sums + round_up(shape.keys + group, index_t{group}) * padded(p.d);
     for (index_t at = begin; at < end; ++at) {
       const index_t first = at % blocks * block_queries;
-      run_block(p, shape, b, kv * p.forward.group + at / blocks, first, std::min(block_queries, shape.queries - first),
-                dk, dv, s);
+      run_block<false>(p, shape, b, kv * p.forward.group + at / blocks, first,
+                       std::min(block_queries, shape.queries - first), dk, dv, nullptr, s);
+    }
+  }
+
+  // The gradient of a bias for those of its rows that serve the queries [first, last), summed in their order over the
+  // batches and heads that share it; totals [queries, or 1 where they share it][keys, or 1].
+  static void run_bias(const Problem& p, index_t b, index_t b_end, index_t h, index_t h_end, index_t first,
+                       index_t last, sum* totals, std::byte* memory) noexcept {
+    parts s;
+    lay_out(p, memory, s);
+    const auto& step = p.dbias.strides;
+    const index_t rows = step[2] == 0 ? 1 : last - first, columns = p.dbias.extents[3];
+    std::fill_n(totals, rows * columns, sum{});
+    for (index_t batch = b; batch < b_end; ++batch)
+      for (index_t head = h; head < h_end; ++head)
+        for (index_t i = first; i < last; i += block_queries)
+          run_block<true>(p, p.forward.shape(batch), batch, head, i, std::min(block_queries, last - i), nullptr,
+                          nullptr, totals + (step[2] == 0 ? 0 : (i - first) * columns), s);
+    for (index_t r = 0; r < rows; ++r) {
+      auto* to = p.dbias.data + b * step[0] + h * step[1] + (first + r) * step[2];
+      for (index_t c = 0; c < columns; ++c)
+        to[c * step[3]] = static_cast<typename Problem::bias_type>(totals[r * columns + c]);
     }
   }
 
@@ -149,8 +174,9 @@ struct attend_backward : attend<Element> {
     });
   }
 
+  template <bool BiasOnly>
   static void run_block(const Problem& p, const shape_type& shape, index_t b, index_t h, index_t first, index_t count,
-                        sum* dk, sum* dv, const parts& s) noexcept {
+                        sum* dk, sum* dv, sum* totals, const parts& s) noexcept {
     const auto q = head_of(p.forward.query_rows(b, h)), k = head_of(p.forward.key_rows(b, h)),
                v = head_of(p.forward.value_rows(b, h));
     const auto dout = head_of(p.dout_rows(b, h));
@@ -159,10 +185,12 @@ struct attend_backward : attend<Element> {
     const index_t d = p.d, d_v = p.d_v, keys = attention::detail::key_limit(*p.forward.scores, b, shape.keys);
     pack_over_queries(operand<Source>{q, true}, first, count, d, s.queries, s.pack);
     pack_over_queries(operand<Gradient>{dout, true}, first, count, d_v, s.output_gradients, s.pack);
-    pack_rows(operand<Source>{q, false}, first, count, d, s.query_rows, s.pack);
-    pack_rows(operand<Gradient>{dout, false}, first, count, d_v, s.output_rows, s.pack);
     find_deltas(p, b, h, first, count, s);
-    std::fill_n(s.dq, slivers_of_block * dq_size(p), sum{});
+    if constexpr (!BiasOnly) {
+      pack_rows(operand<Source>{q, false}, first, count, d, s.query_rows, s.pack);
+      pack_rows(operand<Gradient>{dout, false}, first, count, d_v, s.output_rows, s.pack);
+      std::fill_n(s.dq, slivers_of_block * dq_size(p), sum{});
+    }
 
     for (index_t j = 0; j < keys; j += block_keys) {
       const index_t n = std::min(block_keys, keys - j);
@@ -186,17 +214,23 @@ struct attend_backward : attend<Element> {
           multiply_over_depth(d_v, s.values, from, to, s.output_gradients + at / sliver * right_words(d_v), lanes,
                               s.gradients + at);
         });
-        find_gradients(p, shape, {b, h, first + at, j, 0}, at, m, lanes, n, plan, s);
-        plan.each_run(n, [&](index_t from, index_t to) {
-          const word* right = s.ds_right + at + from / compute<Element>::elements_per_word * right_stride;
-          base::multiply(words<Element>(to - from), s.key_columns + from / compute<Element>::elements_per_word, d,
-                         right, right_stride, lanes, s.dq + at / sliver * dq_size(p), lanes, true);
-        });
+        const sum* bias = base::turn_bias(p.forward, b, h, first + at, m, lanes, j, n, s.bias);
+        find_gradients(p, shape, {b, h, first + at, j, 0, bias}, at, m, lanes, n, plan, s);
+        if constexpr (has_bias)
+          if (p.dbias.data) emit_bias(p, b, h, first + at, m, lanes, j, n, plan, BiasOnly ? totals : nullptr, at, s);
+        if constexpr (!BiasOnly)
+          plan.each_run(n, [&](index_t from, index_t to) {
+            const word* right = s.ds_right + at + from / compute<Element>::elements_per_word * right_stride;
+            base::multiply(words<Element>(to - from), s.key_columns + from / compute<Element>::elements_per_word, d,
+                           right, right_stride, lanes, s.dq + at / sliver * dq_size(p), lanes, true);
+          });
       });
-      add_key_gradients(plans, n, count, d, s.ds_left, s.query_rows, dk + j * padded(d));
-      add_key_gradients(plans, n, count, d_v, s.p_left, s.output_rows, dv + j * padded(d_v));
+      if constexpr (!BiasOnly) {
+        add_key_gradients(plans, n, count, d, s.ds_left, s.query_rows, dk + j * padded(d));
+        add_key_gradients(plans, n, count, d_v, s.p_left, s.output_rows, dv + j * padded(d_v));
+      }
     }
-    write_dq(p, b, h, first, count, s);
+    if constexpr (!BiasOnly) write_dq(p, b, h, first, count, s);
   }
 
   static constexpr index_t right_stride = paired ? block_queries : stride;
@@ -263,7 +297,8 @@ struct attend_backward : attend<Element> {
   // From S and dP of a sliver: P and dS.
   template <int Vectors>
   static void gradient_columns(const Problem& p, const shape_type& shape, const score_run& at, index_t from_lane,
-                               index_t l, index_t count, index_t n, const block_plan& plan, const parts& s) noexcept {
+                               index_t l, index_t count, index_t lanes, index_t n, const block_plan& plan,
+                               const parts& s) noexcept {
     V level[Vectors], delta[Vectors];
     MLKIT_UNROLL
     for (int c = 0; c < Vectors; ++c) {
@@ -277,8 +312,12 @@ struct attend_backward : attend<Element> {
         MLKIT_UNROLL
         for (int c = 0; c < Vectors; ++c) {
           const index_t lane = c * width;
-          const score_run run{at.b, at.h, at.i + l + lane, at.j + j,
-                              static_cast<int>(std::clamp<index_t>(count - l - lane, 0, width))};
+          const score_run run{at.b,
+                              at.h,
+                              at.i + l + lane,
+                              at.j + j,
+                              static_cast<int>(std::clamp<index_t>(count - l - lane, 0, width)),
+                              base::bias_at(at.bias, j * lanes + l + lane)};
           const V dp = V::load(y + lane);
           V kept;
           const V ds = all_gradients<decltype(masked)::value>(
@@ -290,7 +329,7 @@ struct attend_backward : attend<Element> {
               },
               [&](const auto& stage, V g) {
                 if constexpr (attention::detail::is_bias<std::remove_cvref_t<decltype(stage)>>)
-                  if (p.dbias.data) add_bias_gradient(p, g, run);
+                  g.store(s.dbias + j * lanes + l + lane);
               });
           kept.store(x + lane);
           ds.store(y + lane);
@@ -317,18 +356,29 @@ struct attend_backward : attend<Element> {
   static void find_gradients(const Problem& p, const shape_type& shape, const score_run& at, index_t from_lane,
                              index_t count, index_t lanes, index_t n, const block_plan& plan, const parts& s) noexcept {
     for (index_t l = 0; l < lanes; l += 4 * width) switch ((lanes - l) / width) {
-        case 1: gradient_columns<1>(p, shape, at, from_lane, l, count, n, plan, s); break;
-        case 2: gradient_columns<2>(p, shape, at, from_lane, l, count, n, plan, s); break;
-        case 3: gradient_columns<3>(p, shape, at, from_lane, l, count, n, plan, s); break;
-        default: gradient_columns<4>(p, shape, at, from_lane, l, count, n, plan, s);
+        case 1: gradient_columns<1>(p, shape, at, from_lane, l, count, lanes, n, plan, s); break;
+        case 2: gradient_columns<2>(p, shape, at, from_lane, l, count, lanes, n, plan, s); break;
+        case 3: gradient_columns<3>(p, shape, at, from_lane, l, count, lanes, n, plan, s); break;
+        default: gradient_columns<4>(p, shape, at, from_lane, l, count, lanes, n, plan, s);
       }
   }
-  static void add_bias_gradient(const Problem& p, V g, const score_run& at) noexcept {
-    sum lanes[width];
-    g.store(lanes);
-    auto* to = p.dbias.data + at.b * p.dbias.strides[0] + at.h * p.dbias.strides[1] + at.i * p.dbias.strides[2] +
-               at.j * p.dbias.strides[3];
-    for (int l = 0; l < at.count; ++l) to[l * p.dbias.strides[2]] = static_cast<typename Problem::bias_type>(lanes[l]);
+  // A sliver's gradients of the bias: to where they belong, or added to totals.
+  static void emit_bias(const Problem& p, index_t b, index_t h, index_t i, index_t count, index_t lanes, index_t j,
+                        index_t n, const block_plan& plan, sum* totals, index_t row, const parts& s) noexcept {
+    for (index_t key = 0; key < n; ++key)
+      if (plan.groups[key / group] == attention::block::empty) std::fill_n(s.dbias + key * lanes, lanes, sum{});
+    transpose(s.dbias, lanes, n, lanes, s.turned, n);
+    const auto& step = p.dbias.strides;
+    for (index_t r = 0; r < count; ++r) {
+      const sum* from = s.turned + r * n;
+      if (totals) {
+        sum* to = totals + (step[2] == 0 ? 0 : (row + r) * p.dbias.extents[3]) + (step[3] == 0 ? 0 : j);
+        for (index_t c = 0; c < n; ++c) to[step[3] == 0 ? 0 : c] += from[c];
+      } else {
+        auto* to = p.dbias.data + b * step[0] + h * step[1] + (i + r) * step[2] + j * step[3];
+        for (index_t c = 0; c < n; ++c) to[c * step[3]] = static_cast<typename Problem::bias_type>(from[c]);
+      }
+    }
   }
 
   // sums[keys][lines] += left[keys][queries] rows[queries][lines], over the slivers of queries that have keys there.
@@ -376,5 +426,9 @@ struct attend_backward : attend<Element> {
 template <class E, class Problem>
 attention::detail::backward_kernels<Problem> backward_entry() noexcept {
   using kernel = attend_backward<panel_element<E>, Problem>;
-  return {kernel::block_queries, &kernel::scratch_bytes, &kernel::sums_size, &kernel::run, &kernel::finish};
+  if constexpr (kernel::has_bias)
+    return {kernel::block_queries, &kernel::scratch_bytes, &kernel::sums_size,
+            &kernel::run,          &kernel::finish,        &kernel::run_bias};
+  else
+    return {kernel::block_queries, &kernel::scratch_bytes, &kernel::sums_size, &kernel::run, &kernel::finish, nullptr};
 }

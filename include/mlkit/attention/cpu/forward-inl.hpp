@@ -23,9 +23,11 @@ struct attend_forward : attend<Element> {
     word* probabilities;  // right panel [words of keys][lanes]; the scores' memory where the types agree
     sum* out;             // [slivers][d_v][lanes]
     sum *top, *total;     // of each query: maximum and sum so far
+    sum* bias;            // of a sliver, [keys][lanes]
     Element* pack;
   };
   static constexpr bool own_probabilities = !std::is_same_v<Element, sum>;
+  static constexpr bool has_bias = attention::detail::any_bias<typename Problem::scores_type>;
 
   static index_t query_words(const Problem& p) noexcept {
     return sliver * (words<Element>(p.d) + base::depth_blocks(p.d));
@@ -46,6 +48,7 @@ struct attend_forward : attend<Element> {
     all.take(s.out, slivers * out_size(p));
     all.take(s.top, slivers * sliver);
     all.take(s.total, slivers * sliver);
+    all.take(s.bias, has_bias ? base::bias_size : 0);
     all.take(s.pack, pack_scratch<Element>);
     return all.bytes();
   }
@@ -95,7 +98,8 @@ struct attend_forward : attend<Element> {
             right += words<Element>(depth) * lanes;
           });
         });
-        const score_run place{b, h, first + at, j, 0};
+        const sum* bias = base::turn_bias(p, b, h, first + at, count, lanes, j, n, s.bias);
+        const score_run place{b, h, first + at, j, 0, bias};
         sum* out = s.out + at / sliver * out_size(p);
         for (index_t l = 0; l < lanes; l += 4 * width) softmax(p, shape, place, at, l, count, lanes, n, plan, out, s);
         plan.each_run(n, [&](index_t from, index_t to) {
@@ -145,8 +149,12 @@ struct attend_forward : attend<Element> {
         MLKIT_UNROLL
         for (int c = 0; c < Vectors; ++c) {
           const index_t lane = c * width;
-          const score_run run{at.b, at.h, first_query + lane, first_key + j,
-                              static_cast<int>(std::min(width, count - l - lane))};
+          const score_run run{at.b,
+                              at.h,
+                              first_query + lane,
+                              first_key + j,
+                              static_cast<int>(std::min(width, count - l - lane)),
+                              base::bias_at(at.bias, j * lanes + l + lane)};
           const V y = all_scores<decltype(masked)::value>(*p.scores, V::load(x + lane), shape, run);
           y.store(x + lane);
           top[c] = max(top[c], y);

@@ -4,6 +4,7 @@
 struct score_run {
   index_t b, h, i, j;
   int count;
+  const void* bias = nullptr;  // the lanes' elements of a bias, in the type of sums, where they were turned beforehand
 };
 
 // The first n lanes: all of them for n >= width, none for n <= 0.
@@ -19,17 +20,6 @@ MLKIT_ALWAYS_INLINE typename V::native_int first_lanes(index_t n) noexcept {
 template <class V>
 MLKIT_ALWAYS_INLINE V minus_infinity() noexcept {
   return V(-math_table<typename V::value_type>::infinity);
-}
-
-// Elements [i, i + count) of column (b, h, j) of broadcast scores.
-template <class V, class T>
-MLKIT_ALWAYS_INLINE V load_scores(const tensor_view<const T, 4>& v, const score_run& at) noexcept {
-  using A = typename V::value_type;
-  const T* p = v.data + at.b * v.strides[0] + at.h * v.strides[1] + at.i * v.strides[2] + at.j * v.strides[3];
-  if (v.strides[2] == 0) return V(static_cast<A>(*p));
-  A lanes[V::width] = {};
-  for (int l = 0; l < at.count; ++l) lanes[l] = static_cast<A>(p[l * v.strides[2]]);
-  return V::load(lanes);
 }
 
 // What a stage makes of scores.
@@ -58,7 +48,10 @@ MLKIT_ALWAYS_INLINE V score(set_tag, const attention::alibi<T>& stage, V s, cons
 template <class V, class T>
 MLKIT_ALWAYS_INLINE V score(set_tag, const attention::bias<T>& stage, V s, const attention::detail::score_shape&,
                             const score_run& at) noexcept {
-  return s + load_scores<V>(stage.values, at);
+  using A = typename V::value_type;
+  const auto& v = stage.values;
+  if (v.strides[2] != 0) return s + V::load(static_cast<const A*>(at.bias));
+  return s + V(static_cast<A>(v.data[at.b * v.strides[0] + at.h * v.strides[1] + at.j * v.strides[3]]));
 }
 // Masks that are runs of queries.
 template <class V, attention::detail::mask_stage M>
@@ -200,6 +193,15 @@ MLKIT_ALWAYS_INLINE V drop_scores(const attention::dropout& stage, V x, const at
   for (int l = 0; l < V::width; ++l)
     factors[l] = random.bits(first + static_cast<std::uint64_t>(l) * step) < threshold ? A{} : kept;
   return x * V::load(factors);
+}
+
+// Calls f with the pipeline's bias, if it has one whose rows differ.
+template <class F, class... Stages>
+MLKIT_ALWAYS_INLINE void with_bias_rows(const attention::scores<Stages...>& pipeline, F&& f) noexcept {
+  attention::detail::each_stage(pipeline, [&](const auto& stage) {
+    if constexpr (attention::detail::is_bias<std::remove_cvref_t<decltype(stage)>>)
+      if (stage.values.strides[2] != 0) f(stage.values);
+  });
 }
 
 // Probabilities under the pipeline's dropout, if it has one.
