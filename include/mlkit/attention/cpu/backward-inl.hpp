@@ -127,17 +127,17 @@ struct attend_backward : attend<Element> {
     }
   }
 
-  // dK and dV from their sums.
+  // dK and dV from their sums; keys that are not there have none, and the last tile has left anything in their place.
   static void finish(const Problem& p, index_t b, index_t kv, const sum* sums) noexcept {
-    const index_t keys = p.forward.keys(b);
+    const index_t keys = p.forward.keys(b), there = attention::detail::key_limit(*p.forward.scores, b, keys);
     const auto write = [&](const auto& to, const sum* from, index_t lanes) {
       using Out = std::remove_cvref_t<decltype(*to.data)>;
       for (index_t j = 0; j < keys; ++j, from += lanes) {
         auto* y = to.data + j * to.row_stride;
-        if (to.col_stride == 1)
+        if (j < there && to.col_stride == 1)
           decode_run(set_tag{}, dense_source<sum>{from, 1, to.cols, to.cols, 1}, 0, 0, to.cols, y);
         else
-          for (index_t c = 0; c < to.cols; ++c) y[c * to.col_stride] = static_cast<Out>(from[c]);
+          for (index_t c = 0; c < to.cols; ++c) y[c * to.col_stride] = static_cast<Out>(j < there ? from[c] : sum{});
       }
     };
     write(p.dk_rows(b, kv), sums, padded(p.d));

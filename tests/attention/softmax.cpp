@@ -1,0 +1,72 @@
+// Sinks, dropout, stages of the user's own, and scores that are hard to take.
+#include "reference.hpp"
+
+namespace attention = mlkit::attention;
+using attention::align;
+using namespace attention_reference;
+
+namespace {
+
+// Scores of a user's own, with and without their place.
+struct halved {
+  float operator()(float s) const { return 0.5f * s + 1; }
+  float derivative(float) const { return 0.5f; }
+};
+struct tilted {
+  double operator()(double s, const attention::position& at) const {
+    return s * s * 0.1 + 0.01 * static_cast<double>(at.j - at.i) + static_cast<double>(at.h);
+  }
+  double derivative(double s, const attention::position&) const { return 0.2 * s; }
+};
+
+}  // namespace
+
+TEST_CASE("sinks and their gradient, with causal rows and dropout", "[attention][stages]") {
+  problem<double> p(2, 4, 2, 70, 130, 5, 7);
+  mlkit::vector<double> logits({4});
+  for (index_t h = 0; h < 4; ++h) logits(h) = h == 3 ? -inf : static_cast<double>(h) - 1;
+  const attention::scores sunk{attention::scale{0.5},
+                               attention::window{attention::window::unlimited, 0, align::top_left},
+                               attention::sinks{logits}};
+  meaning level = masked(0.5, [](index_t, index_t, index_t i, index_t j) { return j <= i; });
+  level.sink = [&](index_t h) { return logits(h); };
+  CHECK(p.error(sunk, level) < tight);
+
+  const attention::dropout drop{.p = 0.3, .seed = 5, .stream = 6};
+  const mlkit::random_stream random{5, 6};
+  level.factor = [&](index_t b, index_t h, index_t i, index_t j) {
+    const auto index = static_cast<std::uint64_t>(((b * 4 + h) * 70 + i) * 130 + j);
+    return random.bits(index) < static_cast<std::uint32_t>(0.3 * 0x1p32) ? 0.0 : 1 / 0.7;
+  };
+  CHECK(p.error(attention::scores{attention::scale{0.5}, attention::causal{align::top_left}, attention::sinks{logits},
+                                  drop},
+                level) < tight);
+}
+
+TEST_CASE("stages of the user's own", "[attention][stages]") {
+  problem<double> p(2, 4, 2, 70, 130, 5, 7);
+  meaning m;
+  m.score = [](double x, index_t, index_t, index_t, index_t) { return 0.5 * (0.3 * x) + 1; };
+  m.derivative = [](double, index_t, index_t, index_t, index_t) { return 0.15; };
+  CHECK(p.error(attention::scores{attention::scale{0.3}, halved{}}, m) < 1e-6);  // it computes in float
+  m.score = [](double x, index_t, index_t h, index_t i, index_t j) {
+    return 0.1 * x * x + 0.01 * static_cast<double>(j - i) + static_cast<double>(h);
+  };
+  m.derivative = [](double x, index_t, index_t, index_t, index_t) { return 0.2 * x; };
+  CHECK(p.error(attention::scores{attention::scale{1}, tilted{}}, m) < tight);
+}
+
+TEST_CASE("scores of +-10,000, minus infinity and NaN", "[attention][stages]") {
+  problem<double> p(1, 1, 1, 20, 50, 4, 3);
+  for (index_t i = 0; i < p.q.size(); ++i) p.q.data()[i] *= 100;
+  for (index_t i = 0; i < p.k.size(); ++i) p.k.data()[i] *= 100;
+  CHECK(p.error(attention::scores{attention::scale{1}}, scaled(1)) < 1e-10);
+  mlkit::matrix<double> bias({20, 50});
+  for (index_t i = 0; i < 20; ++i)
+    for (index_t j = 0; j < 50; ++j) bias(i, j) = i == 4 || j % 3 == 0 ? -inf : 0;
+  CHECK(p.error(attention::scores{attention::scale{1e-4}, attention::bias{bias}},
+                masked(1e-4, [](index_t, index_t, index_t i, index_t j) { return i != 4 && j % 3 != 0; })) < tight);
+  p.q(0, 0, 7, 1) = std::nan("");
+  attention::forward(mlkit::cpu{}, p.q, p.k, p.v, attention::scores<>{}, p.out, p.lse);
+  for (index_t i = 0; i < 20; ++i) CHECK(std::isnan(p.out(0, 0, i, 0)) == (i == 7));
+}
