@@ -1,0 +1,163 @@
+// One query against a cache of keys and values: dots along d, in registers, and sums of values. The heads that share
+// keys are taken together, so that the cache is read once.
+
+// Keys whose scores are held at once.
+inline constexpr index_t decode_keys = 64;
+
+// x through the loads of a register: whole ones, and the rest of d.
+template <class V, class F>
+MLKIT_ALWAYS_INLINE void each_register(index_t n, F&& f) noexcept {
+  index_t c = 0;
+  for (; c + V::width <= n; c += V::width) f(c, V::width);
+  if (c < n) f(c, static_cast<int>(n - c));
+}
+
+// scores[r][j] = q[r] . k[j] for Keys keys.
+template <int Rows, int Keys, class A, class C>
+MLKIT_ALWAYS_INLINE void decode_dots(const A* q, index_t q_stride, const C* k, index_t k_stride, index_t d,
+                                     A* scores) noexcept {
+  using V = vec<A>;
+  V sums[Rows][Keys];
+  MLKIT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    MLKIT_UNROLL
+    for (int j = 0; j < Keys; ++j) sums[r][j] = V::zero();
+  }
+  each_register<V>(d, [&](index_t c, int n) {
+    V keys[Keys];
+    MLKIT_UNROLL
+    for (int j = 0; j < Keys; ++j)
+      keys[j] = n == V::width ? V::load(k + j * k_stride + c) : V::load(k + j * k_stride + c, n);
+    MLKIT_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      const V left = V::load(q + r * q_stride + c);
+      MLKIT_UNROLL
+      for (int j = 0; j < Keys; ++j) sums[r][j] = fma(left, keys[j], sums[r][j]);
+    }
+  });
+  MLKIT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    if constexpr (Keys == 4) {
+      sum4(sums[r], scores + r * decode_keys);
+    } else {
+      for (int j = 0; j < Keys; ++j) scores[r * decode_keys + j] = sums[r][j].sum();
+    }
+  }
+}
+
+// out[r][0, n) += sum over keys of p[r][key] v[key][0, n), for Vectors registers.
+template <int Rows, int Vectors, class A, class C>
+MLKIT_ALWAYS_INLINE void decode_values(const A* p, const C* v, index_t v_stride, index_t keys, int last, A* out,
+                                       index_t out_stride) noexcept {
+  using V = vec<A>;
+  V sums[Rows][Vectors];
+  MLKIT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    MLKIT_UNROLL
+    for (int i = 0; i < Vectors; ++i) sums[r][i] = V::load(out + r * out_stride + i * V::width);
+  }
+  for (index_t j = 0; j < keys; ++j, v += v_stride) {
+    V values[Vectors];
+    MLKIT_UNROLL
+    for (int i = 0; i < Vectors; ++i)
+      values[i] = i + 1 < Vectors || last == V::width ? V::load(v + i * V::width) : V::load(v + i * V::width, last);
+    MLKIT_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      const V weight(p[r * decode_keys + j]);
+      MLKIT_UNROLL
+      for (int i = 0; i < Vectors; ++i) sums[r][i] = fma(weight, values[i], sums[r][i]);
+    }
+  }
+  MLKIT_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    MLKIT_UNROLL
+    for (int i = 0; i < Vectors; ++i) sums[r][i].store(out + r * out_stride + i * V::width);
+  }
+}
+
+template <class Problem>
+struct attend_decode {
+  using A = typename Problem::sum_type;
+  using V = vec<A>;
+  static constexpr index_t width = V::width;
+  static constexpr A infinity = math_table<A>::infinity, log2_e = static_cast<A>(1.44269504088896340736);
+
+  static index_t padded(index_t n) noexcept { return round_up(n, width); }
+  static index_t scratch_size(const Problem& p) noexcept { return p.group * (padded(p.d) + padded(p.d_v)); }
+
+  // state[row of the group] = {maximum, sum, out [d_v]} over keys [begin, end) of a kv head.
+  static void run(const Problem& p, index_t b, index_t kv, index_t begin, index_t end, A* state, A* scratch) noexcept {
+    A* q = scratch;
+    A* out = q + p.group * padded(p.d);
+    for (index_t r = 0; r < p.group; ++r) {
+      const auto* from = p.q.data + b * p.q.strides[0] + (kv * p.group + r) * p.q.strides[1];
+      for (index_t c = 0; c < padded(p.d); ++c)
+        q[r * padded(p.d) + c] = c < p.d ? static_cast<A>(from[c * p.q.strides[2]]) * static_cast<A>(p.scale) : A{};
+      std::fill_n(out + r * padded(p.d_v), padded(p.d_v), A{});
+      state[r * (p.d_v + 2)] = -infinity;
+      state[r * (p.d_v + 2) + 1] = 0;
+    }
+    for (index_t j = begin; j < end;) {
+      const auto keys = p.cache.run(b, kv, j);
+      const index_t n = std::min(std::min(keys.count, end - j), decode_keys);
+      index_t r = 0;
+      for (; r + 4 <= p.group; r += 4) block<4>(p, keys, n, r, q, out, state);
+      for (; r + 2 <= p.group; r += 2) block<2>(p, keys, n, r, q, out, state);
+      for (; r < p.group; ++r) block<1>(p, keys, n, r, q, out, state);
+      j += n;
+    }
+    for (index_t r = 0; r < p.group; ++r) std::copy_n(out + r * padded(p.d_v), p.d_v, state + r * (p.d_v + 2) + 2);
+  }
+
+ private:
+  template <int Rows, class Run>
+  static void block(const Problem& p, const Run& keys, index_t n, index_t row, const A* q, A* out, A* state) noexcept {
+    alignas(64) A scores[Rows * decode_keys];
+    const index_t q_stride = padded(p.d), out_stride = padded(p.d_v);
+    q += row * q_stride;
+    out += row * out_stride;
+    index_t j = 0;
+    for (; j + 4 <= n; j += 4)
+      decode_dots<Rows, 4>(q, q_stride, keys.k + j * keys.k_stride, keys.k_stride, p.d, scores + j);
+    for (; j < n; ++j) decode_dots<Rows, 1>(q, q_stride, keys.k + j * keys.k_stride, keys.k_stride, p.d, scores + j);
+    for (int r = 0; r < Rows; ++r) {
+      A* s = scores + r * decode_keys;
+      A* before = state + (row + r) * (p.d_v + 2);
+      A now = before[0];
+      if (p.softcap > 0)
+        for (index_t l = 0; l < n; l += width) {
+          const int some = static_cast<int>(std::min(width, n - l));
+          (static_cast<A>(p.softcap) * tanh(V::load(s + l, some) * static_cast<A>(1 / p.softcap))).store(s + l, some);
+        }
+      for (index_t l = 0; l < n; ++l) now = s[l] > now ? s[l] : now;
+      const A level = now == -infinity ? A{} : now;
+      A total = 0;
+      for (index_t l = 0; l < n; l += width) {
+        const int some = static_cast<int>(std::min(width, n - l));
+        exp2_nonpositive((V::load(s + l, some) - V(level)) * log2_e).store(s + l, some);
+      }
+      for (index_t l = 0; l < n; ++l) total += s[l];
+      if (now > before[0]) {
+        A lanes[V::width];
+        exp2_nonpositive(V((before[0] - level) * log2_e)).store(lanes);
+        before[1] *= lanes[0];
+        for (index_t c = 0; c < out_stride; c += width)
+          (V::load(out + r * out_stride + c) * lanes[0]).store(out + r * out_stride + c);
+        before[0] = now;
+      }
+      before[1] += total;
+    }
+    index_t c = 0;
+    for (; c + 4 * width <= p.d_v; c += 4 * width)
+      decode_values<Rows, 4>(scores, keys.v + c, keys.v_stride, n, V::width, out + c, out_stride);
+    for (; c < p.d_v; c += width)
+      decode_values<Rows, 1>(scores, keys.v + c, keys.v_stride, n, static_cast<int>(std::min(width, p.d_v - c)),
+                             out + c, out_stride);
+  }
+};
+
+template <class Problem>
+attention::detail::decode_kernels<Problem> decode_entry() noexcept {
+  using kernel = attend_decode<Problem>;
+  return {&kernel::scratch_size, &kernel::run};
+}

@@ -1,0 +1,306 @@
+// Decoding: one query of each sequence against a cache of keys and values, and the merge of results over parts of keys.
+#pragma once
+
+#include "problem.hpp"
+
+namespace MLKIT_NAMESPACE::attention {
+
+/// A stretch of a cache in which keys lie evenly: key i of it is k + i * k_stride, its value v + i * v_stride.
+template <class T>
+struct cache_run {
+  const T* k;
+  const T* v;
+  index_t k_stride, v_stride, count;
+};
+
+/// Keys and values that decode reads: `length(b)` of them for sequence b, in runs that start where they are asked for.
+/// A cache of the user's own (other layouts, other page tables) needs these members and elements that run along d.
+template <class C>
+concept key_value_cache = requires(const C& c, index_t i) {
+  typename C::value_type;
+  { c.batch() } -> std::convertible_to<index_t>;
+  { c.heads() } -> std::convertible_to<index_t>;
+  { c.d() } -> std::convertible_to<index_t>;
+  { c.d_v() } -> std::convertible_to<index_t>;
+  { c.length(i) } -> std::convertible_to<index_t>;
+  { c.run(i, i, i) } -> std::same_as<cache_run<typename C::value_type>>;
+};
+
+/// A cache [batch, kv heads, capacity, d] and [batch, kv heads, capacity, d_v], of which sequence b has lengths[b]
+/// entries. It owns nothing.
+template <storage T, std::integral I>
+struct contiguous {
+  using value_type = T;
+  tensor_view<const T, 4> k, v;
+  vector_view<const I> lengths;
+
+  template <viewable<4> K, viewable<4> V, std::ranges::contiguous_range L>
+  contiguous(const K& keys, const V& values, const L& l)
+      : k(as_view(keys)),
+        v(as_view(values)),
+        lengths(std::ranges::data(l), {static_cast<index_t>(std::ranges::size(l))}) {}
+  index_t batch() const noexcept { return k.extents[0]; }
+  index_t heads() const noexcept { return k.extents[1]; }
+  index_t d() const noexcept { return k.extents[3]; }
+  index_t d_v() const noexcept { return v.extents[3]; }
+  index_t length(index_t b) const noexcept { return static_cast<index_t>(lengths.data[b]); }
+  cache_run<T> run(index_t b, index_t h, index_t j) const noexcept {
+    const auto at = [&](const auto& x) { return x.data + b * x.strides[0] + h * x.strides[1] + j * x.strides[2]; };
+    return {at(k), at(v), k.strides[2], v.strides[2], length(b) - j};
+  }
+  void check(std::string_view function) const {
+    detail::check_view(function, "cache.k", k);
+    detail::check_view(function, "cache.v", v);
+    for (int i = 0; i < 3; ++i)
+      detail::check_extent(function, "cache.v",
+                           i == 0   ? "batches"
+                           : i == 1 ? "heads"
+                                    : "entries",
+                           v.extents[i], "cache.k", k.extents[i]);
+    detail::check_extent(function, "cache.lengths", "elements", lengths.extent(0), "cache.k", batch());
+    for (index_t b = 0; b < batch(); ++b)
+      if (std::cmp_less(lengths(b), 0) || std::cmp_greater(lengths(b), k.extents[2]))
+        detail::fail_value(function, ": cache.lengths[", b, "] = ", lengths(b), " is outside [0, ", k.extents[2], "]");
+    if ((d() > 1 && k.strides[3] != 1) || (d_v() > 1 && v.strides[3] != 1))
+      detail::fail_shape(function, ": cache: the elements of a key or value must lie beside each other");
+  }
+  template <class F>
+  void each_view(F&& f) const {
+    f("cache.k", k);
+    f("cache.v", v);
+  }
+};
+template <viewable<4> K, viewable<4> V, std::ranges::contiguous_range L>
+contiguous(const K&, const V&, const L&) -> contiguous<element_t<const K>, std::ranges::range_value_t<L>>;
+
+/// A cache in pages [pages, page size, kv heads, d] and [pages, page size, kv heads, d_v]: entry j of sequence b is in
+/// page table(b, j / page size); table [batch, pages of a sequence]. Kwon et al.: "Efficient memory management for
+/// large language model serving with PagedAttention", 2023. It owns nothing.
+template <storage T, std::integral I>
+struct paged {
+  using value_type = T;
+  tensor_view<const T, 4> k, v;
+  matrix_view<const std::int32_t> table;
+  vector_view<const I> lengths;
+
+  template <viewable<4> K, viewable<4> V, std::ranges::contiguous_range L>
+  paged(const K& keys, const V& values, const matrix_view<const std::int32_t>& block_table, const L& l)
+      : k(as_view(keys)),
+        v(as_view(values)),
+        table(block_table),
+        lengths(std::ranges::data(l), {static_cast<index_t>(std::ranges::size(l))}) {}
+  index_t batch() const noexcept { return table.extents[0]; }
+  index_t page() const noexcept { return k.extents[1]; }
+  index_t heads() const noexcept { return k.extents[2]; }
+  index_t d() const noexcept { return k.extents[3]; }
+  index_t d_v() const noexcept { return v.extents[3]; }
+  index_t length(index_t b) const noexcept { return static_cast<index_t>(lengths.data[b]); }
+  cache_run<T> run(index_t b, index_t h, index_t j) const noexcept {
+    const index_t at = j % page(), in = table(b, j / page());
+    const auto entry = [&](const auto& x) { return x.data + in * x.strides[0] + at * x.strides[1] + h * x.strides[2]; };
+    return {entry(k), entry(v), k.strides[1], v.strides[1], std::min(page() - at, length(b) - j)};
+  }
+  void check(std::string_view function) const {
+    detail::check_view(function, "cache.k", k);
+    detail::check_view(function, "cache.v", v);
+    detail::check_view(function, "cache.table", table);
+    for (int i = 0; i < 3; ++i)
+      detail::check_extent(function, "cache.v",
+                           i == 0   ? "pages"
+                           : i == 1 ? "entries to a page"
+                                    : "heads",
+                           v.extents[i], "cache.k", k.extents[i]);
+    if (page() < 1) detail::fail_shape(function, ": cache.k has pages of ", page(), " entries");
+    detail::check_extent(function, "cache.lengths", "elements", lengths.extent(0), "cache.table", batch());
+    for (index_t b = 0; b < batch(); ++b) {
+      const index_t most = table.extents[1] * page();
+      if (std::cmp_less(lengths(b), 0) || std::cmp_greater(lengths(b), most))
+        detail::fail_value(function, ": cache.lengths[", b, "] = ", lengths(b), " is outside [0, ", most, "]");
+      for (index_t i = 0; i < detail::ceil_div(length(b), page()); ++i)
+        if (table(b, i) < 0 || table(b, i) >= k.extents[0])
+          detail::fail_value(function, ": cache.table[", b, ", ", i, "] = ", table(b, i), " is outside [0, ",
+                             k.extents[0], ")");
+    }
+    if ((d() > 1 && k.strides[3] != 1) || (d_v() > 1 && v.strides[3] != 1))
+      detail::fail_shape(function, ": cache: the elements of a key or value must lie beside each other");
+  }
+  template <class F>
+  void each_view(F&& f) const {
+    f("cache.k", k);
+    f("cache.v", v);
+  }
+};
+template <viewable<4> K, viewable<4> V, class Table, std::ranges::contiguous_range L>
+paged(const K&, const V&, const Table&, const L&) -> paged<element_t<const K>, std::ranges::range_value_t<L>>;
+
+/// What decode may be told.
+struct decode_options {
+  double scale = 0;    ///< 0 means 1 / sqrt(d)
+  double softcap = 0;  ///< scores become cap tanh(s / cap); 0 means none
+};
+
+namespace detail {
+
+template <class Q, class Cache, class A>
+struct decode_problem {
+  using sum_type = A;
+  tensor_view<const Q, 3> q;
+  const Cache& cache;
+  double scale, softcap;
+  index_t d, d_v, group;
+};
+
+template <class Problem>
+struct decode_kernels {
+  index_t (*scratch_size)(const Problem&) noexcept;
+  void (*run)(const Problem&, index_t b, index_t kv, index_t begin, index_t end, typename Problem::sum_type* state,
+              typename Problem::sum_type* scratch) noexcept;
+};
+
+}  // namespace detail
+}  // namespace MLKIT_NAMESPACE::attention
+
+#define MLKIT_FOREACH "../attention/cpu/decode-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+
+namespace MLKIT_NAMESPACE::attention {
+
+/// out[b, h] = attention of the one query q[b, h] over the cache of sequence b: what a model does for each token that
+/// it generates. q [batch, heads, d], out [batch, heads, d_v], heads a multiple of the cache's; lse [batch, heads] if
+/// it is given. A sequence without entries gives 0 and -inf.
+///
+/// The cache is read once, for all heads that share its keys; long sequences are spread over threads in parts that the
+/// lengths alone decide, merged in order: the same bits for any number of threads. f32, f64, bf16 and f16; sums are f32
+/// (f64 for f64). Throws shape_error where extents do not fit, value_error for lengths or pages out of range, before
+/// out is touched. Reads (d + d_v) elements an entry.
+template <executor Executor, viewable<3> Q, key_value_cache Cache, viewable<3> Out>
+void decode(const Executor& exec, const Q& query, const Cache& cache, Out&& output, const decode_options& o = {},
+            const matrix_view<accumulator_t<element_t<const Q>>>& lse = {}) {
+  constexpr std::string_view function = "attention::decode";
+  using T = element_t<const Q>;
+  using A = accumulator_t<T>;
+  static_assert(std::is_same_v<T, double> == std::is_same_v<typename Cache::value_type, double>,
+                "attention: f64 goes with f64 alone: q and the cache are both f64, or neither is");
+  const tensor_view<const T, 3> q = as_view(query);
+  const auto out = as_view(output);
+  detail::arguments call(function, exec);
+  detail::check_view(function, "q", q);
+  if constexpr (requires { cache.check(function); }) cache.check(function);
+  detail::check_extent(function, "q", "batches", q.extent(0), "cache", cache.batch());
+  if (cache.heads() == 0 ? q.extent(1) != 0 : q.extent(1) % cache.heads() != 0)
+    detail::fail_shape(function, ": q has ", q.extent(1), " heads, which is no multiple of the cache's ",
+                       cache.heads());
+  detail::check_extent(function, "q", "columns", q.extent(2), "cache.k", cache.d());
+  detail::check_view(function, "out", out);
+  detail::check_extent(function, "out", "batches", out.extent(0), "q", q.extent(0));
+  detail::check_extent(function, "out", "heads", out.extent(1), "q", q.extent(1));
+  detail::check_extent(function, "out", "columns", out.extent(2), "cache.v", cache.d_v());
+  if (!std::isfinite(o.scale)) detail::fail_value(function, ": scale = ", o.scale, " is not finite");
+  if (!(std::isfinite(o.softcap) && o.softcap >= 0))
+    detail::fail_value(function, ": softcap = ", o.softcap, " is negative or not finite");
+  call.reads("q", q);
+  if constexpr (requires { cache.each_view([](std::string_view, const auto&) {}); })
+    cache.each_view([&](std::string_view name, const auto& v) { call.reads(name, v); });
+  call.writes("out", out);
+  if (lse.data) {
+    detail::check_extent(function, "lse", "rows", lse.extent(0), "q", q.extent(0));
+    detail::check_extent(function, "lse", "columns", lse.extent(1), "q", q.extent(1));
+    call.writes("lse", lse);
+  }
+  const index_t heads = q.extent(1), kv_heads = cache.heads(), d_v = cache.d_v();
+  if (q.extent(0) == 0 || heads == 0) return;
+  using Problem = detail::decode_problem<T, Cache, A>;
+  const double scale = o.scale != 0 ? o.scale : 1 / std::sqrt(static_cast<double>(std::max<index_t>(1, cache.d())));
+  const Problem p{q, cache, scale, o.softcap, cache.d(), d_v, heads / kv_heads};
+
+  // Parts of at least so many keys, and at most so many parts to a sequence.
+  constexpr index_t keys_of_part = 512, most_parts = 64;
+  struct part {
+    index_t b, kv, begin, end;
+  };
+  std::vector<part> parts;
+  double work = 0;
+  for (index_t b = 0; b < q.extent(0); ++b) {
+    const index_t n = cache.length(b), step = std::max(keys_of_part, detail::ceil_div(n, most_parts));
+    work += static_cast<double>(n) * static_cast<double>(heads) * static_cast<double>(cache.d() + d_v);
+    for (index_t kv = 0; kv < kv_heads; ++kv)
+      for (index_t j = 0; j == 0 || j < n; j += step) parts.push_back({b, kv, j, std::min(n, j + step)});
+  }
+  const index_t state = p.group * (d_v + 2);
+  const detail::workspace<A> states(static_cast<index_t>(parts.size()) * state);
+  const auto kernels = MLKIT_SELECT_WITHOUT_BF16(decode_entry<Problem>)();
+  const cpu limited = detail::limit_threads(exec, 4 * work);
+  detail::parallel_ranges(limited, static_cast<index_t>(parts.size()), [&](index_t begin, index_t end) {
+    const detail::workspace<A> scratch(kernels.scratch_size(p));
+    for (index_t i = begin; i < end; ++i) {
+      const part& s = parts[static_cast<std::size_t>(i)];
+      kernels.run(p, s.b, s.kv, s.begin, s.end, states.data() + i * state, scratch.data());
+    }
+  });
+  for (index_t first = 0; first < static_cast<index_t>(parts.size());) {
+    const part& s = parts[static_cast<std::size_t>(first)];
+    index_t last = first + 1;
+    while (last < static_cast<index_t>(parts.size()) && parts[static_cast<std::size_t>(last)].begin > 0) ++last;
+    for (index_t r = 0; r < p.group; ++r) {
+      const auto at = [&](index_t i) { return states.data() + i * state + r * (d_v + 2); };
+      A top = -std::numeric_limits<A>::infinity(), total = 0;
+      for (index_t i = first; i < last; ++i) top = std::max(top, at(i)[0]);
+      for (index_t i = first; i < last; ++i) {  // from here on at(i)[0] is the factor of part i
+        at(i)[0] = at(i)[1] == 0 ? A{} : std::exp(at(i)[0] - top);
+        total += at(i)[0] * at(i)[1];
+      }
+      const index_t h = s.kv * p.group + r;
+      for (index_t c = 0; c < d_v; ++c) {
+        A sum = 0;
+        for (index_t i = first; i < last; ++i) sum += at(i)[0] * at(i)[2 + c];
+        out(s.b, h, c) = static_cast<element_t<std::remove_reference_t<Out>>>(total == 0 ? A{} : sum / total);
+      }
+      if (lse.data) lse(s.b, h) = total == 0 ? -std::numeric_limits<A>::infinity() : top + std::log(total);
+    }
+    first = last;
+  }
+}
+
+/// Merges attention over two sets of keys: out and lse become those over both. out and other [batch, heads, queries,
+/// d_v], lse and other_lse [batch, heads, queries]:
+///   lse' = log(e^lse + e^other_lse),   out' = e^(lse - lse') out + e^(other_lse - lse') other.
+/// Associative up to rounding, and -inf is its neutral element: so results over parts of a cache, or over ranks that
+/// hold parts of it, become one. Throws shape_error where extents differ or memory overlaps.
+template <executor Executor, viewable<4> Out, viewable<3> Lse, viewable<4> Other, viewable<3> OtherLse>
+void merge(const Executor& exec, Out&& out, Lse&& lse, const Other& other, const OtherLse& other_lse) {
+  constexpr std::string_view function = "attention::merge";
+  const auto a = as_view(out);
+  const auto la = as_view(lse);
+  const tensor_view<const element_t<const Other>, 4> b = as_view(other);
+  const tensor_view<const element_t<const OtherLse>, 3> lb = as_view(other_lse);
+  using A = element_t<std::remove_reference_t<Lse>>;
+  using T = element_t<std::remove_reference_t<Out>>;
+  detail::arguments call(function, exec);
+  detail::check_view(function, "other", b);
+  detail::check_view(function, "other_lse", lb);
+  if (a.extents != b.extents)
+    detail::fail_shape(function, ": other has shape ", detail::shape_text<4>(b.extents), ", but out has ",
+                       detail::shape_text<4>(a.extents));
+  const extents_t<3> rows{a.extent(0), a.extent(1), a.extent(2)};
+  if (la.extents != rows || lb.extents != rows)
+    detail::fail_shape(function, ": lse has shape ", detail::shape_text<3>(la.extents), " and other_lse ",
+                       detail::shape_text<3>(lb.extents), ", but out has rows ", detail::shape_text<3>(rows));
+  call.reads("other", b);
+  call.reads("other_lse", lb);
+  call.writes("out", a);
+  call.writes("lse", la);
+  parallel_for(exec, rows[0] * rows[1] * rows[2], [&](index_t at) {
+    const index_t i = at % rows[2], h = at / rows[2] % rows[1], n = at / rows[2] / rows[1];
+    A& l = la(n, h, i);
+    const A m = static_cast<A>(lb(n, h, i));
+    const A top = std::max(l, m);
+    if (top == -std::numeric_limits<A>::infinity()) return;
+    const A mine = std::exp(l - top), others = std::exp(m - top), total = mine + others;
+    for (index_t c = 0; c < a.extent(3); ++c)
+      a(n, h, i, c) =
+          static_cast<T>((mine * static_cast<A>(a(n, h, i, c)) + others * static_cast<A>(b(n, h, i, c))) / total);
+    l = top + std::log(total);
+  });
+}
+
+}  // namespace MLKIT_NAMESPACE::attention
