@@ -12,6 +12,12 @@ MLKIT_ALWAYS_INLINE void each_register(index_t n, F&& f) noexcept {
   if (c < n) f(c, static_cast<int>(n - c));
 }
 
+// Asks for n elements that will be read soon.
+template <class T>
+MLKIT_ALWAYS_INLINE void fetch_run(const T* p, index_t n) noexcept {
+  for (index_t c = 0; c < n; c += 64 / index_t{sizeof(T)}) __builtin_prefetch(p + c, 0, 2);
+}
+
 // scores[r][j] = q[r] . k[j] for Keys keys.
 template <int Rows, int Keys, class A, class C>
 MLKIT_ALWAYS_INLINE void decode_dots(const A* q, index_t q_stride, const C* k, index_t k_stride, index_t d,
@@ -48,7 +54,8 @@ MLKIT_ALWAYS_INLINE void decode_dots(const A* q, index_t q_stride, const C* k, i
 // out[r][0, n) += sum over keys of p[r][key] v[key][0, n), for Vectors registers.
 template <int Rows, int Vectors, class A, class C>
 MLKIT_ALWAYS_INLINE void decode_values(const A* p, const C* v, index_t v_stride, index_t keys, int last, A* out,
-                                       index_t out_stride) noexcept {
+                                       index_t out_stride, const C* next, index_t next_stride,
+                                       index_t next_run) noexcept {
   using V = vec<A>;
   V sums[Rows][Vectors];
   MLKIT_UNROLL
@@ -56,7 +63,8 @@ MLKIT_ALWAYS_INLINE void decode_values(const A* p, const C* v, index_t v_stride,
     MLKIT_UNROLL
     for (int i = 0; i < Vectors; ++i) sums[r][i] = V::load(out + r * out_stride + i * V::width);
   }
-  for (index_t j = 0; j < keys; ++j, v += v_stride) {
+  for (index_t j = 0; j < keys; ++j, v += v_stride, next += next_stride) {
+    fetch_run(next, next_run);
     V values[Vectors];
     MLKIT_UNROLL
     for (int i = 0; i < Vectors; ++i)
@@ -116,9 +124,12 @@ struct attend_decode {
     const index_t q_stride = padded(p.d), out_stride = padded(p.d_v);
     q += row * q_stride;
     out += row * out_stride;
+    // Values are asked for while keys are multiplied, and the next keys while values are.
     index_t j = 0;
-    for (; j + 4 <= n; j += 4)
+    for (; j + 4 <= n; j += 4) {
+      for (index_t i = j; i < j + 4; ++i) fetch_run(keys.v + i * keys.v_stride, p.d_v);
       decode_dots<Rows, 4>(q, q_stride, keys.k + j * keys.k_stride, keys.k_stride, p.d, scores + j);
+    }
     for (; j < n; ++j) decode_dots<Rows, 1>(q, q_stride, keys.k + j * keys.k_stride, keys.k_stride, p.d, scores + j);
     for (int r = 0; r < Rows; ++r) {
       A* s = scores + r * decode_keys;
@@ -147,12 +158,15 @@ struct attend_decode {
       }
       before[1] += total;
     }
-    index_t c = 0;
-    for (; c + 4 * width <= p.d_v; c += 4 * width)
-      decode_values<Rows, 4>(scores, keys.v + c, keys.v_stride, n, V::width, out + c, out_stride);
-    for (; c < p.d_v; c += width)
+    const auto* next = keys.k + std::min(n, keys.count - 1) * keys.k_stride;
+    const index_t next_stride = keys.count >= 2 * n ? keys.k_stride : 0;
+    index_t c = 0, run = p.d;
+    for (; c + 4 * width <= p.d_v; c += 4 * width, run = 0)
+      decode_values<Rows, 4>(scores, keys.v + c, keys.v_stride, n, V::width, out + c, out_stride, next, next_stride,
+                             run);
+    for (; c < p.d_v; c += width, run = 0)
       decode_values<Rows, 1>(scores, keys.v + c, keys.v_stride, n, static_cast<int>(std::min(width, p.d_v - c)),
-                             out + c, out_stride);
+                             out + c, out_stride, next, next_stride, run);
   }
 };
 
