@@ -89,6 +89,11 @@ OPERATIONS = [
         ("backward, packed sequences",
          "attention::backward(exec, batch, batch, batch, attention::sequences(starts), attention::scores<>{}, batch,"
          " packed_lse, batch, batch, batch, batch);"),
+        ("decode over a cache", "attention::decode(exec, batch, attention::contiguous(images, images, starts), batch);"),
+        ("decode over pages",
+         "attention::decode(exec, batch, attention::paged(images, images, mlkit::matrix_view<const std::int32_t>(starts.data(), {1, 1}),"
+         " starts), batch);"),
+        ("merge of results", "attention::merge(exec, images, lse, images, lse);"),
     ]),
 ]
 
