@@ -96,3 +96,69 @@ TEST_CASE("masks, also where queries see nothing", "[attention][stages]") {
                   })) < tight);
   }
 }
+
+TEST_CASE("masks hide scores whatever changes scores after them", "[attention][stages]") {
+  problem<double> p(1, 2, 1, 70, 130, 5, 7);
+  meaning m;
+  m.score = [](double x, index_t, index_t, index_t i, index_t j) {
+    return j <= i ? 2 * std::tanh(-0.7 * x / 2) : -inf;
+  };
+  m.derivative = [](double x, index_t, index_t, index_t, index_t) {
+    const double t = std::tanh(-0.7 * x / 2);
+    return -0.7 * (1 - t * t);
+  };
+  const attention::causal mask{align::top_left};
+  CHECK(p.error(attention::scores{mask, attention::scale{-0.7}, attention::softcap{2}}, m) < tight);
+  CHECK(p.error(attention::scores{attention::scale{-0.7}, mask, attention::softcap{2}}, m) < tight);
+}
+
+namespace {
+
+// |s + row[i]|^1.5, of which the derivative is infinite nowhere but is looked up by query.
+struct rooted {
+  const std::vector<double>* row;
+  double at(const attention::position& p) const { return row->at(static_cast<std::size_t>(p.i)); }
+  double operator()(double s, const attention::position& p) const { return std::pow(std::fabs(s + at(p)), 1.5); }
+  double derivative(double s, const attention::position& p) const {
+    return 1.5 * std::sqrt(std::fabs(s + at(p))) * (s + at(p) < 0 ? -1 : 1);
+  }
+};
+
+// log(1 + s) for s > -1, which no masked score needs to be.
+struct logarithm {
+  double operator()(double s) const { return std::log1p(s); }
+  double derivative(double s) const { return s > -1 ? 1 / (1 + s) : std::nan(""); }
+};
+
+}  // namespace
+
+TEST_CASE("stages of the user's own, and where they are asked", "[attention][stages]") {
+  SECTION("are asked about queries that there are") {
+    problem<double> p(1, 2, 1, 67, 130, 5, 7);
+    std::vector<double> row;
+    for (int i = 0; i < 67; ++i) row.push_back(0.1 * (i % 7));
+    const rooted stage{&row};
+    meaning m;
+    m.score = [&](double x, index_t, index_t, index_t i, index_t) { return stage(0.5 * x, {0, 0, i, 0}); };
+    m.derivative = [&](double x, index_t, index_t, index_t i, index_t) {
+      return 0.5 * stage.derivative(0.5 * x, {0, 0, i, 0});
+    };
+    CHECK(p.error(attention::scores{attention::scale{0.5}, stage}, m) < tight);
+  }
+  SECTION("may have no derivative where a mask hides the score") {
+    problem<double> p(1, 1, 1, 40, 40, 5, 7);
+    std::vector<std::uint8_t> bits(40 * 40);
+    for (index_t i = 0; i < 40; ++i)
+      for (index_t j = 0; j < 40; ++j) {
+        double x = 0;
+        for (index_t c = 0; c < 5; ++c) x += p.q(0, 0, i, c) * p.k(0, 0, j, c);
+        bits[static_cast<std::size_t>(i * 40 + j)] = x > -0.9;
+      }
+    const mlkit::tensor_view<const std::uint8_t, 2> mask(bits.data(), {40, 40});
+    const auto seen = [&](index_t i, index_t j) { return mask(i, j) != 0; };
+    meaning m;
+    m.score = [&](double x, index_t, index_t, index_t i, index_t j) { return seen(i, j) ? std::log1p(x) : -inf; };
+    m.derivative = [&](double x, index_t, index_t, index_t, index_t) { return 1 / (1 + x); };
+    CHECK(p.error(attention::scores{attention::scale{1}, logarithm{}, attention::boolean_mask{mask}}, m) < tight);
+  }
+}

@@ -113,7 +113,7 @@ template <viewable<1> S>
 alibi(S&&) -> alibi<element_t<std::remove_reference_t<S>>>;
 
 /// s + b[b, h, i, j]; b is [queries, keys], [heads, queries, keys] or [batch, heads, queries, keys], and an extent of 1
-/// serves all of its dimension. f32, f64, bf16 or f16; -inf masks.
+/// serves all of its dimension. f32, f64, bf16 or f16; -inf masks where no softcap follows.
 template <class T>
 struct bias {
   tensor_view<const T, 4> values;
@@ -373,9 +373,10 @@ constexpr bool softmax_stages_last() noexcept {
 }  // namespace detail
 
 /// A pipeline: stages in the order in which they meet each score. `scores{scale{s}, softcap{30}, causal{}}` caps the
-/// scaled score; the order is the meaning, and is never changed. Stages are those of this header and the user's own:
-/// `float(float score)` or `float(float score, const attention::position&)`, with a member `derivative` of the same
-/// arguments where backward is called. Called through const from several threads at once; must not throw.
+/// scaled score; the order is the meaning, and is never changed. Masks hide scores wherever they stand. Stages are
+/// those of this header and the user's own: `float(float score)` or `float(float score, const attention::position&)`,
+/// with a member `derivative` of the same arguments where backward is called. Called through const from several threads
+/// at once, for scores that a mask hides too; must not throw.
 template <class... Stages>
 struct scores {
   static_assert(((detail::is_own<Stages> || detail::user_stage<Stages>)&&...),

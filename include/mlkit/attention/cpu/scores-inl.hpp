@@ -74,6 +74,7 @@ MLKIT_ALWAYS_INLINE V score(set_tag, const M& stage, V s, const attention::detai
     if (!stage.at(at.b, at.h, at.i + l, at.j)) lanes[l] = -math_table<A>::infinity;
   return V::load(lanes);
 }
+// The user's stages are asked about queries alone: lanes beyond the last one see its position.
 template <class V, attention::detail::user_stage F>
 MLKIT_ALWAYS_INLINE V score(set_tag, const F& f, V s, const attention::detail::score_shape&,
                             const score_run& at) noexcept {
@@ -83,7 +84,7 @@ MLKIT_ALWAYS_INLINE V score(set_tag, const F& f, V s, const attention::detail::s
   MLKIT_SIMD
   for (int l = 0; l < V::width; ++l) {
     if constexpr (std::is_invocable_v<const F&, A, const attention::position&>)
-      lanes[l] = static_cast<A>(f(lanes[l], attention::position{at.b, at.h, at.i + l, at.j}));
+      lanes[l] = static_cast<A>(f(lanes[l], attention::position{at.b, at.h, at.i + std::min(l, at.count - 1), at.j}));
     else
       lanes[l] = static_cast<A>(f(lanes[l]));
   }
@@ -110,25 +111,44 @@ MLKIT_ALWAYS_INLINE V score_gradient(set_tag, const S& stage, V s, V out, V g, c
     MLKIT_SIMD
     for (int l = 0; l < V::width; ++l) {
       if constexpr (requires(A x, const attention::position& p) { stage.derivative(x, p); })
-        lanes[l] = static_cast<A>(stage.derivative(scores[l], attention::position{at.b, at.h, at.i + l, at.j}));
+        lanes[l] = static_cast<A>(
+            stage.derivative(scores[l], attention::position{at.b, at.h, at.i + std::min(l, at.count - 1), at.j}));
       else
         lanes[l] = static_cast<A>(stage.derivative(scores[l]));
     }
-    return g * V::load(lanes);
+    // What is masked has no gradient, whatever the derivative there.
+    return V::select(g == V::zero(), g, g * V::load(lanes));
   } else {
-    return g;  // a mask's scores of -inf have a probability, and with it a gradient, of zero
+    return g;
   }
 }
 
-// All stages from I on, in order; those that mask only where the block is not full.
+// What the masks leave of a score, from stage I on. Masks say which scores count: they come after all that changes
+// scores, wherever they are declared, so that no softcap or scale makes a number of -inf.
+template <int I = 0, class V, class... Stages>
+MLKIT_ALWAYS_INLINE V masked_score(const attention::scores<Stages...>& pipeline, V s,
+                                   const attention::detail::score_shape& shape, const score_run& at) noexcept {
+  if constexpr (I < static_cast<int>(sizeof...(Stages))) {
+    const auto& stage = std::get<I>(pipeline.stages);
+    if constexpr (attention::detail::mask_stage<std::remove_cvref_t<decltype(stage)>>)
+      s = score(set_tag{}, stage, s, shape, at);
+    return masked_score<I + 1>(pipeline, s, shape, at);
+  } else {
+    return s;
+  }
+}
+
+// All stages from I on, in order; then the masks, unless the block is full.
 template <bool Masked, int I = 0, class V, class... Stages>
 MLKIT_ALWAYS_INLINE V all_scores(const attention::scores<Stages...>& pipeline, V s,
                                  const attention::detail::score_shape& shape, const score_run& at) noexcept {
   if constexpr (I < static_cast<int>(sizeof...(Stages))) {
     const auto& stage = std::get<I>(pipeline.stages);
-    if constexpr (Masked || !attention::detail::mask_stage<std::remove_cvref_t<decltype(stage)>>)
+    if constexpr (!attention::detail::mask_stage<std::remove_cvref_t<decltype(stage)>>)
       s = score(set_tag{}, stage, s, shape, at);
     return all_scores<Masked, I + 1>(pipeline, s, shape, at);
+  } else if constexpr (Masked) {
+    return masked_score(pipeline, s, shape, at);
   } else {
     return s;
   }
@@ -142,15 +162,16 @@ MLKIT_ALWAYS_INLINE V all_gradients(const attention::scores<Stages...>& pipeline
                                     See&& see) noexcept {
   if constexpr (I < static_cast<int>(sizeof...(Stages))) {
     const auto& stage = std::get<I>(pipeline.stages);
-    using S = std::remove_cvref_t<decltype(stage)>;
-    if constexpr (Masked || !attention::detail::mask_stage<S>) {
+    if constexpr (attention::detail::mask_stage<std::remove_cvref_t<decltype(stage)>>) {
+      return all_gradients<Masked, I + 1>(pipeline, s, shape, at, last, see);
+    } else {
       const V out = score(set_tag{}, stage, s, shape, at);
       const V g = all_gradients<Masked, I + 1>(pipeline, out, shape, at, last, see);
       see(stage, g);
       return score_gradient(set_tag{}, stage, s, out, g, at);
-    } else {
-      return all_gradients<Masked, I + 1>(pipeline, s, shape, at, last, see);
     }
+  } else if constexpr (Masked) {
+    return last(masked_score(pipeline, s, shape, at));
   } else {
     return last(s);
   }
