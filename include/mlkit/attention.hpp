@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/backward.hpp"
+#include "attention/cache.hpp"
 #include "attention/decode.hpp"
 #include "attention/forward.hpp"
 #include "attention/scores.hpp"

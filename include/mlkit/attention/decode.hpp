@@ -1,137 +1,10 @@
 // Decoding: one query of each sequence against a cache of keys and values, and the merge of results over parts of keys.
 #pragma once
 
+#include "cache.hpp"
 #include "problem.hpp"
 
 namespace MLKIT_NAMESPACE::attention {
-
-/// A stretch of a cache in which keys lie evenly: key i of it is k + i * k_stride, its value v + i * v_stride.
-template <class T>
-struct cache_run {
-  const T* k;
-  const T* v;
-  index_t k_stride, v_stride, count;
-};
-
-/// Keys and values that decode reads: `length(b)` of them for sequence b, in runs that start where they are asked for.
-/// A cache of the user's own (other layouts, other page tables) needs these members and elements that run along d.
-template <class C>
-concept key_value_cache = requires(const C& c, index_t i) {
-  typename C::value_type;
-  { c.batch() } -> std::convertible_to<index_t>;
-  { c.heads() } -> std::convertible_to<index_t>;
-  { c.d() } -> std::convertible_to<index_t>;
-  { c.d_v() } -> std::convertible_to<index_t>;
-  { c.length(i) } -> std::convertible_to<index_t>;
-  { c.run(i, i, i) } -> std::same_as<cache_run<typename C::value_type>>;
-};
-
-/// A cache [batch, kv heads, capacity, d] and [batch, kv heads, capacity, d_v], of which sequence b has lengths[b]
-/// entries. It owns nothing.
-template <storage T, std::integral I>
-struct contiguous {
-  using value_type = T;
-  tensor_view<const T, 4> k, v;
-  vector_view<const I> lengths;
-
-  template <viewable<4> K, viewable<4> V, std::ranges::contiguous_range L>
-  contiguous(const K& keys, const V& values, const L& l)
-      : k(as_view(keys)),
-        v(as_view(values)),
-        lengths(std::ranges::data(l), {static_cast<index_t>(std::ranges::size(l))}) {}
-  index_t batch() const noexcept { return k.extents[0]; }
-  index_t heads() const noexcept { return k.extents[1]; }
-  index_t d() const noexcept { return k.extents[3]; }
-  index_t d_v() const noexcept { return v.extents[3]; }
-  index_t length(index_t b) const noexcept { return static_cast<index_t>(lengths.data[b]); }
-  cache_run<T> run(index_t b, index_t h, index_t j) const noexcept {
-    const auto at = [&](const auto& x) { return x.data + b * x.strides[0] + h * x.strides[1] + j * x.strides[2]; };
-    return {at(k), at(v), k.strides[2], v.strides[2], length(b) - j};
-  }
-  void check(std::string_view function) const {
-    detail::check_view(function, "cache.k", k);
-    detail::check_view(function, "cache.v", v);
-    for (int i = 0; i < 3; ++i)
-      detail::check_extent(function, "cache.v",
-                           i == 0   ? "batches"
-                           : i == 1 ? "heads"
-                                    : "entries",
-                           v.extents[i], "cache.k", k.extents[i]);
-    detail::check_extent(function, "cache.lengths", "elements", lengths.extent(0), "cache.k", batch());
-    for (index_t b = 0; b < batch(); ++b)
-      if (std::cmp_less(lengths(b), 0) || std::cmp_greater(lengths(b), k.extents[2]))
-        detail::fail_value(function, ": cache.lengths[", b, "] = ", lengths(b), " is outside [0, ", k.extents[2], "]");
-    if ((d() > 1 && k.strides[3] != 1) || (d_v() > 1 && v.strides[3] != 1))
-      detail::fail_shape(function, ": cache: the elements of a key or value must lie beside each other");
-  }
-  template <class F>
-  void each_view(F&& f) const {
-    f("cache.k", k);
-    f("cache.v", v);
-  }
-};
-template <viewable<4> K, viewable<4> V, std::ranges::contiguous_range L>
-contiguous(const K&, const V&, const L&) -> contiguous<element_t<const K>, std::ranges::range_value_t<L>>;
-
-/// A cache in pages [pages, page size, kv heads, d] and [pages, page size, kv heads, d_v]: entry j of sequence b is in
-/// page table(b, j / page size); table [batch, pages of a sequence]. Kwon et al.: "Efficient memory management for
-/// large language model serving with PagedAttention", 2023. It owns nothing.
-template <storage T, std::integral I>
-struct paged {
-  using value_type = T;
-  tensor_view<const T, 4> k, v;
-  matrix_view<const std::int32_t> table;
-  vector_view<const I> lengths;
-
-  template <viewable<4> K, viewable<4> V, std::ranges::contiguous_range L>
-  paged(const K& keys, const V& values, const matrix_view<const std::int32_t>& block_table, const L& l)
-      : k(as_view(keys)),
-        v(as_view(values)),
-        table(block_table),
-        lengths(std::ranges::data(l), {static_cast<index_t>(std::ranges::size(l))}) {}
-  index_t batch() const noexcept { return table.extents[0]; }
-  index_t page() const noexcept { return k.extents[1]; }
-  index_t heads() const noexcept { return k.extents[2]; }
-  index_t d() const noexcept { return k.extents[3]; }
-  index_t d_v() const noexcept { return v.extents[3]; }
-  index_t length(index_t b) const noexcept { return static_cast<index_t>(lengths.data[b]); }
-  cache_run<T> run(index_t b, index_t h, index_t j) const noexcept {
-    const index_t at = j % page(), in = table(b, j / page());
-    const auto entry = [&](const auto& x) { return x.data + in * x.strides[0] + at * x.strides[1] + h * x.strides[2]; };
-    return {entry(k), entry(v), k.strides[1], v.strides[1], std::min(page() - at, length(b) - j)};
-  }
-  void check(std::string_view function) const {
-    detail::check_view(function, "cache.k", k);
-    detail::check_view(function, "cache.v", v);
-    detail::check_view(function, "cache.table", table);
-    for (int i = 0; i < 3; ++i)
-      detail::check_extent(function, "cache.v",
-                           i == 0   ? "pages"
-                           : i == 1 ? "entries to a page"
-                                    : "heads",
-                           v.extents[i], "cache.k", k.extents[i]);
-    if (page() < 1) detail::fail_shape(function, ": cache.k has pages of ", page(), " entries");
-    detail::check_extent(function, "cache.lengths", "elements", lengths.extent(0), "cache.table", batch());
-    for (index_t b = 0; b < batch(); ++b) {
-      const index_t most = table.extents[1] * page();
-      if (std::cmp_less(lengths(b), 0) || std::cmp_greater(lengths(b), most))
-        detail::fail_value(function, ": cache.lengths[", b, "] = ", lengths(b), " is outside [0, ", most, "]");
-      for (index_t i = 0; i < detail::ceil_div(length(b), page()); ++i)
-        if (table(b, i) < 0 || table(b, i) >= k.extents[0])
-          detail::fail_value(function, ": cache.table[", b, ", ", i, "] = ", table(b, i), " is outside [0, ",
-                             k.extents[0], ")");
-    }
-    if ((d() > 1 && k.strides[3] != 1) || (d_v() > 1 && v.strides[3] != 1))
-      detail::fail_shape(function, ": cache: the elements of a key or value must lie beside each other");
-  }
-  template <class F>
-  void each_view(F&& f) const {
-    f("cache.k", k);
-    f("cache.v", v);
-  }
-};
-template <viewable<4> K, viewable<4> V, class Table, std::ranges::contiguous_range L>
-paged(const K&, const V&, const Table&, const L&) -> paged<element_t<const K>, std::ranges::range_value_t<L>>;
 
 /// What decode may be told.
 struct decode_options {
@@ -144,6 +17,7 @@ namespace detail {
 template <class Q, class Cache, class A>
 struct decode_problem {
   using sum_type = A;
+  using cache_type = Cache;
   tensor_view<const Q, 3> q;
   const Cache& cache;
   double scale, softcap;
@@ -172,7 +46,7 @@ namespace MLKIT_NAMESPACE::attention {
 /// The cache is read once, for all heads that share its keys; long sequences are spread over threads in parts that the
 /// lengths alone decide, merged in order: the same bits for any number of threads. f32, f64, bf16 and f16; sums are f32
 /// (f64 for f64). Throws shape_error where extents do not fit, value_error for lengths or pages out of range, before
-/// out is touched. Reads (d + d_v) elements an entry.
+/// out is touched. Reads (d + d_v) elements an entry. Elements of an int8 cache meet their scales in f32.
 template <executor Executor, viewable<3> Q, key_value_cache Cache, viewable<3> Out>
 void decode(const Executor& exec, const Q& query, const Cache& cache, Out&& output, const decode_options& o = {},
             const matrix_view<accumulator_t<element_t<const Q>>>& lse = {}) {

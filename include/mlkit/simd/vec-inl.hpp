@@ -121,6 +121,32 @@ struct vec {
 #endif
   }
 
+  // int8 in memory.
+  static MLKIT_ALWAYS_INLINE vec load(const std::int8_t* p) noexcept requires(sizeof(T) == 4) {
+#if MLKIT_SET_AVX512
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return native(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+#elif MLKIT_SET_AVX2
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return native(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#elif MLKIT_X86
+    std::int32_t word;
+    __builtin_memcpy(&word, p, 4);
+    const __m128i bytes = _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_cvtsi32_si128(word));
+    const __m128i upper = _mm_unpacklo_epi16(_mm_setzero_si128(), bytes);  // each in the highest byte of its lane
+    return native(_mm_cvtepi32_ps(_mm_srai_epi32(upper, 24)));
+#else
+    vec r;
+    for (int i = 0; i < width; ++i) r.v[i] = static_cast<float>(p[i]);
+    return r;
+#endif
+  }
+  static MLKIT_ALWAYS_INLINE vec load(const std::int8_t* p, int n) noexcept requires(sizeof(T) == 4) {
+    std::int8_t bytes[width] = {};
+    __builtin_memcpy(bytes, p, static_cast<std::size_t>(n));
+    return load(static_cast<const std::int8_t*>(bytes));
+  }
+
   friend MLKIT_ALWAYS_INLINE vec operator+(vec a, vec b) noexcept { return a.v + b.v; }
   friend MLKIT_ALWAYS_INLINE vec operator-(vec a, vec b) noexcept { return a.v - b.v; }
   friend MLKIT_ALWAYS_INLINE vec operator*(vec a, vec b) noexcept { return a.v * b.v; }

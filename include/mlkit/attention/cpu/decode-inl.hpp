@@ -88,6 +88,7 @@ struct attend_decode {
   using A = typename Problem::sum_type;
   using V = vec<A>;
   static constexpr index_t width = V::width;
+  static constexpr bool quantised = std::is_same_v<typename Problem::cache_type::value_type, std::int8_t>;
   static constexpr A infinity = math_table<A>::infinity, log2_e = static_cast<A>(1.44269504088896340736);
 
   static index_t padded(index_t n) noexcept { return round_up(n, width); }
@@ -135,6 +136,8 @@ struct attend_decode {
       A* s = scores + r * decode_keys;
       A* before = state + (row + r) * (p.d_v + 2);
       A now = before[0];
+      if constexpr (quantised)
+        for (index_t l = 0; l < n; ++l) s[l] *= keys.k_scales[l * keys.k_scale_stride];
       if (p.softcap > 0)
         for (index_t l = 0; l < n; l += width) {
           const int some = static_cast<int>(std::min(width, n - l));
@@ -148,6 +151,8 @@ struct attend_decode {
         exp2_nonpositive((V::load(s + l, some) - V(level)) * log2_e).store(s + l, some);
       }
       for (index_t l = 0; l < n; ++l) total += s[l];
+      if constexpr (quantised)
+        for (index_t l = 0; l < n; ++l) s[l] *= keys.v_scales[l * keys.v_scale_stride];
       if (now > before[0]) {
         A lanes[V::width];
         exp2_nonpositive(V((before[0] - level) * log2_e)).store(lanes);

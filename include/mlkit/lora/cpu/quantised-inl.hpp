@@ -105,26 +105,6 @@ void decode_run(set_tag, const lora::nf4_view& w, index_t row, index_t col, inde
   }
 }
 
-// A register of int8, as floats.
-MLKIT_ALWAYS_INLINE vec<float> load_int8(const std::int8_t* p) noexcept {
-#if MLKIT_SET_AVX512
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return vec<float>((vec<float>::native)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
-#elif MLKIT_SET_AVX2
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return vec<float>((vec<float>::native)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
-#elif MLKIT_X86
-  std::int32_t word;
-  __builtin_memcpy(&word, p, 4);
-  const __m128i bytes = _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_cvtsi32_si128(word));
-  const __m128i upper = _mm_unpacklo_epi16(_mm_setzero_si128(), bytes);  // each in the highest byte of its lane
-  return vec<float>((vec<float>::native)_mm_cvtepi32_ps(_mm_srai_epi32(upper, 24)));
-#else
-  const float lanes[4] = {float(p[0]), float(p[1]), float(p[2]), float(p[3])};
-  return vec<float>::load(lanes);
-#endif
-}
-
 template <class Out>
 void decode_run(set_tag, const lora::int8_view& w, index_t row, index_t col, index_t count,
                 Out* MLKIT_RESTRICT out) noexcept {
@@ -136,7 +116,7 @@ void decode_run(set_tag, const lora::int8_view& w, index_t row, index_t col, ind
     using V = vec<float>;
     const V factor(scale);
     index_t i = 0;
-    for (; i + V::width <= count; i += V::width) (load_int8(codes + i) * factor).store(out + i);
+    for (; i + V::width <= count; i += V::width) (vec<float>::load(codes + i) * factor).store(out + i);
     for (; i < count; ++i) out[i] = static_cast<Out>(static_cast<float>(codes[i]) * scale);
   }
 }
@@ -192,7 +172,7 @@ void dot_blocks(const lora::int8_view& w, index_t row, index_t k, index_t depth,
   for (index_t i = 0; i < depth; i += V::width) {
     MLKIT_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      const V x = load_int8(codes + r * w.inputs + i);
+      const V x = vec<float>::load(codes + r * w.inputs + i);
       MLKIT_UNROLL
       for (int j = 0; j < Few; ++j) sum[r][j] = fma(x, V::load(few + j * few_stride + i), sum[r][j]);
     }

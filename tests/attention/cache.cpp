@@ -1,0 +1,189 @@
+// Appending to caches, contiguous and in pages, in floating point and in int8, and decoding what was appended.
+#include "reference.hpp"
+
+namespace attention = mlkit::attention;
+using namespace attention_reference;
+
+namespace {
+
+constexpr index_t batch = 3, heads = 2, group = 2, capacity = 40, page = 8, d = 19, d_v = 6;
+
+// softmax(q k^T / sqrt(d)) v for the first n of given entries, against what decode gives.
+template <class Cache, class K, class V>
+double decode_error(const Cache& cache, const K& k, const V& v, const std::vector<index_t>& lengths) {
+  mlkit::tensor<float, 3> q({batch, heads * group, d}), out({batch, heads * group, d_v});
+  fill<float>(q, 9);
+  attention::decode(mlkit::cpu{}, q, cache, out);
+  double worst = 0;
+  for (index_t b = 0; b < batch; ++b)
+    for (index_t h = 0; h < heads * group; ++h) {
+      std::vector<double> o(d_v);
+      double total = 0;
+      for (index_t j = 0; j < lengths[static_cast<std::size_t>(b)]; ++j) {
+        double x = 0;
+        for (index_t c = 0; c < d; ++c) x += static_cast<double>(q(b, h, c)) * k(b, h / group, j, c);
+        const double p = std::exp(x / std::sqrt(static_cast<double>(d)));
+        total += p;
+        for (index_t c = 0; c < d_v; ++c) o[static_cast<std::size_t>(c)] += p * v(b, h / group, j, c);
+      }
+      for (index_t c = 0; c < d_v; ++c) {
+        const double want = total == 0 ? 0 : o[static_cast<std::size_t>(c)] / total;
+        worst = std::max(worst, std::fabs(want - static_cast<double>(out(b, h, c))));
+      }
+    }
+  return worst;
+}
+
+// Appends 5, then 1, then 9 entries to sequences that begin with 0, 3 and 17; kept[b, h, j] is what they are. `stored`
+// gives an element of the cache, as a number.
+template <class Cache, class Stored>
+void append_and_check(Cache&& cache, Stored&& stored, double tolerance) {
+  std::vector<index_t> lengths;
+  mlkit::tensor<double, 4> k({batch, heads, capacity, d}), v({batch, heads, capacity, d_v});
+  for (index_t b = 0; b < batch; ++b) {
+    lengths.push_back(cache.length(b));
+    for (index_t h = 0; h < heads; ++h)
+      for (index_t j = 0; j < cache.length(b); ++j) {
+        for (index_t c = 0; c < d; ++c) k(b, h, j, c) = stored(true, b, h, j, c);
+        for (index_t c = 0; c < d_v; ++c) v(b, h, j, c) = stored(false, b, h, j, c);
+      }
+  }
+  for (const index_t n : {5, 1, 9}) {
+    mlkit::tensor<float, 4> more_k({batch, heads, n, d}), more_v({batch, heads, n, d_v});
+    fill<float>(more_k, static_cast<std::uint64_t>(n)), fill<float>(more_v, static_cast<std::uint64_t>(n + 100));
+    attention::append(mlkit::cpu{}, more_k, more_v, cache);
+    double worst = 0;
+    for (index_t b = 0; b < batch; ++b)
+      for (index_t h = 0; h < heads; ++h)
+        for (index_t i = 0; i < n; ++i) {
+          const index_t j = lengths[static_cast<std::size_t>(b)] + i;
+          for (index_t c = 0; c < d; ++c) {
+            k(b, h, j, c) = stored(true, b, h, j, c);
+            worst = std::max(worst, std::fabs(k(b, h, j, c) - static_cast<double>(more_k(b, h, i, c))));
+          }
+          for (index_t c = 0; c < d_v; ++c) {
+            v(b, h, j, c) = stored(false, b, h, j, c);
+            worst = std::max(worst, std::fabs(v(b, h, j, c) - static_cast<double>(more_v(b, h, i, c))));
+          }
+        }
+    CHECK(worst <= tolerance);
+    for (index_t b = 0; b < batch; ++b) CHECK(cache.length(b) == (lengths[static_cast<std::size_t>(b)] += n));
+  }
+  CHECK(decode_error(cache, k, v, lengths) < 3e-6);
+}
+
+template <class T>
+struct memory {
+  std::vector<T> k, v;
+  std::vector<float> k_scales, v_scales;
+  std::vector<std::int32_t> lengths{0, 3, 17}, table;
+  explicit memory(index_t entries)
+      : k(static_cast<std::size_t>(entries * d)),
+        v(static_cast<std::size_t>(entries * d_v)),
+        k_scales(static_cast<std::size_t>(entries), 0.01f),
+        v_scales(static_cast<std::size_t>(entries), 0.02f) {
+    for (std::size_t i = 0; i < k.size(); ++i) k[i] = static_cast<T>(static_cast<float>(i % 7));
+    for (std::size_t i = 0; i < v.size(); ++i) v[i] = static_cast<T>(static_cast<float>(i % 5));
+    for (int i = 0; i < batch * capacity / page; ++i)
+      table.push_back((i * 4 + 3) % static_cast<int>(batch * capacity / page));
+  }
+  auto tensor(std::vector<T>& x, const mlkit::extents_t<3>& shape, index_t columns) {
+    return mlkit::tensor_view<T, 4>(x.data(), {shape[0], shape[1], shape[2], columns});
+  }
+};
+
+template <class T>
+void check_dtype(double tolerance) {
+  constexpr bool int8 = std::is_same_v<T, std::int8_t>;
+  INFO("bytes " << sizeof(T));
+  {
+    memory<T> m(batch * heads * capacity);
+    const mlkit::extents_t<3> shape{batch, heads, capacity};
+    const auto k = m.tensor(m.k, shape, d), v = m.tensor(m.v, shape, d_v);
+    const mlkit::tensor_view<float, 3> ks(m.k_scales.data(), shape), vs(m.v_scales.data(), shape);
+    const auto stored = [&](bool key, index_t b, index_t h, index_t j, index_t c) {
+      const double scale = int8 ? static_cast<double>((key ? ks : vs)(b, h, j)) : 1.0;
+      return scale * static_cast<double>((key ? k : v)(b, h, j, c));
+    };
+    if constexpr (int8)
+      append_and_check(attention::contiguous(k, v, m.lengths, ks, vs), stored, tolerance);
+    else
+      append_and_check(attention::contiguous(k, v, m.lengths), stored, tolerance);
+  }
+  {
+    memory<T> m(batch * heads * capacity);
+    const mlkit::extents_t<3> shape{batch * capacity / page, page, heads};
+    const auto k = m.tensor(m.k, shape, d), v = m.tensor(m.v, shape, d_v);
+    const mlkit::tensor_view<float, 3> ks(m.k_scales.data(), shape), vs(m.v_scales.data(), shape);
+    const mlkit::matrix_view<const std::int32_t> table(m.table.data(), {batch, capacity / page});
+    const auto stored = [&](bool key, index_t b, index_t h, index_t j, index_t c) {
+      const index_t in = table(b, j / page), at = j % page;
+      const double scale = int8 ? static_cast<double>((key ? ks : vs)(in, at, h)) : 1.0;
+      return scale * static_cast<double>((key ? k : v)(in, at, h, c));
+    };
+    if constexpr (int8)
+      append_and_check(attention::paged(k, v, table, m.lengths, ks, vs), stored, tolerance);
+    else
+      append_and_check(attention::paged(k, v, table, m.lengths), stored, tolerance);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("append converts, and decode sees what was appended", "[attention][cache]") {
+  check_dtype<float>(0);
+  check_dtype<mlkit::bf16>(4.5 / 256);
+  check_dtype<mlkit::f16>(4.5 / 2048);
+  check_dtype<std::int8_t>(4.5 / 127 / 2);
+}
+
+TEST_CASE("an entry that is zero, or not finite, in int8", "[attention][cache]") {
+  mlkit::tensor<float, 4> k({1, 1, 3, d}), v({1, 1, 3, d_v});
+  fill<float>(v, 1);
+  k(0, 0, 1, 4) = INFINITY;
+  k(0, 0, 2, 0) = -254;
+  memory<std::int8_t> m(capacity);
+  m.lengths = {0};
+  const mlkit::extents_t<3> shape{1, 1, capacity};
+  const mlkit::tensor_view<float, 3> ks(m.k_scales.data(), shape), vs(m.v_scales.data(), shape);
+  attention::append(mlkit::cpu{}, k, v,
+                    attention::contiguous(m.tensor(m.k, shape, d), m.tensor(m.v, shape, d_v), m.lengths, ks, vs));
+  CHECK(ks(0, 0, 0) == 0);
+  CHECK(std::isnan(ks(0, 0, 1) * static_cast<float>(m.k[d])));
+  CHECK(ks(0, 0, 2) == 2);
+  CHECK(m.k[2 * d] == -127);
+}
+
+TEST_CASE("what cannot be appended is refused, and nothing is written", "[attention][cache][bad input]") {
+  using Catch::Matchers::Contains;
+  memory<float> m(batch * heads * capacity);
+  const mlkit::extents_t<3> shape{batch * capacity / page, page, heads};
+  const auto k = m.tensor(m.k, shape, d), v = m.tensor(m.v, shape, d_v);
+  const mlkit::matrix_view<const std::int32_t> table(m.table.data(), {batch, capacity / page});
+  const attention::paged cache(k, v, table, m.lengths);
+  const std::vector<float> before = m.k;
+  const auto call = [&](index_t b, index_t h, index_t n, index_t columns) {
+    mlkit::tensor<float, 4> x({b, h, n, columns}), y({b, h, n, d_v});
+    attention::append(mlkit::cpu{}, x, y, cache);
+  };
+  CHECK_THROWS_WITH(call(batch, heads, 24, d),
+                    "mlkit::value_error: attention::append: k has 24 entries, but sequence "
+                    "2 has room for 23 more after 17");
+  CHECK_THROWS_WITH(call(2, heads, 1, d), Contains("k has 2 batches, but cache has 3"));
+  CHECK_THROWS_WITH(call(batch, 4, 1, d), Contains("k has 4 heads, but cache has 2"));
+  CHECK_THROWS_WITH(call(batch, heads, 1, 5), Contains("k has 5 columns, but cache has 19"));
+  CHECK(m.k == before);
+  CHECK(m.lengths[0] == 0);
+  m.table[2 * capacity / page + 3] = 99;
+  CHECK_NOTHROW(call(batch, heads, 7, d));
+  CHECK_THROWS_WITH(call(batch, heads, 1, d), Contains("cache.table[2, 3] = 99 is outside [0, 15)"));
+  m.lengths[1] = -1;
+  CHECK_THROWS_WITH(call(batch, heads, 1, d), Contains("cache.lengths[1] = -1 is outside [0, 40]"));
+  m.lengths[1] = 3;
+  m.table[2 * capacity / page + 3] = 1;
+  mlkit::tensor<float, 4> y({batch, heads, 1, d_v});
+  CHECK_THROWS_WITH(
+      attention::append(mlkit::cpu{}, mlkit::tensor_view<float, 4>(m.k.data(), {batch, heads, 1, d}), y, cache),
+      Contains("overlaps"));
+  CHECK(m.lengths[0] == 7);
+}
