@@ -35,8 +35,9 @@ TEST_CASE("sinks and their gradient, with causal rows and dropout", "[attention]
   const attention::dropout drop{.p = 0.3, .seed = 5, .stream = 6};
   const mlkit::random_stream random{5, 6};
   level.factor = [&](index_t b, index_t h, index_t i, index_t j) {
-    const auto index = static_cast<std::uint64_t>(((b * 4 + h) * 70 + i) * 130 + j);
-    return random.bits(index) < static_cast<std::uint32_t>(0.3 * 0x1p32) ? 0.0 : 1 / 0.7;
+    const auto block = (static_cast<std::uint64_t>(b * 4 + h) << 40) + static_cast<std::uint64_t>(i * 33 + j / 4);
+    return random.block(block)[static_cast<std::size_t>(j % 4)] < static_cast<std::uint32_t>(0.3 * 0x1p32) ? 0.0
+                                                                                                           : 1 / 0.7;
   };
   CHECK(p.error(attention::scores{attention::scale{0.5}, attention::causal{align::top_left}, attention::sinks{logits},
                                   drop},

@@ -6,14 +6,14 @@
 #include "../core/arguments.hpp"
 #include "../core/memory.hpp"
 #include "../matmul/run.hpp"
+#include "../simd/random.hpp"
 #include "scores.hpp"
 
 namespace MLKIT_NAMESPACE::attention {
 
-/// Where the sequences of a packed batch start: sequence b is rows [queries[b], queries[b + 1]) of q and [keys[b],
-/// keys[b
-/// + 1]) of k and v (what others call cu_seqlens); both [batch + 1], from 0 to the number of rows. `sequences{starts}`
-/// where they are the same. It owns nothing.
+/// Where the sequences of a packed batch start: sequence b is rows queries[b] to queries[b + 1] - 1 of q, and keys[b]
+/// to keys[b + 1] - 1 of k and v (what others call cu_seqlens); both [batch + 1], from 0 to the number of rows.
+/// `sequences{starts}` where they are the same. It owns nothing.
 struct sequences {
   vector_view<const std::int32_t> queries, keys;
 

@@ -306,13 +306,20 @@ template <viewable<1> S>
 sinks(S&&) -> sinks<element_t<std::remove_reference_t<S>>>;
 
 /// Drops each probability with probability p and scales the others by 1 / (1 - p). The mask is a function of (seed,
-/// stream, b, h, i, j): forward, backward and any number of threads see the same one, and it is never stored. Stands
-/// last.
+/// stream, b, h, i, j): forward, backward and any number of threads see the same one, and it is never stored. Dropped
+/// is where word j mod 4 of `block` of the random_stream is below p 2^32. Stands last.
 struct dropout {
   double p = 0;
   std::uint64_t seed = 0, stream = 0;
   void check(std::string_view function, const detail::score_shape&) const {
     if (!(p >= 0 && p < 1)) detail::fail_value(function, ": dropout = ", p, " is outside [0, 1)");
+  }
+  /// Four keys share a block of random words.
+  static constexpr index_t blocks_of_row(index_t keys) noexcept { return detail::ceil_div(keys, index_t{4}); }
+  static constexpr std::uint64_t block(index_t heads, index_t keys, index_t b, index_t h, index_t i,
+                                       index_t j) noexcept {
+    return (static_cast<std::uint64_t>(b * heads + h) << 40) +
+           static_cast<std::uint64_t>(i * blocks_of_row(keys) + j / 4);
   }
 };
 
@@ -412,6 +419,11 @@ template <class Scores>
 inline constexpr bool any_bias = false;
 template <class... Stages>
 inline constexpr bool any_bias<scores<Stages...>> = (is_bias<Stages> || ...);
+
+template <class Scores>
+inline constexpr bool any_dropout = false;
+template <class... Stages>
+inline constexpr bool any_dropout<scores<Stages...>> = (is_dropout<Stages> || ...);
 
 // The pipeline with the scale that it has where it names none.
 template <class... Stages>

@@ -1,8 +1,8 @@
 // Dropout on the adapter's input: a mask that is drawn again wherever it is needed, and never stored.
 #pragma once
 
-#include "../core/random.hpp"
 #include "../matmul/run.hpp"
+#include "../simd/random.hpp"
 
 namespace MLKIT_NAMESPACE::lora::detail {
 

@@ -20,6 +20,7 @@ struct attend_backward : attend<Element> {
   static constexpr index_t block_keys = index_t{groups_of_block} * group;
   static constexpr index_t slivers_of_block = 256 / sliver;
   static constexpr index_t block_queries = slivers_of_block * sliver;  // which one left panel row holds
+  static constexpr bool drops = attention::detail::any_dropout<typename Problem::scores_type>;
   static constexpr bool has_bias = attention::detail::any_bias<typename Problem::scores_type>;
   static constexpr bool paired = !std::is_same_v<Element, sum>;
   static_assert(block_queries <= compute<Element>::depth_block);
@@ -305,10 +306,13 @@ struct attend_backward : attend<Element> {
       level[c] = V::load(s.level + from_lane + l + c * width);
       delta[c] = V::load(s.delta + from_lane + l + c * width);
     }
+    sum factors[drops ? 4 * Vectors * width : 1];
     const auto rows = [&](auto masked, index_t from, index_t to) {
       for (index_t j = from; j < to; ++j) {
         sum* x = s.scores + j * stride + from_lane + l;
         sum* y = s.gradients + j * stride + from_lane + l;
+        const score_run key{at.b, at.h, at.i + l, at.j + j, 0};
+        const sum* factor = next_factors(*p.forward.scores, shape, key, Vectors * width, factors);
         MLKIT_UNROLL
         for (int c = 0; c < Vectors; ++c) {
           const index_t lane = c * width;
@@ -317,15 +321,16 @@ struct attend_backward : attend<Element> {
                               at.i + l + lane,
                               at.j + j,
                               static_cast<int>(std::clamp<index_t>(count - l - lane, 0, width)),
-                              base::bias_at(at.bias, j * lanes + l + lane)};
+                              base::bias_at(at.bias, j * lanes + l + lane),
+                              factor + lane};
           const V dp = V::load(y + lane);
           V kept;
           const V ds = all_gradients<decltype(masked)::value>(
               *p.forward.scores, V::load(x + lane), shape, run,
               [&](V score) {
                 const V probability = exp2_nonpositive((score - level[c]) * base::log2_e);
-                kept = drop_any(*p.forward.scores, probability, shape, run);
-                return probability * (drop_any(*p.forward.scores, dp, shape, run) - delta[c]);
+                kept = drop_any(*p.forward.scores, probability, run);
+                return probability * (drop_any(*p.forward.scores, dp, run) - delta[c]);
               },
               [&](const auto& stage, V g) {
                 if constexpr (attention::detail::is_bias<std::remove_cvref_t<decltype(stage)>>)

@@ -27,6 +27,7 @@ struct attend_forward : attend<Element> {
     Element* pack;
   };
   static constexpr bool own_probabilities = !std::is_same_v<Element, sum>;
+  static constexpr bool drops = attention::detail::any_dropout<typename Problem::scores_type>;
   static constexpr bool has_bias = attention::detail::any_bias<typename Problem::scores_type>;
 
   static index_t query_words(const Problem& p) noexcept {
@@ -183,15 +184,18 @@ struct attend_forward : attend<Element> {
           (V::load(x) * factor).store(x);
         }
     }
+    sum factors[drops ? 4 * Vectors * width : 1];
     plan.each_run(n, [&](index_t from, index_t to) {
       for (index_t j = from; j < to; ++j) {
         sum* x = s.scores + j * lanes + l;
+        const score_run key{at.b, at.h, first_query, first_key + j, 0};
+        const sum* kept = next_factors(*p.scores, shape, key, Vectors * width, factors);
         MLKIT_UNROLL
         for (int c = 0; c < Vectors; ++c) {
           const V y = exp2_nonpositive((V::load(x + c * width) - level[c]) * base::log2_e);
           total[c] += y;
-          const score_run run{at.b, at.h, first_query + c * width, first_key + j, 0};
-          drop_any(*p.scores, y, shape, run).store(x + c * width);
+          const score_run run{at.b, at.h, first_query + c * width, first_key + j, 0, nullptr, kept + c * width};
+          drop_any(*p.scores, y, run).store(x + c * width);
         }
       }
       if constexpr (own_probabilities)

@@ -5,6 +5,7 @@ struct score_run {
   index_t b, h, i, j;
   int count;
   const void* bias = nullptr;  // the lanes' elements of a bias, in the type of sums, where they were turned beforehand
+  const void* kept = nullptr;  // what dropout multiplies the lanes by, in the type of sums
 };
 
 // The first n lanes: all of them for n >= width, none for n <= 0.
@@ -199,21 +200,41 @@ MLKIT_ALWAYS_INLINE V exp2_nonpositive(V x) noexcept {
   }
 }
 
-// x under dropout: zero where the score of (b, h, i, j) is dropped, else scaled.
-template <class V>
-MLKIT_ALWAYS_INLINE V drop_scores(const attention::dropout& stage, V x, const attention::detail::score_shape& shape,
-                                  const score_run& at) noexcept {
-  using A = typename V::value_type;
+// What dropout multiplies scores by, for `lanes` queries from at.i on and 4 keys from at.j on: factors[key][lanes].
+// Lanes are a multiple of a register of either type.
+template <class A>
+void dropout_factors(const attention::dropout& stage, const attention::detail::score_shape& shape, const score_run& at,
+                     index_t lanes, A* factors) noexcept {
+  using U = typename vec<double>::native_uint;
   const auto threshold = static_cast<std::uint32_t>(stage.p * 0x1p32);
   const A kept = static_cast<A>(1 / (1 - stage.p));
-  const random_stream random{stage.seed, stage.stream};
-  const auto first =
-      static_cast<std::uint64_t>(((at.b * shape.heads + at.h) * shape.queries + at.i) * shape.keys + at.j);
-  const auto step = static_cast<std::uint64_t>(shape.keys);
-  A factors[V::width];
-  for (int l = 0; l < V::width; ++l)
-    factors[l] = random.bits(first + static_cast<std::uint64_t>(l) * step) < threshold ? A{} : kept;
-  return x * V::load(factors);
+  const auto step = static_cast<std::uint64_t>(attention::dropout::blocks_of_row(shape.keys));
+  U row{};
+  for (int i = 0; i < philox_lanes; ++i) row[i] = static_cast<std::uint64_t>(i) * step;
+  for (index_t l = 0; l < lanes; l += philox_lanes) {
+    const std::uint64_t block = attention::dropout::block(shape.heads, shape.keys, at.b, at.h, at.i + l, at.j);
+    const philox_registers random = philox_blocks({stage.seed, stage.stream}, row + block);
+    MLKIT_UNROLL
+    for (int key = 0; key < 4; ++key) {
+      A* to = factors + key * lanes + l;
+      MLKIT_SIMD
+      for (int i = 0; i < philox_lanes; ++i)
+        to[i] = static_cast<std::uint32_t>(random.words[key][i]) < threshold ? A{} : kept;
+    }
+  }
+}
+
+// Lets scores of `lanes` queries against key at.j + j be dropped: fills factors [4][lanes] where a new four of keys
+// begins, and points at those of this key.
+template <class A, class... Stages>
+MLKIT_ALWAYS_INLINE const A* next_factors(const attention::scores<Stages...>& pipeline,
+                                          const attention::detail::score_shape& shape, const score_run& at,
+                                          index_t lanes, A* factors) noexcept {
+  attention::detail::each_stage(pipeline, [&](const auto& stage) {
+    if constexpr (attention::detail::is_dropout<std::remove_cvref_t<decltype(stage)>>)
+      if (at.j % 4 == 0) dropout_factors(stage, shape, at, lanes, factors);
+  });
+  return factors + at.j % 4 * lanes;
 }
 
 // Calls f with the pipeline's bias, if it has one whose rows differ.
@@ -226,13 +247,10 @@ MLKIT_ALWAYS_INLINE void with_bias_rows(const attention::scores<Stages...>& pipe
 }
 
 // Probabilities under the pipeline's dropout, if it has one.
-template <int I = 0, class V, class... Stages>
-MLKIT_ALWAYS_INLINE V drop_any(const attention::scores<Stages...>& pipeline, V x,
-                               const attention::detail::score_shape& shape, const score_run& at) noexcept {
-  if constexpr (I == static_cast<int>(sizeof...(Stages)))
-    return x;
-  else if constexpr (attention::detail::is_dropout<std::remove_cvref_t<decltype(std::get<I>(pipeline.stages))>>)
-    return drop_scores(std::get<I>(pipeline.stages), x, shape, at);
+template <class V, class... Stages>
+MLKIT_ALWAYS_INLINE V drop_any(const attention::scores<Stages...>&, V x, const score_run& at) noexcept {
+  if constexpr (attention::detail::any_dropout<attention::scores<Stages...>>)
+    return x * V::load(static_cast<const typename V::value_type*>(at.kept));
   else
-    return drop_any<I + 1>(pipeline, x, shape, at);
+    return x;
 }
