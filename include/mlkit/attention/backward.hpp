@@ -242,13 +242,13 @@ void backward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vi
   constexpr std::string_view function = "attention::backward";
   arguments call(function, exec);
   check_tensors(function, q, k, v, out);
-  check_lse(function, lse, q);
+  check_lse(function, "lse", lse, q);
   check_view(function, "dout", dout);
   if (dout.extents != out.extents)
     fail_shape(function, ": dout has shape ", shape_text<4>(dout.extents), ", but out has ",
                shape_text<4>(out.extents));
   const bool with_dlse = dlse.data || !dlse.empty();
-  if (with_dlse) check_lse(function, dlse, q);
+  if (with_dlse) check_lse(function, "dlse", dlse, q);
   const auto pipeline = with_scale(given, q.extent(3));
   const auto f = make_problem<T>(function, q, k, v, out, lse, pipeline, packed);
   check_same(function, "dq", g.dq, "q", q.extents);

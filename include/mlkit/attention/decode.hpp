@@ -76,7 +76,8 @@ void decode(const Executor& exec, const Q& query, const Cache& cache, Out&& outp
   if constexpr (requires { cache.each_view([](std::string_view, const auto&) {}); })
     cache.each_view([&](std::string_view name, const auto& v) { call.reads(name, v); });
   call.writes("out", out);
-  if (lse.data) {
+  if (lse.data || !lse.empty()) {
+    detail::check_view(function, "lse", lse);
     detail::check_extent(function, "lse", "rows", lse.extent(0), "q", q.extent(0));
     detail::check_extent(function, "lse", "columns", lse.extent(1), "q", q.extent(1));
     call.writes("lse", lse);

@@ -75,7 +75,7 @@ void forward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vie
   arguments call(function, exec);
   check_tensors(function, q, k, v, out);
   const bool with_lse = lse.data || !lse.empty();
-  if (with_lse) check_lse(function, lse, q);
+  if (with_lse) check_lse(function, "lse", lse, q);
   const auto pipeline = with_scale(given, q.extent(3));
   const auto p = make_problem<T>(function, q, k, v, out, lse, pipeline, packed);
   call.reads("q", q);

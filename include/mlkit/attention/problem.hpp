@@ -105,11 +105,12 @@ void check_tensors(std::string_view function, const tensor_view<Q, 4>& q, const 
 }
 
 template <class A, class Q>
-void check_lse(std::string_view function, const tensor_view<A, 3>& lse, const tensor_view<Q, 4>& q) {
-  check_view(function, "lse", lse);
-  check_extent(function, "lse", "batches", lse.extent(0), "q", q.extent(0));
-  check_extent(function, "lse", "heads", lse.extent(1), "q", q.extent(1));
-  check_extent(function, "lse", "queries", lse.extent(2), "q", q.extent(2));
+void check_lse(std::string_view function, std::string_view name, const tensor_view<A, 3>& lse,
+               const tensor_view<Q, 4>& q) {
+  check_view(function, name, lse);
+  check_extent(function, name, "batches", lse.extent(0), "q", q.extent(0));
+  check_extent(function, name, "heads", lse.extent(1), "q", q.extent(1));
+  check_extent(function, name, "queries", lse.extent(2), "q", q.extent(2));
 }
 
 // Packed tokens [tokens, heads, d] as [1, heads, tokens, d].
