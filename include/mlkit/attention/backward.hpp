@@ -239,6 +239,14 @@ void backward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vi
               const tensor_view<const T, 4>& v, const scores<Stages...>& given, const tensor_view<const Out, 4>& out,
               const tensor_view<const A, 3>& lse, const tensor_view<const D, 4>& dout, const gradients<G, B>& g,
               const tensor_view<const A, 3>& dlse, const sequences* packed) {
+  constexpr bool f64 = std::is_same_v<T, double>;
+  static_assert(f64 == std::is_same_v<Out, double>,
+                "attention: f64 goes with f64 alone: q, k, v and out are all f64, or none is");
+  static_assert(
+      f64 == std::is_same_v<D, double> && f64 == std::is_same_v<G, double> && f64 == std::is_same_v<B, double>,
+      "attention: f64 goes with f64 alone: dout and the gradients are f64 where q is, and only there");
+  static_assert((has_gradient<Stages> && ...),
+                "attention: backward needs a member `derivative` of each stage of the user's own");
   constexpr std::string_view function = "attention::backward";
   arguments call(function, exec);
   check_tensors(function, q, k, v, out);
@@ -326,6 +334,7 @@ void backward(const Executor& exec, const Q& q, const K& k, const V& v, const sc
               const tensor_view<const accumulator_t<element_t<const Q>>, 3>& dlse = {}) {
   using T = element_t<const Q>;
   using A = accumulator_t<T>;
+  detail::check_one_type<T, K, V>();
   detail::backward(exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
                    tensor_view<const T, 4>(as_view(v)), s, tensor_view<const element_t<const Out>, 4>(as_view(out)),
                    tensor_view<const A, 3>(as_view(lse)), tensor_view<const element_t<const D>, 4>(as_view(dout)), g,
@@ -341,6 +350,7 @@ void backward(const Executor& exec, const Q& q, const K& k, const V& v, const se
   detail::check_packable<Stages...>();
   using T = element_t<const Q>;
   using A = accumulator_t<T>;
+  detail::check_one_type<T, K, V>();
   using View = tensor_view<const T, 3>;
   detail::backward(exec, detail::packed_heads(View(as_view(q))), detail::packed_heads(View(as_view(k))),
                    detail::packed_heads(View(as_view(v))), s,

@@ -71,6 +71,8 @@ void forward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vie
              const tensor_view<A, 3>& lse, const sequences* packed) {
   static_assert(std::is_same_v<T, double> == std::is_same_v<Out, double>,
                 "attention: f64 goes with f64 alone: q, k, v and out are all f64, or none is");
+  static_assert(std::is_same_v<A, accumulator_t<T>>,
+                "attention: lse is of the type of sums: f64 for f64, f32 for all others");
   constexpr std::string_view function = "attention::forward";
   arguments call(function, exec);
   check_tensors(function, q, k, v, out);
@@ -105,6 +107,7 @@ void forward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vie
 template <executor Executor, viewable<4> Q, viewable<4> K, viewable<4> V, class... Stages, viewable<4> Out>
 void forward(const Executor& exec, const Q& q, const K& k, const V& v, const scores<Stages...>& s, Out&& out) {
   using T = element_t<const Q>;
+  detail::check_one_type<T, K, V>();
   detail::forward(exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
                   tensor_view<const T, 4>(as_view(v)), s, as_view(out), tensor_view<accumulator_t<T>, 3>{}, nullptr);
 }
@@ -116,6 +119,7 @@ template <executor Executor, viewable<4> Q, viewable<4> K, viewable<4> V, class.
 void forward(const Executor& exec, const Q& q, const K& k, const V& v, const scores<Stages...>& s, Out&& out,
              Lse&& lse) {
   using T = element_t<const Q>;
+  detail::check_one_type<T, K, V>();
   detail::forward(exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
                   tensor_view<const T, 4>(as_view(v)), s, as_view(out), as_view(lse), nullptr);
 }
@@ -130,6 +134,7 @@ void forward(const Executor& exec, const Q& q, const K& k, const V& v, const seq
              const scores<Stages...>& s, Out&& out, Lse&& lse) {
   detail::check_packable<Stages...>();
   using T = element_t<const Q>;
+  detail::check_one_type<T, K, V>();
   using View = tensor_view<const T, 3>;
   detail::forward(exec, detail::packed_heads(View(as_view(q))), detail::packed_heads(View(as_view(k))),
                   detail::packed_heads(View(as_view(v))), s, detail::packed_heads(as_view(out)),

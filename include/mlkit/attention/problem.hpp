@@ -84,6 +84,11 @@ struct attention_problem {
   score_shape shape(index_t b) const noexcept { return {sequences, q.extents[1], queries(b), keys(b)}; }
 };
 
+template <class T, class... Views>
+constexpr void check_one_type() {
+  static_assert((std::is_same_v<T, element_t<const Views>> && ...), "attention: q, k and v have one type of elements");
+}
+
 template <class Q, class K, class V, class Out>
 void check_tensors(std::string_view function, const tensor_view<Q, 4>& q, const tensor_view<K, 4>& k,
                    const tensor_view<V, 4>& v, const tensor_view<Out, 4>& out) {

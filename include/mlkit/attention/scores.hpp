@@ -358,6 +358,14 @@ template <class S>
 concept user_stage = !is_own<S> && (std::is_invocable_r_v<float, const S&, float> ||
                                     std::is_invocable_r_v<float, const S&, float, const position&>);
 
+template <class S, class... Arguments>
+concept derivable = requires(const S& s, const Arguments&... a) {
+  s.derivative(a...);
+};
+// What backward can go through.
+template <class S>
+inline constexpr bool has_gradient = !user_stage<S> || derivable<S, float> || derivable<S, float, position>;
+
 constexpr int count_of(std::initializer_list<bool> is) noexcept {
   int n = 0;
   for (const bool b : is) n += b;
