@@ -1,12 +1,14 @@
-// Attention in loops in f64, forward and backward, over scores that a test gives the formula and the derivative of.
+// Attention in loops, forward and backward, over scores that a test gives the formula and the derivatives of.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <mlkit/attention.hpp>
+#include <string>
 #include <vector>
 
 namespace attention_reference {
@@ -22,15 +24,40 @@ void fill(Tensor& t, std::uint64_t stream, float size = 1) {
     t.data()[i] = static_cast<T>(size * random.normal(static_cast<std::uint64_t>(i)));
 }
 
-// What a pipeline means: the score of (b, h, i, j) made of q . k, its derivative, the logit of a sink, and the factor
-// that dropout puts on a probability.
+// What a pipeline means: the score of (b, h, i, j) made of q . k, its derivative by q . k and by the pipeline's bias,
+// the logit of a sink, and the factor that dropout puts on a probability.
 struct meaning {
-  std::function<double(double, index_t, index_t, index_t, index_t)> score;
-  std::function<double(double, index_t, index_t, index_t, index_t)> derivative;
+  using of_score = std::function<double(double, index_t, index_t, index_t, index_t)>;
+  of_score score;
+  of_score derivative;
   std::function<double(index_t)> sink = [](index_t) { return -inf; };
   std::function<double(index_t, index_t, index_t, index_t)> factor = [](index_t, index_t, index_t, index_t) {
     return 1.0;
   };
+  of_score bias_derivative = [](double, index_t, index_t, index_t, index_t) { return 1.0; };
+};
+
+// What forward and backward write.
+struct result {
+  static constexpr std::array<const char*, 7> names{"out", "lse", "dq", "dk", "dv", "dsinks", "dbias"};
+  std::array<std::vector<double>, 7> of;
+};
+
+// The largest error of each, and the largest value that it should have.
+struct errors {
+  std::array<double, 7> error{}, size{};
+  errors(const result& want, const result& have) {
+    for (std::size_t r = 0; r < error.size(); ++r) {
+      REQUIRE(want.of[r].size() == have.of[r].size());
+      for (std::size_t i = 0; i < want.of[r].size(); ++i) {
+        const double x = want.of[r][i], y = have.of[r][i];
+        if (std::isinf(x) && x == y) continue;
+        error[r] = std::isfinite(y) ? std::max(error[r], std::fabs(x - y)) : inf;
+        size[r] = std::max(size[r], std::fabs(x));
+      }
+    }
+  }
+  double relative(std::size_t r) const { return error[r] / std::max(size[r], 1e-3); }
 };
 
 template <class T>
@@ -42,98 +69,145 @@ struct problem {
       dk{{batch, kv_heads, keys, d}}, dv{{batch, kv_heads, keys, d_v}};
   mlkit::tensor<A, 3> lse{{batch, heads, queries}}, dlse{{batch, heads, queries}};
   mlkit::vector<T> dsinks{{heads}};
+  mlkit::tensor<T, 4> dbias{{0, 0, 0, 0}};  // of the shape of the pipeline's bias, once that is known
 
   problem(index_t b, index_t h, index_t kv, index_t n, index_t m, index_t width, index_t value_width)
       : batch(b), heads(h), kv_heads(kv), queries(n), keys(m), d(width), d_v(value_width) {
     fill<T>(q, 1), fill<T>(k, 2), fill<T>(v, 3), fill<T>(dout, 4), fill<A>(dlse, 5);
   }
 
+  template <class... Stages>
+  void run(const mlkit::attention::scores<Stages...>& pipeline, const mlkit::cpu& exec = {}) {
+    mlkit::attention::forward(exec, q, k, v, pipeline, out, lse);
+    mlkit::attention::gradients g{dq, dk, dv};
+    if constexpr ((mlkit::attention::detail::is_sinks<Stages> || ...)) g.dsinks = dsinks.view();
+    mlkit::attention::detail::each_stage(pipeline, [&](const auto& stage) {
+      if constexpr (mlkit::attention::detail::is_bias<std::remove_cvref_t<decltype(stage)>>) {
+        if (dbias.extents() != stage.values.extents) dbias = mlkit::tensor<T, 4>(stage.values.extents);
+        g.dbias = dbias.view();
+      }
+    });
+    mlkit::attention::backward(exec, q, k, v, pipeline, out, lse, dout, g, dlse.view());
+  }
+
+  result written() const {
+    const auto values = [](const auto& t) {
+      std::vector<double> x(static_cast<std::size_t>(t.size()));
+      std::transform(t.begin(), t.end(), x.begin(), [](auto e) { return static_cast<double>(e); });
+      return x;
+    };
+    return {{values(out), values(lse), values(dq), values(dk), values(dv), values(dsinks), values(dbias)}};
+  }
+
   // The largest error of anything that forward and backward write, relative to the largest value of its kind.
   template <class... Stages>
   double error(const mlkit::attention::scores<Stages...>& pipeline, const meaning& m) {
-    mlkit::attention::forward(mlkit::cpu{}, q, k, v, pipeline, out, lse);
-    mlkit::attention::gradients g{dq, dk, dv};
-    g.dsinks = {};
-    if constexpr ((mlkit::attention::detail::is_sinks<Stages> || ...)) g.dsinks = dsinks.view();
-    mlkit::attention::backward(mlkit::cpu{}, q, k, v, pipeline, out, lse, dout, g, dlse.view());
+    run(pipeline);
+    const errors e(naive<double, double>(m, (mlkit::attention::detail::is_sinks<Stages> || ...)), written());
+    double worst = 0;
+    std::string all;
+    for (std::size_t r = 0; r < e.error.size(); ++r) {
+      worst = std::max(worst, e.relative(r));
+      all += std::string(result::names[r]) + " " + std::to_string(e.relative(r)) + " ";
+    }
+    UNSCOPED_INFO(all << "worst " << worst);
+    return worst;
+  }
 
-    struct grown {
-      double error = 0, size = 1e-300;
-      void see(double want, double have) {
-        if (std::isinf(want) && want == have) return;
-        error = std::isfinite(have) ? std::max(error, std::fabs(want - have)) : inf;
-        size = std::max(size, std::fabs(want));
-      }
-      double relative() const { return error / std::max(size, 1e-3); }
-    } e_out, e_lse, e_dq, e_dk, e_dv, e_sinks;
-    std::vector<double> dk_want(static_cast<std::size_t>(k.size())), dv_want(static_cast<std::size_t>(v.size())),
-        sinks_want(static_cast<std::size_t>(heads));
-    std::vector<double> x(static_cast<std::size_t>(keys)), s(x.size()), p(x.size()), dp(x.size());
+  // The same in loops, with sums of type Sum, and with matrices between two steps rounded to Stored: <double, double>
+  // is what is right, <float, bf16> what comes of keeping scores and probabilities in bf16.
+  template <class Sum, class Stored>
+  result naive(const meaning& m, bool with_sinks = false) const {
+    const auto at = [](index_t j) { return static_cast<std::size_t>(j); };
+    const auto sums = [](const auto& t) {
+      std::vector<Sum> x(static_cast<std::size_t>(t.size()));
+      std::transform(t.begin(), t.end(), x.begin(), [](auto e) { return static_cast<Sum>(e); });
+      return x;
+    };
+    const auto stored = [](auto x) { return static_cast<Sum>(static_cast<Stored>(static_cast<Sum>(x))); };
+    const std::vector<Sum> all_q = sums(q), all_k = sums(k), all_v = sums(v), all_dout = sums(dout);
+    result r;
+    auto& [out_want, lse_want, dq_want, dk_want, dv_want, sinks_want, bias_want] = r.of;
+    std::vector<Sum> dk_sum(all_k.size()), dv_sum(all_v.size());
+    sinks_want.resize(at(heads));
+    bias_want.resize(at(dbias.size()));
+    std::vector<Sum> x(at(keys)), s(x.size()), p(x.size()), dp(x.size());
     for (index_t b = 0; b < batch; ++b)
       for (index_t h = 0; h < heads; ++h)
         for (index_t i = 0; i < queries; ++i) {
           const index_t kv = h / (heads / kv_heads);
-          const auto at = [](index_t j) { return static_cast<std::size_t>(j); };
-          const double sink = m.sink(h);
-          double top = sink, total = 0, delta = 0;
+          const Sum* q_row = all_q.data() + ((b * heads + h) * queries + i) * d;
+          const Sum* dout_row = all_dout.data() + ((b * heads + h) * queries + i) * d_v;
+          const index_t k_first = (b * kv_heads + kv) * keys * d, v_first = (b * kv_heads + kv) * keys * d_v;
+          const Sum sink = static_cast<Sum>(m.sink(h)), infinity = static_cast<Sum>(inf);
+          Sum top = sink, total = 0, delta = 0;
           for (index_t j = 0; j < keys; ++j) {
-            x[at(j)] = 0;
-            for (index_t c = 0; c < d; ++c)
-              x[at(j)] += static_cast<double>(q(b, h, i, c)) * static_cast<double>(k(b, kv, j, c));
-            s[at(j)] = m.score(x[at(j)], b, h, i, j);
+            const Sum* k_row = all_k.data() + k_first + j * d;
+            Sum dot = 0;
+            for (index_t c = 0; c < d; ++c) dot += q_row[c] * k_row[c];
+            x[at(j)] = stored(dot);
+            s[at(j)] = stored(m.score(static_cast<double>(x[at(j)]), b, h, i, j));
             top = std::max(top, s[at(j)]);
           }
-          for (index_t j = 0; j < keys; ++j) total += p[at(j)] = top == -inf ? 0 : std::exp(s[at(j)] - top);
-          if (sink != -inf) total += std::exp(sink - top);
-          std::vector<double> o(static_cast<std::size_t>(d_v)), row(static_cast<std::size_t>(d));
+          for (index_t j = 0; j < keys; ++j) total += p[at(j)] = top == -infinity ? 0 : std::exp(s[at(j)] - top);
+          if (sink != -infinity) total += std::exp(sink - top);
+          std::vector<Sum> o(at(d_v)), row(at(d));
           for (index_t j = 0; j < keys; ++j) {
-            p[at(j)] = total == 0 ? 0 : p[at(j)] / total;
-            const double factor = p[at(j)] == 0 ? 0 : m.factor(b, h, i, j);
+            p[at(j)] = total == 0 ? 0 : stored(p[at(j)] / total);
             dp[at(j)] = 0;
             if (p[at(j)] == 0) continue;
+            const Sum factor = static_cast<Sum>(m.factor(b, h, i, j)), weight = stored(factor * p[at(j)]);
+            const Sum* v_row = all_v.data() + v_first + j * d_v;
+            Sum dot = 0;
             for (index_t c = 0; c < d_v; ++c) {
-              o[at(c)] += factor * p[at(j)] * static_cast<double>(v(b, kv, j, c));
-              dp[at(j)] += factor * static_cast<double>(dout(b, h, i, c)) * static_cast<double>(v(b, kv, j, c));
+              o[at(c)] += weight * v_row[c];
+              dot += dout_row[c] * v_row[c];
             }
+            dp[at(j)] = factor * stored(dot);
             delta += p[at(j)] * dp[at(j)];
           }
-          const double lse_want = total == 0 ? -inf : top + std::log(total);
-          delta -= total == 0 ? 0 : static_cast<double>(dlse(b, h, i));
+          // Where numbers are rounded, D comes from out, as everywhere that probabilities are not kept.
+          if constexpr (!std::is_same_v<Stored, double>) {
+            delta = 0;
+            for (index_t c = 0; c < d_v; ++c) delta += stored(o[at(c)]) * dout_row[c];
+          }
+          const Sum lse_here = total == 0 ? -infinity : top + std::log(total);
+          delta -= total == 0 ? 0 : static_cast<Sum>(dlse(b, h, i));
           for (index_t j = 0; j < keys; ++j) {
             if (p[at(j)] == 0) continue;
-            const double ds = p[at(j)] * (dp[at(j)] - delta) * m.derivative(x[at(j)], b, h, i, j);
+            const Sum g = stored(p[at(j)] * (dp[at(j)] - delta));
+            const double before = static_cast<double>(x[at(j)]);
+            const Sum ds = stored(static_cast<double>(g) * m.derivative(before, b, h, i, j));
+            const Sum weight = stored(static_cast<Sum>(m.factor(b, h, i, j)) * p[at(j)]);
+            const Sum* k_row = all_k.data() + k_first + j * d;
             for (index_t c = 0; c < d; ++c) {
-              row[at(c)] += ds * static_cast<double>(k(b, kv, j, c));
-              dk_want[at(&k(b, kv, j, c) - k.data())] += ds * static_cast<double>(q(b, h, i, c));
+              row[at(c)] += ds * k_row[c];
+              dk_sum[at(k_first + j * d + c)] += ds * q_row[c];
             }
-            for (index_t c = 0; c < d_v; ++c)
-              dv_want[at(&v(b, kv, j, c) - v.data())] +=
-                  m.factor(b, h, i, j) * p[at(j)] * static_cast<double>(dout(b, h, i, c));
+            for (index_t c = 0; c < d_v; ++c) dv_sum[at(v_first + j * d_v + c)] += weight * dout_row[c];
+            if (!bias_want.empty()) {
+              const auto& e = dbias.extents();
+              const index_t of = ((b % e[0] * e[1] + h % e[1]) * e[2] + i % e[2]) * e[3] + j % e[3];
+              bias_want[at(of)] += static_cast<double>(g) * m.bias_derivative(before, b, h, i, j);
+            }
           }
-          if (sink != -inf) sinks_want[at(h)] -= std::exp(sink - lse_want) * delta;
-          for (index_t c = 0; c < d_v; ++c) e_out.see(o[at(c)], static_cast<double>(out(b, h, i, c)));
-          for (index_t c = 0; c < d; ++c) e_dq.see(row[at(c)], static_cast<double>(dq(b, h, i, c)));
-          e_lse.see(lse_want, static_cast<double>(lse(b, h, i)));
+          if (sink != -infinity) sinks_want[at(h)] -= static_cast<double>(std::exp(sink - lse_here) * delta);
+          for (const Sum e : o) out_want.push_back(static_cast<double>(stored(e)));
+          for (const Sum e : row) dq_want.push_back(static_cast<double>(stored(e)));
+          lse_want.push_back(static_cast<double>(lse_here));
         }
-    for (index_t i = 0; i < k.size(); ++i)
-      e_dk.see(dk_want[static_cast<std::size_t>(i)], static_cast<double>(dk.data()[i]));
-    for (index_t i = 0; i < v.size(); ++i)
-      e_dv.see(dv_want[static_cast<std::size_t>(i)], static_cast<double>(dv.data()[i]));
-    if constexpr ((mlkit::attention::detail::is_sinks<Stages> || ...))
-      for (index_t h = 0; h < heads; ++h)
-        e_sinks.see(sinks_want[static_cast<std::size_t>(h)], static_cast<double>(dsinks(h)));
-    INFO("out " << e_out.relative() << " lse " << e_lse.relative() << " dq " << e_dq.relative() << " dk "
-                << e_dk.relative() << " dv " << e_dv.relative() << " dsinks " << e_sinks.relative());
-    double worst = 0;
-    for (const grown* e : {&e_out, &e_lse, &e_dq, &e_dk, &e_dv, &e_sinks}) worst = std::max(worst, e->relative());
-    UNSCOPED_INFO("worst " << worst);
-    return worst;
+    for (const Sum e : dk_sum) dk_want.push_back(static_cast<double>(stored(e)));
+    for (const Sum e : dv_sum) dv_want.push_back(static_cast<double>(stored(e)));
+    if (!with_sinks) std::fill(sinks_want.begin(), sinks_want.end(), 0.0);
+    return r;
   }
 };
 
 inline meaning scaled(double value) {
-  return {[=](double x, index_t, index_t, index_t, index_t) { return value * x; },
-          [=](double, index_t, index_t, index_t, index_t) { return value; }};
+  meaning m;
+  m.score = [=](double x, index_t, index_t, index_t, index_t) { return value * x; };
+  m.derivative = [=](double, index_t, index_t, index_t, index_t) { return value; };
+  return m;
 }
 // The meaning of a mask after a scale.
 template <class Sees>
