@@ -18,6 +18,12 @@ struct tilted {
   }
   double derivative(double s, const attention::position&) const { return 0.2 * s; }
 };
+// Its member is called as that of one of attention's own stages.
+struct sloped {
+  double slopes;
+  double operator()(double s, const attention::position& at) const { return s + slopes * static_cast<double>(at.j); }
+  double derivative(double, const attention::position&) const { return 1; }
+};
 
 }  // namespace
 
@@ -55,6 +61,9 @@ TEST_CASE("stages of the user's own", "[attention][stages]") {
   };
   m.derivative = [](double x, index_t, index_t, index_t, index_t) { return 0.2 * x; };
   CHECK(p.error(attention::scores{attention::scale{1}, tilted{}}, m) < tight);
+  m.score = [](double x, index_t, index_t, index_t, index_t j) { return 0.3 * x + 0.02 * static_cast<double>(j); };
+  m.derivative = [](double, index_t, index_t, index_t, index_t) { return 0.3; };
+  CHECK(p.error(attention::scores{attention::scale{0.3}, sloped{0.02}}, m) < tight);
 }
 
 TEST_CASE("scores of +-10,000, minus infinity and NaN", "[attention][stages]") {

@@ -338,6 +338,10 @@ inline constexpr bool is_bias = false;
 template <class T>
 inline constexpr bool is_bias<attention::bias<T>> = true;
 template <class S>
+inline constexpr bool is_alibi = false;
+template <class T>
+inline constexpr bool is_alibi<attention::alibi<T>> = true;
+template <class S>
 inline constexpr bool is_key_lengths = false;
 template <class I>
 inline constexpr bool is_key_lengths<attention::key_lengths<I>> = true;
@@ -350,10 +354,8 @@ concept mask_stage = requires(const S& s, const score_shape& shape) {
 template <class S>
 inline constexpr bool is_of_softmax = is_dropout<S> || is_sinks<S> || is_key_lengths<S>;
 template <class S>
-inline constexpr bool is_own = is_scale<S> || is_of_softmax<S> || is_bias<S> || mask_stage<S> ||
-                               std::is_same_v<S, softcap> || requires(const S& s) {
-  s.slopes;
-};
+inline constexpr bool is_own =
+    is_scale<S> || is_of_softmax<S> || is_bias<S> || is_alibi<S> || mask_stage<S> || std::is_same_v<S, softcap>;
 template <class S>
 concept user_stage = !is_own<S> && (std::is_invocable_r_v<float, const S&, float> ||
                                     std::is_invocable_r_v<float, const S&, float, const position&>);
