@@ -1,0 +1,227 @@
+// Attention over the shapes of diffusion and language models, forward and backward, and decoding. PyTorch runs from
+// peers/attention.py.
+#include <mlkit/attention.hpp>
+
+#include "harness.hpp"
+
+namespace {
+
+namespace attention = mlkit::attention;
+using bench::operand;
+using mlkit::bf16;
+using mlkit::index_t;
+using call = std::function<void()>;
+
+struct problem {
+  index_t batch, heads, kv_heads, queries, keys, d;
+  bool one_thread = false;  // measured on one thread too
+
+  // "1x8kv2x1024x1024x128"
+  std::string shape() const {
+    return bench::shape(batch, heads) + (kv_heads == heads ? "" : "kv" + std::to_string(kv_heads)) + 'x' +
+           bench::shape(queries, keys, d);
+  }
+  double query_elements() const { return static_cast<double>(batch * heads * queries * d); }
+  double key_elements() const { return static_cast<double>(batch * kv_heads * keys * d); }
+};
+
+template <class T>
+mlkit::tensor_view<T, 4> tensor(const std::string& name, index_t batch, index_t heads, index_t rows, index_t cols) {
+  return {operand<T>(name, batch * heads * rows, cols).data(), {batch, heads, rows, cols}};
+}
+
+// The memory of a case; what it writes is its own, as backward reads what forward has written.
+template <class T>
+struct operands {
+  mlkit::tensor_view<T, 4> q, k, v, out, dout, dq, dk, dv;
+  mlkit::tensor_view<float, 3> lse;
+  operands(const std::string& name, const problem& p)
+      : q(tensor<T>("q", p.batch, p.heads, p.queries, p.d)),
+        k(tensor<T>("k", p.batch, p.kv_heads, p.keys, p.d)),
+        v(tensor<T>("v", p.batch, p.kv_heads, p.keys, p.d)),
+        out(tensor<T>("out " + name, p.batch, p.heads, p.queries, p.d)),
+        dout(tensor<T>("dout", p.batch, p.heads, p.queries, p.d)),
+        dq(tensor<T>("dq", p.batch, p.heads, p.queries, p.d)),
+        dk(tensor<T>("dk", p.batch, p.kv_heads, p.keys, p.d)),
+        dv(tensor<T>("dv", p.batch, p.kv_heads, p.keys, p.d)),
+        lse(operand<float>("lse " + name, p.batch * p.heads, p.queries).data(), {p.batch, p.heads, p.queries}) {}
+};
+
+// What happens to the scores. A kind has the name of its case, the pipeline, the pairs of a query and a key that count
+// for a head, and the elements that the pipeline reads.
+struct every_key {
+  static double pairs(const problem& p) { return static_cast<double>(p.queries * p.keys); }
+  static double elements(const problem&) { return 0; }
+};
+struct plain : every_key {
+  static constexpr auto name = "attention";
+  template <class T>
+  static auto scores(const problem&) {
+    return attention::scores<>{};
+  }
+};
+struct causal : every_key {
+  static constexpr auto name = "attention_causal";
+  static double pairs(const problem& p) { return static_cast<double>(p.queries * (p.queries + 1) / 2); }
+  template <class T>
+  static auto scores(const problem&) {
+    return attention::scores{attention::causal{}};
+  }
+};
+struct window : every_key {
+  static constexpr auto name = "attention_window256";
+  static constexpr index_t size = 256;
+  static double pairs(const problem& p) { return static_cast<double>(size * p.queries - size * (size - 1) / 2); }
+  template <class T>
+  static auto scores(const problem&) {
+    return attention::scores{attention::window{.left = size - 1}};
+  }
+};
+struct bias : every_key {
+  static constexpr auto name = "attention_bias";
+  static double elements(const problem& p) { return static_cast<double>(p.batch * p.heads) * pairs(p); }
+  template <class T>
+  static auto values(const std::string& of, const problem& p) {
+    return tensor<T>(of, p.batch, p.heads, p.queries, p.keys);
+  }
+  template <class T>
+  static auto scores(const problem& p) {
+    return attention::scores{attention::bias{values<T>("bias", p)}};
+  }
+};
+
+// A built-in stage, and a functor of the user's that does the same.
+mlkit::vector_view<const float> slopes() {
+  static const std::vector<float> values{0.5f, 0.25f, 0.125f, 0.0625f, 0.03125f, 0.015625f, 0.0078125f, 0.00390625f};
+  return {values.data(), {static_cast<index_t>(values.size())}};
+}
+struct alibi : every_key {
+  static constexpr auto name = "attention_alibi";
+  template <class T>
+  static auto scores(const problem&) {
+    return attention::scores{attention::alibi{slopes()}};
+  }
+};
+struct distance {
+  const float* slopes;
+  float operator()(float score, const attention::position& at) const {
+    return score - slopes[at.h] * std::fabs(static_cast<float>(at.i - at.j));
+  }
+  float derivative(float, const attention::position&) const { return 1; }
+};
+struct alibi_functor : every_key {
+  static constexpr auto name = "attention_alibi_functor";
+  template <class T>
+  static auto scores(const problem&) {
+    return attention::scores{distance{slopes().data}};
+  }
+};
+
+template <class T>
+bench::work work_of(const problem& p, double pairs, double products, double elements) {
+  return {2 * products * static_cast<double>(p.batch * p.heads * p.d) * pairs, elements * sizeof(T)};
+}
+
+// Registers a case for the thread counts that it is measured on; make(exec) returns the call to time.
+template <class T, class Make>
+void add(const std::string& name, const std::string& shape, bool one_thread, const bench::work& work, Make make) {
+  for (const int threads : bench::thread_counts())
+    if (one_thread || threads == bench::thread_counts().back())
+      bench::add_mlkit({name, mlkit::dtype_name<T>(), shape, threads, "mlkit"}, work,
+                       [=] { return call(make(mlkit::cpu{.threads = threads})); });
+}
+
+template <class Kind, class T>
+auto forward(const problem& p) {
+  return [p](mlkit::cpu exec) {
+    return [=, m = operands<T>(Kind::name, p), scores = Kind::template scores<T>(p)] {
+      attention::forward(exec, m.q, m.k, m.v, scores, m.out);
+    };
+  };
+}
+template <class Kind, class T>
+bench::work forward_work(const problem& p) {
+  return work_of<T>(p, Kind::pairs(p), 2, 2 * p.query_elements() + 2 * p.key_elements() + Kind::elements(p));
+}
+
+template <class Kind, class T = float>
+void add_forward(const problem& p) {
+  add<T>(Kind::name, p.shape(), p.one_thread, forward_work<Kind, T>(p), forward<Kind, T>(p));
+}
+
+// The workspace of one call, which is not timed.
+template <class Kind, class T = float>
+void add_forward_memory(const problem& p) {
+  bench::add_memory({Kind::name, mlkit::dtype_name<T>(), p.shape(), 0, ""}, forward_work<Kind, T>(p),
+                    [=] { return call(forward<Kind, T>(p)(mlkit::cpu{})); });
+}
+
+// Backward alone: forward has run before, and its out and lse are read.
+template <class Kind, class T = float>
+void add_backward(const problem& p) {
+  const std::string name = std::string(Kind::name) + "_backward";
+  const double elements = 4 * p.query_elements() + 4 * p.key_elements() + 2 * Kind::elements(p);
+  add<T>(name, p.shape(), p.one_thread, work_of<T>(p, Kind::pairs(p), 5, elements), [=](mlkit::cpu exec) {
+    const operands<T> m(name, p);
+    const auto scores = Kind::template scores<T>(p);
+    attention::forward(exec, m.q, m.k, m.v, scores, m.out, m.lse);
+    return [=] {
+      attention::gradients g{m.dq, m.dk, m.dv};
+      if constexpr (std::is_same_v<Kind, bias>) g.dbias = bias::values<T>("dbias", p);
+      attention::backward(exec, m.q, m.k, m.v, scores, m.out, m.lse, m.dout, g);
+    };
+  });
+}
+
+template <class Kind>
+void add_all(const problem& p) {
+  add_forward<Kind, float>(p);
+  add_forward<Kind, bf16>(p);
+  add_backward<Kind, float>(p);
+  add_backward<Kind, bf16>(p);
+}
+
+// One query of each sequence against its cache of keys and values.
+template <class T>
+void add_decode(const problem& p) {
+  const std::string shape =
+      bench::shape(p.batch, p.heads) + "kv" + std::to_string(p.kv_heads) + 'x' + bench::shape(p.keys, p.d);
+  add<T>("decode", shape, p.one_thread,
+         work_of<T>(p, static_cast<double>(p.keys), 2, 2 * p.query_elements() + 2 * p.key_elements()),
+         [=](mlkit::cpu exec) {
+           const operands<T> m("decode", p);
+           const auto rows = [&](const auto& x) { return mlkit::tensor_view<T, 3>(x.data, {p.batch, p.heads, p.d}); };
+           return [=, q = rows(m.q), out = rows(m.out),
+                   lengths = std::vector<int>(static_cast<std::size_t>(p.batch), static_cast<int>(p.keys))] {
+             attention::decode(exec, q, attention::contiguous(m.k, m.v, lengths), out);
+           };
+         });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  constexpr double mib = 1 << 20;
+  bench::add_ceilings({8 * mib, 64 * mib, 128 * mib});
+  const problem self{1, 8, 8, 1024, 1024, 64, true}, long_self{1, 8, 8, 2048, 2048, 64, true},
+      cross_40{2, 8, 8, 4096, 77, 40}, cross_80{2, 8, 8, 1024, 77, 80}, grouped{1, 8, 2, 1024, 1024, 128},
+      one_head{1, 1, 1, 4096, 4096, 64}, odd{3, 5, 5, 333, 777, 48, true};
+  for (const problem& p : {self, cross_40, cross_80, one_head, odd}) add_all<plain>(p);
+  for (const problem& p : {long_self, grouped}) add_all<causal>(p);
+  for (const problem& p : {self, odd}) add_all<bias>(p);
+  for (const problem& p : {problem{8, 32, 8, 1, 2048, 128, true}, problem{3, 5, 5, 1, 777, 48}}) {
+    add_decode<float>(p);
+    add_decode<bf16>(p);
+  }
+
+  // What masks save, and what a stage of the user's costs.
+  const problem long_head{1, 1, 1, 8192, 8192, 64};
+  add_forward<causal>(one_head);
+  add_backward<causal>(one_head);
+  add_forward<plain>(long_head);
+  add_forward<window>(long_head);
+  add_forward<alibi>(self);
+  add_forward<alibi_functor>(self);
+  for (const index_t keys : {1024, 32768}) add_forward_memory<plain>({1, 1, 1, 1024, keys, 64});
+  return bench::run(argc, argv);
+}
