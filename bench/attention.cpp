@@ -156,6 +156,17 @@ void add_forward_memory(const problem& p) {
                     [=] { return call(forward<Kind, T>(p)(mlkit::cpu{})); });
 }
 
+// Forward that backward follows, which also writes the lse.
+template <class Kind, class T = float>
+void add_training_forward(const problem& p) {
+  const std::string name = std::string(Kind::name) + "_training";
+  add<T>(name, p.shape(), p.one_thread, forward_work<Kind, T>(p), [=](mlkit::cpu exec) {
+    return [=, m = operands<T>(name, p), scores = Kind::template scores<T>(p)] {
+      attention::forward(exec, m.q, m.k, m.v, scores, m.out, m.lse);
+    };
+  });
+}
+
 // Backward alone: forward has run before, and its out and lse are read.
 template <class Kind, class T = float>
 void add_backward(const problem& p) {
@@ -208,7 +219,11 @@ int main(int argc, char** argv) {
       one_head{1, 1, 1, 4096, 4096, 64}, odd{3, 5, 5, 333, 777, 48, true};
   for (const problem& p : {self, cross_40, cross_80, one_head, odd}) add_all<plain>(p);
   for (const problem& p : {long_self, grouped}) add_all<causal>(p);
-  for (const problem& p : {self, odd}) add_all<bias>(p);
+  for (const problem& p : {self, odd}) {
+    add_all<bias>(p);
+    add_training_forward<bias, float>(p);
+    add_training_forward<bias, bf16>(p);
+  }
   for (const problem& p : {problem{8, 32, 8, 1, 2048, 128, true}, problem{3, 5, 5, 1, 777, 48}}) {
     add_decode<float>(p);
     add_decode<bf16>(p);

@@ -24,8 +24,9 @@ class Cases:
         self.threads = [int(n) for n in self.options.threads.split(",")]
         self.cases = []
 
-    def add(self, name, dtype, shape, by, make):
-        for threads in self.threads:
+    def add(self, name, dtype, shape, by, make, one_thread=True):
+        """Adds a case for all thread counts, or, without `one_thread`, for the most threads alone."""
+        for threads in self.threads if one_thread else self.threads[-1:]:
             full = f"{name}/{dtype}/{shape}/t{threads}/{by}"
             if re.search(self.options.filter, full):
                 self.cases.append({"name": full, "threads": threads, "make": make, "iterations": 0})
