@@ -23,6 +23,12 @@ void forward(const mlkit::matrix<float>& x, const mlkit::matrix<float>& w, const
              mlkit::matrix<float>& y) {
   mlkit::lora::linear(mlkit::cpu{}, x, mlkit::lora::dense{w}, adapter, y);
 }""",
+    "mlkit attention": """
+#include <mlkit/attention.hpp>
+void attend(const mlkit::tensor<float, 4>& q, const mlkit::tensor<float, 4>& k, const mlkit::tensor<float, 4>& v,
+            mlkit::tensor<float, 4>& out) {
+  mlkit::attention::forward(mlkit::cpu{}, q, k, v, out);
+}""",
     "eigen gemm": """
 #include <Eigen/Core>
 using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -80,7 +86,7 @@ def main():
     gcc = [CXX, "-std=c++20", "-O2"]
     eigen = ["/usr/include/eigen3"]
     cases = [("compile", by, gcc, UNITS[by], ".cpp", {"mlkit": [options.include], "eigen": eigen}.get(by.split()[0], []))
-             for by in ("mlkit matmul", "mlkit lora", "eigen gemm", "nlohmann/json parse")]
+             for by in ("mlkit matmul", "mlkit lora", "mlkit attention", "eigen gemm", "nlohmann/json parse")]
     nvcc = shutil.which("nvcc")
     if nvcc:
         cuda = [nvcc, "-std=c++20", "-O2", "-arch=sm_80"]

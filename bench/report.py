@@ -26,9 +26,15 @@ SETS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 PEERS = {"torch": "PyTorch", "peft": "PEFT", "bitsandbytes": "bitsandbytes", "onednn": "oneDNN", "openblas": "OpenBLAS",
          "eigen": "Eigen"}
 SMALL = "small_gemm"  # shown in a table of its own
+ODD = ("300x", "3x5")  # how shapes begin that no tile divides; they stand last
 NAMES = {"gemm": "GEMM", SMALL: "GEMM", "linear": "linear", "plain": "plain linear", "lora": "LoRA forward", "dora": "DoRA forward", "dora_frozen": "DoRA forward, norms kept,",
          "lora_training": "LoRA forward + backward", "dora_training": "DoRA forward + backward",
-         "adapters32": "32 adapters, rows in turn", "nf4": "NF4 linear", "nf4_lora": "LoRA on NF4"}
+         "adapters32": "32 adapters, rows in turn", "nf4": "NF4 linear", "nf4_lora": "LoRA on NF4",
+         "attention": "attention", "attention_causal": "causal attention", "attention_window256": "window-256 attention",
+         "attention_alibi": "ALiBi attention", "attention_alibi_functor": "ALiBi functor attention",
+         "attention_bias": "biased attention", "attention_bias_training": "trained bias attention",
+         "attention_backward": "attention backward", "attention_causal_backward": "causal backward",
+         "attention_bias_backward": "trained bias backward", "decode": "decoding"}
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -158,7 +164,7 @@ def order(key):
     case, dtype, shape = key
     names = list(NAMES)
     numbers = [int(n) for n in re.findall(r"\d+", shape)]
-    return names.index(case) if case in names else 99, ["f32", "bf16", "f64"].index(dtype), shape.startswith("300x"), numbers
+    return names.index(case) if case in names else 99, ["f32", "bf16", "f64"].index(dtype), shape.startswith(ODD), numbers
 
 
 # ------------------------------------------------------------------------------------------------------- targets
@@ -178,6 +184,14 @@ def plain_shape(shape):
     return re.sub(r"r\d+$", "", shape)
 
 
+def extents(shape):
+    return [int(n) for n in re.findall(r"\d+", shape)]
+
+
+def memory_rows(table, case):
+    return [table.get(*key, table.threads[-1], "memory") for key in table.keys(table.threads[-1], "memory") if key[0] == case]
+
+
 def measured(table, row, measure):
     """The value of a target's measure for a row of mlkit; None where the other side was not measured."""
     key = row["case"], row["dtype"], row["shape"], row["threads"]
@@ -194,6 +208,13 @@ def measured(table, row, measure):
         other = table.time("plain", row["dtype"], plain_shape(row["shape"]), row["threads"], "mlkit")
     elif measure == "lora":
         other = table.time("lora", row["dtype"], row["shape"], row["threads"], "mlkit")
+    elif measure == "unmasked":
+        other = table.time("attention_backward" if key[0].endswith("_backward") else "attention", *key[1:], "mlkit")
+    elif measure == "builtin":
+        other = table.time(key[0].removesuffix("_functor"), *key[1:], "mlkit")
+    elif measure == "fewest_keys":
+        fewest = min(memory_rows(table, key[0]), key=lambda r: extents(r["shape"])[3], default=None)
+        return row["workspace"] / fewest["workspace"] if fewest else None
     else:
         other = table.time(*key, measure)
         return other / row["best_ns"] if other else None
@@ -245,6 +266,7 @@ def wording(target):
     text = f"{sign} {amount(target, float(target['value']))}"
     measure = target["measure"]
     return {"ceiling": f"{text} of ceiling", "plain": f"{text} plain", "lora": f"{text} LoRA", "scaling": f"{text} scaling",
+            "unmasked": f"{text} without a mask", "builtin": f"{text} the built-in", "fewest_keys": f"{text} that of the fewest keys",
             "seconds": text, "memory": text}.get(measure, f"{text} {PEERS.get(measure, measure)}")
 
 
@@ -269,6 +291,11 @@ def size(count):
 def title(case, dtype, shape):
     numbers = re.findall(r"\d+", shape)
     name = NAMES.get(case, case)
+    if case.startswith("attention") or case == "decode":
+        heads = re.sub(r"^(\d+)x(\d+)(?:kv(\d+))?x.*", lambda m: f"{m[1]}×{m[2]}" + (f"/{m[3]}" if m[3] not in (None, m[2]) else ""),
+                       shape)
+        keys = f"{numbers[-2]} keys" if case == "decode" else f"{numbers[-3]}×{numbers[-2]}"
+        return f"{name} {dtype} {heads}, {keys}, d={numbers[-1]}"
     if case in ("gemm", SMALL):
         extents = f"{numbers[0]}³" if len(set(numbers)) == 1 else f"M={numbers[0]} N={numbers[1]} K={numbers[2]}"
     else:
@@ -395,6 +422,18 @@ def memory_table(table):
     return markdown(["case", "workspace at its peak", "x", "W in f32", "weights as stored"], rows) if rows else ""
 
 
+def keys_table(table, targets, score):
+    rows = []
+    for row in memory_rows(table, "attention"):
+        key = row["case"], row["dtype"], row["shape"]
+        keys, d = extents(row["shape"])[3:]
+        queries = extents(row["shape"])[2]
+        wanted = targets.of(*key, "fewest_keys")
+        rows.append([title(*key), size(row["workspace"]), size(8 * keys * d), size(4 * queries * keys), *score.cells(table, row, wanted)])
+    header = ["case", "workspace at its peak", "k and v", "the scores, which are not stored", "target", "met"]
+    return markdown(header, rows, left=(0, 4, 5)) if rows else ""
+
+
 def ceiling_table(table):
     rows = []
     for threads in table.threads:
@@ -516,13 +555,13 @@ def plot_ceiling(table, path, keys, threads, heading):
     return bars(path, heading, "% of ceiling", keys, series, "%.0f", line=100)
 
 
-def plot_ratio(table, path, keys, threads, heading, targets):
-    pairs = [(k, p) for k in keys for p in ("peft", "bitsandbytes") if table.get(*k, threads, p)]
+def plot_ratio(table, path, keys, threads, heading, targets, peers, xlabel):
+    pairs = [(k, p) for k in keys for p in peers if table.get(*k, threads, p)]
     if not pairs:
         return False
     values = [table.time(*k, threads, p) / table.time(*k, threads, "mlkit") for k, p in pairs]
     marks = [(i, float(t["value"])) for i, (k, p) in enumerate(pairs) for t in targets.of(*k, p)]
-    return bars(path, heading, "times faster than PEFT, or bitsandbytes for NF4", [k for k, _ in pairs],
+    return bars(path, heading, xlabel, [k for k, _ in pairs],
                 [("mlkit", COLORS["mlkit"], values)], "%.2f×", line=1, log=True, marks=marks)
 
 
@@ -558,7 +597,7 @@ def facts_text(facts):
 def page(out, tables, targets):
     score = Score()
     sections = []
-    for family, heading in (("matmul", "Matrix products"), ("lora", "LoRA")):
+    for family, heading in (("matmul", "Matrix products"), ("lora", "LoRA"), ("attention", "Attention")):
         table = tables.get(family)
         if not table:
             continue
@@ -574,10 +613,16 @@ def page(out, tables, targets):
                                   f"Linear layer 4096 x 4096, T tokens, {count(threads, 'thread')}") and "linear.svg",
                      plot_sets(table, f"{out}/matmul_sets.svg", square, f"GEMM by instruction set, {count(threads, 'thread')}")
                      and "matmul_sets.svg"]
+        elif family == "attention":
+            plots = [plot_ratio(table, f"{out}/attention.svg", keys, threads, f"Attention against PyTorch, {count(threads, 'thread')}", targets,
+                                ("torch",), "times faster than PyTorch") and "attention.svg",
+                     plot_ceiling(table, f"{out}/attention_ceiling.svg", [k for k in keys if k[1] == "f32"], threads,
+                                  f"Attention in f32, {count(threads, 'thread')}") and "attention_ceiling.svg"]
         else:
             adapted = [k for k in keys if k[0] != "plain"]
             plots = [plot_ratio(table, f"{out}/lora.svg", adapted, threads,
-                                f"Adapted linear layers against their peers, {count(threads, 'thread')}", targets) and "lora.svg",
+                                f"Adapted linear layers against their peers, {count(threads, 'thread')}", targets, ("peft", "bitsandbytes"),
+                                "times faster than PEFT, or bitsandbytes for NF4") and "lora.svg",
                      plot_ceiling(table, f"{out}/lora_ceiling.svg", keys, threads,
                                   f"Adapted linear layers, {count(threads, 'thread')}") and "lora_ceiling.svg"]
         text += [f"![{plot}]({plot})\n" for plot in plots if plot and plot != "matmul_sets.svg"]
@@ -600,6 +645,9 @@ def page(out, tables, targets):
         if family == "lora":
             text += ["### Memory\n", "The most scratch memory that one call holds, over all threads, beside the sizes of x and of the base in "
                      "f32, of which no copy is made.\n", memory_table(table)]
+        if family == "attention":
+            text += ["### Memory\n", "The most scratch memory that one call of forward holds, over all threads.\n",
+                     keys_table(table, targets, score)]
         text += ["### Ceilings in this run\n",
                  "GFLOP/s of independent FMA chains in registers (for bf16 its dot instruction, where the set has it); GB/s of loops over memory (a footprint that fits the cache is read from "
                  "there; triad counts its three streams, the Adam-shaped loop its seven).\n", ceiling_table(table)]
@@ -630,6 +678,9 @@ def page(out, tables, targets):
               "the bf16 dot instruction and of f32 FMA.",
               "- In brackets after a peer's time: how many times faster mlkit is. `T` is tokens (rows of x), `in→out` the layer, `r` the rank.",
               "- **Packed**: the weight was packed once, beforehand.",
+              "- Attention is called `batch×heads`, or `batch×heads/kv heads`, then `queries×keys` and the width of a head, `d`; its flops are those "
+              "of the pairs that a mask leaves. Backward is timed alone. A **trained** bias is one whose gradient is wanted: PyTorch then "
+              "stores the scores, also in forward. Decoding is one query of each sequence.",
               "- Threads are bound to cores. Eigen chooses its instruction set when compiled: it alone is built with `-march=native`; OpenBLAS "
               "runs with `OPENBLAS_CORETYPE=SkylakeX` where there is AVX-512, as it may not know the CPU.\n"]
     with open(os.path.join(out, "index.md"), "w") as file:
@@ -638,7 +689,10 @@ def page(out, tables, targets):
 
 HEADLINES = [("gemm", "f32", "1024x1024x1024"), ("gemm", "bf16", "1024x1024x1024"), ("linear", "f32", "1x4096x4096"),
              ("linear", "f32", "16x4096x4096"), ("lora", "f32", "512x768x768r4"), ("lora_training", "f32", "512x768x768r4"),
-             ("dora", "f32", "32x4096x4096r16"), ("nf4", "f32", "1x4096x4096"), ("nf4", "f32", "512x4096x4096")]
+             ("dora", "f32", "32x4096x4096r16"), ("nf4", "f32", "1x4096x4096"), ("nf4", "f32", "512x4096x4096"),
+             ("attention", "f32", "1x8x1024x1024x64"), ("attention_backward", "f32", "1x8x1024x1024x64"),
+             ("attention_causal", "bf16", "1x8x2048x2048x64"), ("attention", "f32", "2x8x4096x77x40"),
+             ("decode", "bf16", "8x32kv8x2048x128")]
 
 
 def readme(path, tables):
@@ -676,7 +730,7 @@ def main():
     parser.add_argument("--readme", help="put the headline rows between this file's marks")
     parser.add_argument("--other-load", type=float, help="percent of the CPU time of the run that other processes used")
     options = parser.parse_args()
-    families = ("matmul", "lora", "compile")
+    families = ("matmul", "lora", "attention", "compile")
     os.makedirs(options.out, exist_ok=True)
     for family in families:
         joined = join(options.results, family) if options.results else None

@@ -301,10 +301,10 @@ def time_text(seconds):
 
 
 def benchmark_text(folder):
-    lines = [f"{'case':8}{'type':6}{'shape':20}{'threads':>8}{'time':>11}{'GFLOP/s':>10}{'of the peak':>13}"]
+    lines = [f"{'case':20}{'type':6}{'shape':20}{'threads':>8}{'time':>11}{'GFLOP/s':>10}{'of the peak':>13}"]
     for name, dtype, shape, threads, seconds, gflops, share in benchmark_cases(folder):
         of_peak = f"{100 * share:.0f} %" if share else ""
-        lines.append(f"{name:8}{dtype:6}{shape:20}{threads:>8}{time_text(seconds):>11}{gflops:10.0f}{of_peak:>13}")
+        lines.append(f"{name:20}{dtype:6}{shape:20}{threads:>8}{time_text(seconds):>11}{gflops:10.0f}{of_peak:>13}")
     return "\n".join(lines)
 
 
