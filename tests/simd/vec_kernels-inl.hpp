@@ -28,7 +28,8 @@ void vec_arithmetic(const T* pa, const T* pb, const T* pc, T* out) {
   put(V::select(a < b, a, b)), put(V::select(a > b, a, b)), put(V::select(a <= b, a, b));
   put(V::select(a >= b, a, b)), put(V::select(a == b, a, c)), put(V::select(a != b, a, c));
   put(V::from_bits(a.bits())), put(V::from_bits(a.bits() ^ V::sign_bit()));
-  *out = a.sum();
+  *out++ = a.sum();
+  *out = a.largest();
 }
 
 template <class T, class Memory>

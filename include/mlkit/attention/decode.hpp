@@ -17,7 +17,7 @@ namespace detail {
 template <class Q, class Cache, class A>
 struct decode_problem {
   using sum_type = A;
-  using cache_type = Cache;
+  using cache_element = typename Cache::value_type;
   tensor_view<const Q, 3> q;
   const Cache& cache;
   double scale, softcap;

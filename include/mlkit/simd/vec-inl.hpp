@@ -195,9 +195,37 @@ struct vec {
   friend MLKIT_ALWAYS_INLINE native_int operator==(vec a, vec b) noexcept { return a.v == b.v; }
   friend MLKIT_ALWAYS_INLINE native_int operator!=(vec a, vec b) noexcept { return a.v != b.v; }
   static MLKIT_ALWAYS_INLINE vec select(native_int mask, vec a, vec b) noexcept { return native(mask ? a.v : b.v); }
-  // b if either is NaN.
+  // b if either is NaN. One instruction each, which compilers do not always find in a comparison and a choice.
+#if MLKIT_SET_AVX512
+  friend MLKIT_ALWAYS_INLINE vec max(vec a, vec b) noexcept {
+    if constexpr (sizeof(T) == 4)
+      return native(_mm512_max_ps(a.v, b.v));
+    else
+      return native(_mm512_max_pd(a.v, b.v));
+  }
+  friend MLKIT_ALWAYS_INLINE vec min(vec a, vec b) noexcept {
+    if constexpr (sizeof(T) == 4)
+      return native(_mm512_min_ps(a.v, b.v));
+    else
+      return native(_mm512_min_pd(a.v, b.v));
+  }
+#elif MLKIT_SET_AVX2
+  friend MLKIT_ALWAYS_INLINE vec max(vec a, vec b) noexcept {
+    if constexpr (sizeof(T) == 4)
+      return native(_mm256_max_ps(a.v, b.v));
+    else
+      return native(_mm256_max_pd(a.v, b.v));
+  }
+  friend MLKIT_ALWAYS_INLINE vec min(vec a, vec b) noexcept {
+    if constexpr (sizeof(T) == 4)
+      return native(_mm256_min_ps(a.v, b.v));
+    else
+      return native(_mm256_min_pd(a.v, b.v));
+  }
+#else
   friend MLKIT_ALWAYS_INLINE vec max(vec a, vec b) noexcept { return native(a.v > b.v ? a.v : b.v); }
   friend MLKIT_ALWAYS_INLINE vec min(vec a, vec b) noexcept { return native(a.v < b.v ? a.v : b.v); }
+#endif
   friend MLKIT_ALWAYS_INLINE vec abs(vec a) noexcept { return from_bits(a.bits() & ~sign_bit()); }
 
   MLKIT_ALWAYS_INLINE native_int bits() const noexcept { return (native_int)v; }
@@ -211,6 +239,15 @@ struct vec {
     MLKIT_UNROLL
     for (int half = width / 2; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+  }
+  // The largest lane, none of which may be NaN.
+  MLKIT_ALWAYS_INLINE T largest() const noexcept {
+    T lanes[width];
+    store(lanes);
+    MLKIT_UNROLL
+    for (int half = width / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
     return lanes[0];
   }
 
@@ -258,7 +295,13 @@ struct vec {
 #endif
   }
   static MLKIT_ALWAYS_INLINE vec widen(half_bits h) noexcept {
+#if MLKIT_SET_AVX512
+    return vec((native)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16));
+#elif MLKIT_SET_AVX2
+    return vec((native)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16));
+#else
     return vec((native)(__builtin_convertvector(h, word_bits) << 16));
+#endif
   }
   // Round to nearest even, NaN kept quiet: bf16's own rule, lane by lane.
   MLKIT_ALWAYS_INLINE half_bits narrow() const noexcept {
