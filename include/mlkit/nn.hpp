@@ -3,6 +3,7 @@
 
 #include "nn/adamw.hpp"
 #include "nn/diffusion.hpp"
+#include "nn/group_norm.hpp"
 #include "nn/linear.hpp"
 #include "nn/loss.hpp"
 #include "nn/norm.hpp"

@@ -12,14 +12,13 @@ using function = std::function<var(tape&, std::vector<var>&)>;
 
 namespace {
 
-// The largest |analytic - numeric| / max(1, |numeric|) over all elements of all inputs, for sum(f(inputs) * weights).
-double worst(std::vector<nn::shape> shapes, const function& f, double shift = 0) {
+// The largest |analytic - numeric| / max(1, |numeric|) over all elements of all inputs, or every `stride`-th of them,
+// for sum(f(inputs) * weights).
+double worst(std::vector<nn::shape> shapes, const function& f, index_t stride = 1) {
   nn::parameters<double> store(7);
   std::vector<nn::parameter<double>*> inputs;
-  for (std::size_t i = 0; i < shapes.size(); ++i) {
+  for (std::size_t i = 0; i < shapes.size(); ++i)
     inputs.push_back(&store.add("input" + std::to_string(i), shapes[i], nn::normal{1.0}));
-    for (double& v : inputs.back()->value) v += shift;
-  }
   const auto value = [&](bool backward) {
     tape t(mlkit::cpu{.threads = 2});
     std::vector<var> x;
@@ -34,7 +33,7 @@ double worst(std::vector<nn::shape> shapes, const function& f, double shift = 0)
   value(true);
   double high = 0;
   for (auto* p : inputs)
-    for (index_t i = 0; i < p->size(); ++i) {
+    for (index_t i = 0; i < p->size(); i += stride) {
       const double x = p->value(i), step = 1e-5;
       p->value(i) = x + step;
       const double above = value(false);
@@ -47,6 +46,8 @@ double worst(std::vector<nn::shape> shapes, const function& f, double shift = 0)
     }
   return high;
 }
+
+double worst_of_few(std::vector<nn::shape> shapes, const function& f) { return worst(std::move(shapes), f, 37); }
 
 constexpr double tolerance = 2e-8;
 
@@ -62,6 +63,30 @@ TEST_CASE("gradients of sums and products", "[nn]") {
   CHECK(worst({x}, [](tape&, auto& v) { return v[0] * v[0]; }) < tolerance);  // one operand twice
   CHECK(worst({x}, [](tape&, auto& v) { return nn::scale(v[0], 2.5, 1); }) < tolerance);
   CHECK(worst({x}, [](tape&, auto& v) { return nn::sum(v[0]); }) < tolerance);
+}
+
+TEST_CASE("gradients of sums and products with a repeated operand", "[nn]") {
+  // Every way in which four extents can be kept and repeated, extents of 1 and single numbers among them.
+  const nn::shape x{2, 3, 4, 5};
+  for (int kept = 0; kept < 16; ++kept) {
+    const auto e = [&](int d) { return kept >> d & 1 ? x[d] : 1; };
+    const nn::shape y{e(0), e(1), e(2), e(3)};
+    INFO(y.text());
+    CHECK(worst({x, y}, [](tape&, auto& v) { return v[0] + v[1]; }) < tolerance);
+    CHECK(worst({x, y}, [](tape&, auto& v) { return v[0] * v[1]; }) < tolerance);
+  }
+  for (const nn::shape& y : {nn::shape{2, 3}, {2, 3, 4}, {5}, {}}) {
+    INFO(y.text());
+    CHECK(worst({x, y}, [](tape&, auto& v) { return v[0] + v[1]; }) < tolerance);
+    CHECK(worst({x, y}, [](tape&, auto& v) { return v[0] * v[1]; }) < tolerance);
+  }
+  CHECK(worst({{1, 3, 1, 4}, {1, 3}}, [](tape&, auto& v) { return v[0] * v[1]; }) < tolerance);
+  CHECK(worst({{1}, {}}, [](tape&, auto& v) { return v[0] * v[1]; }) < tolerance);
+  // Long enough for several tasks, strips and blocks.
+  CHECK(worst_of_few({{70, 2, 130}, {130}}, [](tape&, auto& v) { return v[0] * v[1]; }) < tolerance);
+  CHECK(worst_of_few({{70, 2, 130}, {70, 1, 130}}, [](tape&, auto& v) { return v[0] * v[1]; }) < tolerance);
+  CHECK(worst_of_few({{70, 2, 130}, {70, 2}}, [](tape&, auto& v) { return v[0] * v[1]; }) < tolerance);
+  CHECK(worst_of_few({{70, 2, 130}, {1, 2, 1}}, [](tape&, auto& v) { return v[0] * v[1]; }) < tolerance);
 }
 
 TEST_CASE("gradients of activations", "[nn]") {
@@ -80,12 +105,39 @@ TEST_CASE("gradients of normalisations", "[nn]") {
   CHECK(worst({{2, 3, 7}}, [](tape&, auto& v) { return nn::rms_norm(v[0]); }) < tolerance);
 }
 
+TEST_CASE("gradients of group normalisation", "[nn]") {
+  const nn::shape x{2, 6, 3, 2}, row{6};
+  for (const index_t groups : {1, 2, 3, 6})
+    CHECK(worst({x, row, row}, [=](tape&, auto& v) { return nn::group_norm(v[0], groups, v[1], v[2]); }) < tolerance);
+  CHECK(worst({{3, 8}}, [](tape&, auto& v) { return nn::group_norm(v[0], 2); }) < tolerance);
+  CHECK(worst({{3, 4, 5}, {4}}, [](tape&, auto& v) { return nn::group_norm(v[0], 2, v[1]); }) < tolerance);
+  // A frozen gain beside a trained bias, and the other way round.
+  CHECK(worst({x, row}, [&](tape& t, auto& v) {
+          return nn::group_norm(v[0], 2, t.constant(std::vector<double>(6, 0.5)), v[1]);
+        }) < tolerance);
+  CHECK(worst({row, row}, [&](tape& t, auto& v) {
+          return nn::group_norm(nn::reshape(t.constant(std::vector<double>(6, 0.5)), {1, 6}), 2, v[0], v[1]);
+        }) < tolerance);
+}
+
 TEST_CASE("gradients of joining, cutting and looking up", "[nn]") {
   CHECK(worst({{3, 2}, {3, 4}, {3, 1}}, [](tape&, auto& v) { return nn::concat(v); }) < tolerance);
   CHECK(worst({{3, 6}}, [](tape&, auto& v) { return nn::slice(v[0], 2, 3); }) < tolerance);
   CHECK(worst({{3, 6}}, [](tape&, auto& v) { return nn::reshape(v[0], {2, 9}); }) < tolerance);
+  for (const int d : {0, 1, 2, -2}) {
+    const nn::shape one = nn::shape{2, 3, 4}.with((d + 3) % 3, 1);
+    CHECK(worst({{2, 3, 4}, one, {2, 3, 4}}, [=](tape&, auto& v) { return nn::concat(v, d); }) < tolerance);
+    CHECK(worst({{2, 3, 4}}, [=](tape&, auto& v) { return nn::slice(v[0], 1, 1, d); }) < tolerance);
+  }
+  CHECK(worst({{2, 3, 4, 5}}, [](tape&, auto& v) { return nn::permute(v[0], {3, 1, 0, 2}); }) < tolerance);
+  CHECK(worst({{3, 4, 5}}, [](tape&, auto& v) {
+          return nn::permute(v[0], {1, 2, 0}) * nn::permute(v[0], {1, 2, 0});
+        }) < tolerance);
+  CHECK(worst({{3, 4}}, [](tape&, auto& v) { return nn::transpose(v[0]); }) < tolerance);
+  CHECK(worst({{2, 3, 4, 5}}, [](tape&, auto& v) { return nn::transpose(v[0]); }) < tolerance);
   const std::vector<std::int32_t> ids{4, 0, 4, 2};  // one row twice, two rows never
   CHECK(worst({{5, 3}}, [&](tape&, auto& v) { return nn::embedding<double>(v[0], ids); }) < tolerance);
+  CHECK(worst({{5, 3}}, [&](tape&, auto& v) { return nn::embedding<double>(v[0], ids, {2, 2}); }) < tolerance);
 }
 
 TEST_CASE("gradients of linear maps", "[nn]") {

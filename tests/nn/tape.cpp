@@ -117,6 +117,28 @@ TEST_CASE("training gives the same bits for any number of threads", "[nn]") {
   }
 }
 
+TEST_CASE("images and tokens have the same bits for any number of threads", "[nn]") {
+  const auto run = [](int threads) {
+    nn::parameters<float> store(2);
+    auto& image = store.add("image", {4, 24, 12, 11}, nn::normal{1});
+    auto& style = store.add("style", {4, 24}, nn::normal{1});
+    auto& position = store.add("position", {1, 24, 12, 11}, nn::normal{1});
+    auto& bias = store.add("bias", {1, 24, 1, 1}, nn::normal{1});
+    auto& row = store.add("row", {24}, nn::normal{1});
+    nn::tape<float> t(mlkit::cpu{.threads = threads});
+    const auto h = nn::group_norm(t.use(image) * t.use(style) + t.use(position) * t.use(bias), 3, t.use(row));
+    const auto tokens = nn::transpose(nn::reshape(nn::concat<float>({h, nn::slice(h, 3, 7, 1)}, 1), {4, 31, 132}));
+    const auto y = nn::slice(tokens, 0, 24) + t.use(row);
+    t.backward(nn::sum(y * y));
+    std::vector<float> values(y.data(), y.data() + y.size());
+    for (const auto& p : store) values.insert(values.end(), p.grad.begin(), p.grad.end());
+    return values;
+  };
+  const auto one = run(1);
+  CHECK(run(2) == one);
+  CHECK(run(5) == one);
+}
+
 TEST_CASE("parameters start from the seed and their own name", "[nn]") {
   nn::parameters<float> a(1), b(1), c(2);
   a.add("first", {8}, nn::normal{1});
@@ -190,6 +212,54 @@ TEST_CASE("misuse of the tape is refused by name", "[nn]") {
   t.clear();
   CHECK_THROWS_WITH(x.data(), Contains("cleared"));
   CHECK_THROWS_WITH(nn::adamw<float>({}, {.beta1 = 1.0}), Contains("beta1 = 1"));
+}
+
+TEST_CASE("misuse of shapes is refused by name", "[nn]") {
+  nn::tape<float> t;
+  const auto image = t.constant(mlkit::tensor<float, 4>({2, 6, 4, 3})), x = t.constant(noise<float>(2, 3, 1));
+  const auto of = [&](const nn::shape& s) { return nn::reshape(t.constant(std::vector<float>(s.size())), s); };
+  for (const nn::shape& s : {nn::shape{6}, {3, 6}, {2, 6, 3}, {2, 6, 4, 2}, {1, 6}, {2, 5, 1, 1}}) {
+    CHECK_THROWS_WITH(image + of(s),
+                      Contains("nn::add: the first operand has shape [2, 6, 4, 3]") && Contains(s.text()));
+    CHECK_THROWS_WITH(image * of(s), Contains("nn::multiply") && Contains(s.text()));
+  }
+  CHECK_THROWS_AS(x + image, mlkit::shape_error);
+
+  CHECK_THROWS_WITH(nn::group_norm(image, 4), Contains("nn::group_norm: 4 groups do not divide the 6 channels of x"));
+  CHECK_THROWS_WITH(nn::group_norm(image, 0), Contains("groups = 0 is not positive"));
+  CHECK_THROWS_WITH(nn::group_norm(image, 2, of({5})), Contains("gain has 5 elements, but x has 6"));
+  CHECK_THROWS_WITH(nn::group_norm(image, 2, {}, of({7})), Contains("bias has 7 elements, but x has 6"));
+  CHECK_THROWS_WITH(nn::group_norm<float>(image, 2, {}, {}, -1), Contains("epsilon = -1"));
+  CHECK_THROWS_WITH(nn::group_norm(of({6}), 2), Contains("[6]") && Contains("[n, channels, ...]"));
+  CHECK_THROWS_WITH(nn::group_norm(of({2, 6, 0}), 2), Contains("[2, 6, 0]"));
+
+  CHECK_THROWS_WITH(nn::permute(image, {0, 1, 2}), Contains("order has 3 dimensions, but x has shape [2, 6, 4, 3]"));
+  CHECK_THROWS_WITH(nn::permute(image, {0, 1, 2, 4}), Contains("order names dimension 4, but"));
+  CHECK_THROWS_WITH(nn::permute(image, {0, 1, 2, -1}), Contains("order names dimension -1, but"));
+  CHECK_THROWS_WITH(nn::permute(image, {0, 1, 2, 1}), Contains("order names dimension 1 twice"));
+  CHECK_THROWS_WITH(nn::transpose(of({6})), Contains("[6]"));
+  CHECK_THROWS_WITH(nn::concat<float>({image, image}, 4), Contains("nn::concat: dimension = 4 is none of the 4"));
+  CHECK_THROWS_WITH(nn::concat<float>({image, image}, -5), Contains("dimension = -5"));
+  CHECK_THROWS_WITH(nn::concat<float>({image, of({2, 6, 4, 2})}, 1), Contains("a part has shape [2, 6, 4, 2]"));
+  CHECK_THROWS_WITH(nn::concat<float>({image, of({2, 6, 12})}, 1), Contains("a part has shape [2, 6, 12]"));
+  CHECK_THROWS_WITH(nn::slice(image, 2, 5, 1), Contains("5 elements from 2 on are asked for, but x has 6"));
+  CHECK_THROWS_WITH(nn::slice(image, 0, 1, 4), Contains("nn::slice: dimension = 4"));
+
+  const std::vector<std::int32_t> ids{0, 1, -1};
+  CHECK_THROWS_WITH(nn::embedding<float>(x, ids), Contains("nn::embedding: id -1 at place 2 is outside"));
+  CHECK_THROWS_WITH(nn::embedding<float>(x, ids, {2, 2}), Contains("there are 3 ids, which do not fill [2, 2]"));
+  const std::vector<std::int32_t> one{0};
+  CHECK_THROWS_AS(nn::embedding<float>(x, one, {1, 1, 1, 1}), mlkit::shape_error);
+}
+
+TEST_CASE("nothing is made of nothing", "[nn]") {
+  nn::tape<float> t;
+  const auto none = t.input(mlkit::matrix<float>({0, 3})), row = t.input(std::vector<float>(3));
+  const auto y = nn::concat<float>({none + row, none * row}, 0);
+  CHECK(y.shape() == nn::shape{0, 3});
+  CHECK(nn::permute(y, {1, 0}).shape() == nn::shape{3, 0});
+  t.backward(nn::sum(nn::group_norm(y, 3)));
+  for (index_t i = 0; i < 3; ++i) CHECK(row.grad()(0, i) == 0);
 }
 
 TEST_CASE("a loss of another tape, and extents that wrap, are refused", "[nn]") {

@@ -43,11 +43,11 @@ x, gain, bias, dy = torch.randn(5, 9) * 3 + 1, torch.randn(9), torch.randn(9), t
 put("x", x), put("gain", gain), put("bias", bias), put("dy", dy)
 
 
-def case(name, f, *inputs):
+def case(name, f, *inputs, dy=dy):
     inputs = [v.clone().requires_grad_() for v in inputs]
     y = f(*inputs)
     put(name, y)
-    for i, g in enumerate(torch.autograd.grad(y, inputs, dy if y.dim() else None)):
+    for i, g in enumerate(torch.autograd.grad(y, inputs, dy.flatten()[: y.numel()].view_as(y) if y.dim() else None)):
         put(f"{name}.d{i}", g)
 
 
@@ -71,6 +71,23 @@ sample, eps, z = torch.randn(2, 6), torch.randn(2, 6), torch.randn(2, 6)
 put("ddim.x", sample), put("ddim.eps", eps), put("ddim.z", z)
 put("ddim.eta0", ddim.step(eps, 110, sample, eta=0.0).prev_sample)
 put("ddim.eta1", ddim.step(eps, 110, sample, eta=0.7, variance_noise=z).prev_sample)
+
+# Images with what goes with their channels, and tokens. Gradients of results are the first elements of image.dy.
+image, other, style = torch.randn(2, 6, 4, 3) * 2 + 5, torch.randn(2, 3, 4, 3), torch.randn(2, 6)
+gains, biases, position, dy = torch.randn(6), torch.randn(6), torch.randn(6, 1, 3), torch.randn(216)
+put("image", image), put("other", other), put("style", style)
+put("gains", gains), put("biases", biases), put("position", position), put("image.dy", dy)
+image_case = lambda *a: case(*a, dy=dy)
+for groups in (1, 2, 6):
+    image_case(f"group_norm.{groups}", lambda x, g, b: F.group_norm(x, groups, g, b, 1e-5), image, gains, biases)
+image_case("group_norm.plain", lambda x: F.group_norm(x, 3, eps=0.1), image)
+image_case("group_norm.flat", lambda x, g, b: F.group_norm(x, 2, g, b, 1e-5), style, gains, biases)
+image_case("modulate", lambda x, s, b: x * s[:, :, None, None] + b[None, :, None, None], image, style, biases)
+image_case("positions", lambda x, p: x + p[None], image, position)
+image_case("positions.product", lambda x, p: x * p[None], image, position)
+image_case("channels_last", lambda x, o: torch.cat([x, o], 1).permute(0, 2, 3, 1), image, other)
+image_case("tokens", lambda x: x.flatten(2).transpose(1, 2)[:, 5:9], image)
+image_case("embedding", lambda w: F.embedding(torch.tensor([[5, 0, 0], [3, 5, 5]]), w), gains.outer(biases))
 
 directory.mkdir(parents=True, exist_ok=True)
 (directory / "nn_fixtures.txt").write_text("\n".join(lines) + "\n")

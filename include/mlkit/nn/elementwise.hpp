@@ -46,7 +46,7 @@ void for_blocks(const cpu& exec, index_t n, const F& f) {
 /// f(i) for i in [0, n), at the instruction set's full width where f can be vectorised. f writes element i alone.
 template <std::invocable<index_t> F>
 void for_each(const cpu& exec, index_t n, const F& f) {
-  const auto run = MLKIT_SELECT(for_range<F>);
+  const auto run = MLKIT_SELECT_WITHOUT_BF16(for_range<F>);
   for_blocks(exec, n, [&](index_t begin, index_t end) { run(begin, end, f); });
 }
 

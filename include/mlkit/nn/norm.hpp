@@ -22,7 +22,7 @@ var<T> normalise(std::string_view function, var<T> x, var<T> gain, var<T> bias, 
   T* kept = t.scratch(rows * 2);  // mean and r of each row
   const T *px = x.data(), *pg = gain ? gain.data() : nullptr, *pb = bias ? bias.data() : nullptr;
   T* py = y.data();
-  const auto forward = MLKIT_SELECT(normalise_row<Centred, T>);
+  const auto forward = MLKIT_SELECT_WITHOUT_BF16(normalise_row<Centred, T>);
   for_rows(t.exec(), rows, columns, [=](index_t r) {
     forward(columns, px + r * columns, pg, pb, static_cast<T>(epsilon), py + r * columns, kept + 2 * r);
   });
@@ -31,7 +31,7 @@ var<T> normalise(std::string_view function, var<T> x, var<T> gain, var<T> bias, 
     const T* dy = y.grad_data();
     if (x.needs_grad()) {
       T* dx = x.grad_data();
-      const auto backward = MLKIT_SELECT(normalise_row_gradient<Centred, T>);
+      const auto backward = MLKIT_SELECT_WITHOUT_BF16(normalise_row_gradient<Centred, T>);
       for_rows(exec, rows, columns, [=](index_t r) {
         backward(columns, px + r * columns, pg, kept + 2 * r, dy + r * columns, dx + r * columns);
       });

@@ -54,6 +54,20 @@ class shape {
     return s;
   }
 
+  /// The same extents with another one in dimension d.
+  shape with(int d, index_t extent) const {
+    std::array<index_t, max_rank> e = extents_;
+    e[static_cast<std::size_t>(d)] = extent;
+    return {e.data(), rank_};
+  }
+  /// One extent more, behind these. Throws shape_error if there are four already.
+  shape followed_by(index_t columns) const {
+    std::array<index_t, max_rank + 1> e{};
+    std::copy_n(extents_.begin(), rank_, e.begin());
+    e[static_cast<std::size_t>(rank_)] = columns;
+    return {e.data(), rank_ + 1};
+  }
+
   friend bool operator==(const shape& a, const shape& b) noexcept {
     return a.rank_ == b.rank_ && std::equal(a.extents_.begin(), a.extents_.begin() + a.rank_, b.extents_.begin());
   }
