@@ -51,6 +51,9 @@ inline constexpr bool is_int8 = std::is_same_v<std::remove_const_t<T>, std::int8
 // The elements of what as_view makes of X, with their const.
 template <class X>
 using viewed_t = std::remove_pointer_t<decltype(as_view(std::declval<X&>()).data)>;
+// Keys and values: const where either is.
+template <class K, class V>
+using cached_t = std::conditional_t<std::is_const_v<viewed_t<V>>, const viewed_t<K>, viewed_t<K>>;
 template <class R>
 using ranged_t = std::remove_pointer_t<decltype(std::ranges::data(std::declval<R&>()))>;
 
@@ -158,7 +161,7 @@ struct contiguous : detail::cache_tensors<T, I> {
   void check_entries(std::string_view, index_t, index_t, index_t) const noexcept {}
 };
 template <viewable<4> K, viewable<4> V, std::ranges::contiguous_range L, class... Scales>
-contiguous(K&&, V&&, L&&, Scales&&...) -> contiguous<detail::viewed_t<K>, detail::ranged_t<L>>;
+contiguous(K&&, V&&, L&&, Scales&&...) -> contiguous<detail::cached_t<K, V>, detail::ranged_t<L>>;
 
 /// A cache in pages [pages, page size, kv heads, d] and [pages, page size, kv heads, d_v]: entry j of sequence b is in
 /// page table(b, j / page size); table [batch, pages of a sequence]. Scales of int8 are [pages, page size, kv heads].
@@ -212,7 +215,7 @@ struct paged : detail::cache_tensors<T, I> {
   }
 };
 template <viewable<4> K, viewable<4> V, class Table, std::ranges::contiguous_range L, class... Scales>
-paged(K&&, V&&, const Table&, L&&, Scales&&...) -> paged<detail::viewed_t<K>, detail::ranged_t<L>>;
+paged(K&&, V&&, const Table&, L&&, Scales&&...) -> paged<detail::cached_t<K, V>, detail::ranged_t<L>>;
 
 namespace detail {
 
