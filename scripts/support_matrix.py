@@ -93,6 +93,9 @@ OPERATIONS = [
         ("decode over pages",
          "attention::decode(exec, batch, attention::paged(images, images, mlkit::matrix_view<const std::int32_t>(starts.data(), {1, 1}),"
          " starts), batch);"),
+        ("append to a cache", "attention::append(exec, images, images, attention::contiguous(images, images, starts));"),
+        ("rotary embedding",
+         "attention::rotate(exec, images, attention::rotary_table<S>({.positions = 8, .d = 4}), images);"),
         ("merge of results", "attention::merge(exec, images, lse, images, lse);"),
     ]),
 ]
