@@ -24,7 +24,7 @@ inline repetition repetition_of(std::string_view function, const shape& a, const
   const int shift = row ? a.rank() - 1 : 0;
   bool fits = b.rank() <= a.rank();
   for (int d = 0; fits && d < b.rank(); ++d) {
-    extent[static_cast<std::size_t>(d + shift)] = b[d];
+    extent[static_cast<std::size_t>(d) + static_cast<std::size_t>(shift)] = b[d];
     fits = b[d] == a[d + shift] || (b[d] == 1 && b.rank() == a.rank());
   }
   if (!fits)
