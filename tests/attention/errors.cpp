@@ -500,9 +500,9 @@ TEST_CASE("attention refuses numbers of threads that are none", "[attention][bad
   const attention::scores<attention::scale> plain{attention::scale{0.5}};
   const std::vector<int> lengths{5, 7};
   const attention::contiguous cache(m.in(s.k), m.in(s.v), lengths);
-  for (const auto& [threads, text] : {std::pair(-1, "threads = -1 is negative"),
-                                      std::pair(mlkit::most_threads + 1, "threads = 1025 is above 1024")}) {
-    const cpu exec{.threads = threads};
+  for (const auto& wrong : {std::pair(-1, "threads = -1 is negative"),
+                            std::pair(mlkit::most_threads + 1, "threads = 1025 is above 1024")}) {
+    const cpu exec{.threads = wrong.first};
     const auto says = [&](const auto& call) {
       std::string said = "no error";
       try {
@@ -510,7 +510,7 @@ TEST_CASE("attention refuses numbers of threads that are none", "[attention][bad
       } catch (const mlkit::value_error& e) {
         said = e.what();
       }
-      CHECK(said == std::string("mlkit::value_error: cpu: ") + text);
+      CHECK(said == std::string("mlkit::value_error: cpu: ") + wrong.second);
       CHECK(m.untouched());
     };
     const auto out = m.out(at_out, s.out);
