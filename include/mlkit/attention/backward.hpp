@@ -292,7 +292,7 @@ void backward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vi
 
   using Scores = std::remove_cvref_t<decltype(pipeline)>;
   using Forward = std::remove_const_t<decltype(f)>;
-  backward_problem<Forward, D, G, B, A> p{f, dout, dlse, g.dq, g.dk, g.dv, g.dbias};
+  backward_problem<Forward, D, G, B, A> p{f, dout, dlse, g.dq, g.dk, g.dv, broadcast_scores(g.dbias)};
   p.d = f.d;
   p.d_v = f.d_v;
   if constexpr (any_bias<Scores>) {
