@@ -7,6 +7,7 @@
 #include "../core/arguments.hpp"
 #include "../core/dtype.hpp"
 #include "../core/tensor.hpp"
+#include "../matmul/run.hpp"
 #include "../simd/vec.hpp"
 
 namespace MLKIT_NAMESPACE::attention {

@@ -1,14 +1,20 @@
 // Rotary embedding, a row of one head at a time: registers of first and second elements of pairs.
 
 // v's lanes, each twice: 0 0 1 1 ...
-template <class V, int... Lane>
-MLKIT_ALWAYS_INLINE V twice(V v, std::integer_sequence<int, Lane...>) noexcept {
-  return V(typename V::native(__builtin_shufflevector(v.v, v.v, (Lane / 2)...)));
+template <class V>
+MLKIT_ALWAYS_INLINE V twice(V v) noexcept {
+  V r;
+  MLKIT_UNROLL
+  for (int l = 0; l < V::width; ++l) r.v[l] = v.v[l / 2];
+  return r;
 }
 // Neighbours exchanged: 1 0 3 2 ...
-template <class V, int... Lane>
-MLKIT_ALWAYS_INLINE V exchanged(V v, std::integer_sequence<int, Lane...>) noexcept {
-  return V(typename V::native(__builtin_shufflevector(v.v, v.v, (Lane ^ 1)...)));
+template <class V>
+MLKIT_ALWAYS_INLINE V exchanged(V v) noexcept {
+  V r;
+  MLKIT_UNROLL
+  for (int l = 0; l < V::width; ++l) r.v[l] = v.v[l ^ 1];
+  return r;
 }
 
 // Calls f(at, n) for registers that cover [0, count): n is the width, but for the last.
@@ -31,14 +37,13 @@ void rotate_halves(const T* x, const A* cosines, const A* sines, A sign, index_t
 template <class A, class T, class Out>
 void rotate_adjacent(const T* x, const A* cosines, const A* sines, A sign, index_t half, Out* y) noexcept {
   using V = vec<A>;
-  constexpr auto lanes = std::make_integer_sequence<int, V::width>{};
   V signs;
   MLKIT_UNROLL
   for (int l = 0; l < V::width; ++l) signs.v[l] = l % 2 == 0 ? -sign : sign;
   each_piece<V>(2 * half, [&](index_t c, int n) {
     const V a = V::load(x + c, n);
-    const V cosine = twice(V::load(cosines + c / 2, n / 2), lanes), sine = twice(V::load(sines + c / 2, n / 2), lanes);
-    (a * cosine + exchanged(a, lanes) * (sine * signs)).store(y + c, n);
+    const V cosine = twice(V::load(cosines + c / 2, n / 2)), sine = twice(V::load(sines + c / 2, n / 2));
+    (a * cosine + exchanged(a) * (sine * signs)).store(y + c, n);
   });
 }
 
