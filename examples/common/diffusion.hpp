@@ -88,22 +88,22 @@ template <nn::real T, template <class> class C>
 image_set sample(const mlkit::cpu& exec, const denoiser<T, C>& model, const nn::noise_schedule& schedule,
                  const std::vector<std::int32_t>& labels, const sampling& o = {}) {
   const index_t n = static_cast<index_t>(labels.size()), d = model.options().pixels;
-  mlkit::matrix<T> x({n, d}), both({2 * n, d});
+  mlkit::matrix<T> x({n, d});
   for (index_t i = 0; i < n * d; ++i)
     x.data()[i] = T{stream(o.seed, draw::start).normal(static_cast<std::uint64_t>(i))};
-  std::vector<std::int32_t> twice = labels;
-  twice.resize(2 * labels.size(), model.no_label());
   nn::tape<T> tape(exec, {.record = false});
-  const auto predict = [&](mlkit::matrix_view<const T> now, index_t t, mlkit::matrix_view<T> eps) {
+  const auto predict = [&](mlkit::matrix_view<const T> now, index_t t, mlkit::matrix_view<const std::int32_t> of,
+                           mlkit::matrix_view<T> eps) {
     tape.clear();
-    std::copy_n(now.data, n * d, both.data());
-    std::copy_n(now.data, n * d, both.data() + n * d);
-    const std::vector<std::int32_t> times(twice.size(), static_cast<std::int32_t>(t));
-    const T* predicted = model(tape.constant(both), times, twice).data();
-    std::copy_n(predicted, n * d, eps.data);
-    nn::guide<T>(exec, o.guidance, {predicted + n * d, {n * d}}, {eps.data, {n * d}});
+    const auto rows = static_cast<std::size_t>(now.extent(0));
+    const std::vector<std::int32_t> times(rows, static_cast<std::int32_t>(t));
+    const T* predicted = model(tape.constant(now), times, {of.data, rows}).data();
+    std::copy_n(predicted, now.size(), eps.data);
   };
-  nn::ddim_sample<T>(exec, schedule, predict, x, {.steps = o.steps});
+  const std::int32_t hidden = model.no_label();
+  const mlkit::matrix_view<const std::int32_t> prompt(labels.data(), {n, 1}), none(&hidden, {1, 1});
+  nn::sample<T>(exec, nn::guided<T>(exec, predict, prompt, none, o.guidance), nn::ddim{}, schedule, x,
+                {.steps = o.steps});
   image_set result{mlkit::matrix<float>({n, d}), labels};
   for (index_t i = 0; i < n * d; ++i)
     result.pixels.data()[i] = std::clamp(static_cast<float>(x.data()[i]), -1.0f, 1.0f);

@@ -1,4 +1,4 @@
-// Reads tests/data/nn_fixtures.txt: a tensor to a line.
+// Reads the files of tests/data that hold a tensor to a line.
 #pragma once
 
 #include <fstream>
@@ -8,22 +8,22 @@
 #include <string>
 #include <vector>
 
-inline const std::vector<double>& fixture(const std::string& name) {
-  static const auto all = [] {
-    std::map<std::string, std::vector<double>> found;
-    std::ifstream file(MLKIT_TEST_DATA "/nn_fixtures.txt");
-    for (std::string line; std::getline(file, line);) {
+inline const std::vector<double>& fixture(const std::string& name, const std::string& file = "nn_fixtures.txt") {
+  static std::map<std::string, std::map<std::string, std::vector<double>>> files;
+  auto& tensors = files[file];
+  if (tensors.empty()) {
+    std::ifstream lines(MLKIT_TEST_DATA "/" + file);
+    for (std::string line; std::getline(lines, line);) {
       std::istringstream words(line);
       std::string key;
       std::size_t count = 0;
       words >> key >> count;
       std::vector<double> values(count);
       for (double& v : values) words >> v;
-      found[key] = values;
+      tensors[key] = values;
     }
-    return found;
-  }();
-  const auto it = all.find(name);
-  if (it == all.end()) throw std::runtime_error("no fixture is named " + name);
+  }
+  const auto it = tensors.find(name);
+  if (it == tensors.end()) throw std::runtime_error("no fixture of " + file + " is named " + name);
   return it->second;
 }

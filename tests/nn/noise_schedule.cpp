@@ -1,4 +1,4 @@
-// Schedules, the posterior and DDIM: against diffusers, and against the probability that they stand for.
+// Schedules, targets and times: against diffusers, and against the probability that they stand for.
 #include <mlkit/nn.hpp>
 
 #include <catch2/catch.hpp>
@@ -22,6 +22,10 @@ TEST_CASE("schedules agree with diffusers", "[nn]") {
       CHECK(s.posterior_variance(t) ==
             Approx(fixture(name + ".posterior_variance")[static_cast<std::size_t>(t - 2)]).epsilon(2e-3));
   }
+  const auto scaled = nn::noise_schedule::scaled_linear(1000);
+  const auto& want = fixture("scaled_linear.alpha_bar", "sampler_fixtures.txt");  // every 50th, in f64
+  for (std::size_t i = 0; i < want.size(); ++i)
+    CHECK(scaled.alpha_bar(static_cast<index_t>(50 * i + 1)) == Approx(want[i]).epsilon(1e-12));
   CHECK(nn::noise_schedule::linear(1000).alpha_bar(1000) == Approx(4.0358e-5).epsilon(1e-4));  // Ho et al. 2020
 }
 
@@ -43,56 +47,6 @@ TEST_CASE("the posterior is Bayes' rule", "[nn]") {
   CHECK(s.posterior_mean(1).first == Approx(1));
 }
 
-TEST_CASE("DDIM steps agree with diffusers and, at eta = 1, with the posterior", "[nn]") {
-  const auto s = nn::noise_schedule::linear(200);
-  const std::vector<double>& eps = fixture("ddim.eps");
-  const mlkit::matrix_view<const double> e(eps.data(), {2, 6});
-  std::vector<double> x = fixture("ddim.x");
-  nn::ddim_step<double>({}, s, 111, 101, e, {x.data(), {2, 6}}, {.clip = 0});
-  for (std::size_t i = 0; i < x.size(); ++i) CHECK(x[i] == Approx(fixture("ddim.eta0")[i]).margin(1e-6));
-
-  x = fixture("ddim.x");
-  const std::vector<double> before = x;
-  nn::ddim_step<double>({}, s, 90, 89, e, {x.data(), {2, 6}}, {.eta = 1, .clip = 0, .seed = 4});
-  const auto [first, second] = s.posterior_mean(90);
-  const double spread = std::sqrt(s.posterior_variance(90));
-  for (std::size_t i = 0; i < x.size(); ++i) {
-    const double x0 = (before[i] - std::sqrt(1 - s.alpha_bar(90)) * eps[i]) / std::sqrt(s.alpha_bar(90));
-    const double z = mlkit::random_stream{4, 90}.normal(i);
-    CHECK(x[i] == Approx(first * x0 + second * before[i] + spread * z).epsilon(1e-9));
-  }
-
-  // diffusers adds a noise of its own choosing; with it taken out, what is left is ours with eta = 0.7.
-  x = fixture("ddim.x");
-  nn::ddim_step<double>({}, s, 111, 101, e, {x.data(), {2, 6}}, {.eta = 0.7, .clip = 0, .seed = 4});
-  const double ratio = (1 - s.alpha_bar(101)) / (1 - s.alpha_bar(111)) * (1 - s.alpha_bar(111) / s.alpha_bar(101));
-  for (std::size_t i = 0; i < x.size(); ++i) {
-    const double sigma = 0.7 * std::sqrt(ratio), z = mlkit::random_stream{4, 111}.normal(i);
-    CHECK(x[i] - sigma * z == Approx(fixture("ddim.eta1")[i] - sigma * fixture("ddim.z")[i]).margin(1e-6));
-  }
-}
-
-TEST_CASE("DDIM with the true noise of one image finds it", "[nn]") {
-  // With x_0 known, the noise in x_t is (x_t - sqrt(abar) x_0) / sqrt(1 - abar): every number of steps ends at x_0.
-  const auto s = nn::noise_schedule::cosine(100);
-  const mlkit::matrix<double> image = mlkit::matrix<double>::of({1, 4}, {0.5f, -0.25f, 1, -1});
-  for (const index_t steps : {1, 7, 100}) {
-    mlkit::matrix<double> x({1, 4});
-    for (index_t i = 0; i < 4; ++i) x(0, i) = mlkit::random_stream{1, 2}.normal(static_cast<std::uint64_t>(i));
-    index_t calls = 0, last = 101;
-    const auto predict = [&](auto now, index_t t, auto eps) {
-      CHECK(t < last);
-      last = t;
-      ++calls;
-      for (index_t i = 0; i < 4; ++i)
-        eps(0, i) = (now(0, i) - std::sqrt(s.alpha_bar(t)) * image(0, i)) / std::sqrt(1 - s.alpha_bar(t));
-    };
-    nn::ddim_sample<double>({}, s, predict, x, {.steps = steps});
-    CHECK(calls == steps);
-    for (index_t i = 0; i < 4; ++i) CHECK(x(0, i) == Approx(image(0, i)).margin(1e-9));
-  }
-}
-
 TEST_CASE("noise has the variance that the schedule says", "[nn]") {
   const auto s = nn::noise_schedule::linear(100);
   const index_t n = 200, d = 50;
@@ -110,12 +64,51 @@ TEST_CASE("noise has the variance that the schedule says", "[nn]") {
   CHECK(square == Approx(1 - s.alpha_bar(60)).epsilon(0.05));
 }
 
-TEST_CASE("guidance and time features follow their formulas", "[nn]") {
-  const std::vector<float> u{1, 2};
-  std::vector<float> c{3, 1};
-  nn::guide<float>({}, 1.5, mlkit::as_view(u), mlkit::as_view(c));
-  CHECK(c[0] == 4.0f);
-  CHECK(c[1] == 0.5f);
+TEST_CASE("what a model is to predict is eps, x_0 or diffusers' velocity", "[nn]") {
+  const auto s = nn::noise_schedule::linear(1000);
+  const std::vector<double>&x0 = fixture("image", "sampler_fixtures.txt"),
+        &eps = fixture("start", "sampler_fixtures.txt");
+  const std::vector<std::int32_t> t{100, 701};
+  mlkit::matrix<double> x({2, 5}), out({2, 5});
+  const mlkit::matrix_view<const double> image(x0.data(), {2, 5}), noise(eps.data(), {2, 5});
+  s.add_noise<double>({}, image, t, noise, x);
+  const auto check = [&](nn::prediction predicts, const std::vector<double>& want) {
+    s.target<double>({}, predicts, image, t, noise, out);
+    for (index_t r = 0; r < 2; ++r) {
+      const auto [of_x, of_prediction] = predicts.recovered(s.level(t[static_cast<std::size_t>(r)]));
+      for (index_t c = 0; c < 5; ++c) {
+        CHECK(out(r, c) == Approx(want[static_cast<std::size_t>(5 * r + c)]).epsilon(1e-12));
+        CHECK(of_x * x(r, c) + of_prediction * out(r, c) == Approx(image(r, c)).epsilon(1e-10));
+      }
+    }
+  };
+  check(nn::prediction::epsilon, eps);
+  check(nn::prediction::sample, x0);
+  check(nn::prediction::v, fixture("velocity", "sampler_fixtures.txt"));
+  // One of the user's own: x_0 - eps, as in flow matching.
+  std::vector<double> apart;
+  for (std::size_t i = 0; i < 10; ++i) apart.push_back(x0[i] - eps[i]);
+  check({[](nn::noise_level) { return std::pair(1.0, -1.0); }}, apart);
+}
+
+TEST_CASE("times are spaced as diffusers spaces them", "[nn]") {
+  for (const auto& [steps, count] :
+       {std::pair(1000, 10), {1000, 7}, {1000, 15}, {1000, 30}, {50, 20}, {50, 50}, {1000, 1}}) {
+    const auto s = nn::noise_schedule::linear(steps);
+    const auto check = [&, steps = steps, count = count](const std::string& spacing,
+                                                         const std::vector<index_t>& times) {
+      INFO(spacing << ", " << count << " of " << steps);
+      const auto& want = fixture("times." + spacing + "." + std::to_string(steps) + "." + std::to_string(count),
+                                 "sampler_fixtures.txt");
+      CHECK(std::vector<double>(times.begin(), times.end()) == want);
+    };
+    check("trailing", s.trailing(count));
+    check("leading", s.leading(count));
+    check("linspace", s.linspace(count));
+  }
+}
+
+TEST_CASE("time features follow their formula", "[nn]") {
   const std::vector<std::int32_t> t{0, 7};
   mlkit::matrix<double> f({2, 6});
   nn::time_features<double>(t, f, 1000);
@@ -125,23 +118,30 @@ TEST_CASE("guidance and time features follow their formulas", "[nn]") {
   CHECK(f(1, 4) == Approx(std::cos(7 * std::pow(1000.0, -1.0 / 3))));
 }
 
-TEST_CASE("diffusion refuses what has no meaning", "[nn]") {
+TEST_CASE("schedules refuse what has no meaning", "[nn]") {
   const auto s = nn::noise_schedule::linear(10);
   mlkit::matrix<float> x({2, 3}), narrow({2, 2});
   const std::vector<std::int32_t> t{1, 11};
   CHECK_THROWS_WITH(s.alpha_bar(11), Contains("t = 11") && Contains("[0, 10]"));
+  CHECK_THROWS_WITH(s.level(-1), Contains("t = -1") && Contains("[0, 10]"));
   CHECK_THROWS_WITH(s.beta(0), Contains("t = 0"));
   CHECK_THROWS_WITH(nn::noise_schedule::linear(0), Contains("steps = 0"));
   CHECK_THROWS_WITH(nn::noise_schedule::linear(2, 0.1, 2), Contains("beta = 2"));
+  CHECK_THROWS_WITH(nn::noise_schedule::scaled_linear(2, -1), Contains("nan is outside (0, 1)"));
+  CHECK_THROWS_WITH(nn::noise_schedule::from_betas({}), Contains("from_betas: steps = 0"));
+  CHECK_THROWS_WITH(nn::noise_schedule::from_betas(std::vector<double>{0.1, 0}), Contains("beta = 0"));
   CHECK_THROWS_WITH(s.add_noise<float>({}, x, t, x, narrow), Contains("out has 2 columns"));
   CHECK_THROWS_WITH(s.add_noise<float>({}, x, t, x, x), Contains("t = 11"));
-  CHECK_THROWS_WITH(nn::ddim_step<float>({}, s, 3, 3, x, narrow), Contains("s = 3"));
-  CHECK_THROWS_WITH(nn::ddim_step<float>({}, s, 3, 1, x, narrow), Contains("eps has 3 columns"));
-  const auto predict = [](auto, index_t, auto) {};
-  CHECK_THROWS_WITH(nn::ddim_sample<float>({}, s, predict, x, {.steps = 11}), Contains("steps = 11"));
+  CHECK_THROWS_WITH(s.target<float>({}, nn::prediction::v, x, t, x, x), Contains("schedule::target: t = 11"));
+  for (const index_t count : {-1, 0, 11}) {
+    const std::string text = ": " + std::to_string(count) + " times are asked for, outside [1, 10]";
+    CHECK_THROWS_WITH(s.trailing(count), Contains("trailing" + text));
+    CHECK_THROWS_WITH(s.leading(count), Contains("leading" + text));
+    CHECK_THROWS_WITH(s.linspace(count), Contains("linspace" + text));
+  }
 }
 
-TEST_CASE("views that a step cannot read or write are refused, and nothing is written", "[nn]") {
+TEST_CASE("views that a schedule cannot read or write are refused, and nothing is written", "[nn]") {
   const auto s = nn::noise_schedule::linear(10);
   const auto poison = [](auto& t) { std::fill(t.begin(), t.end(), 7.0f); };
   mlkit::matrix<float> x({2, 3}), eps({2, 3}), out({2, 3});
@@ -156,26 +156,6 @@ TEST_CASE("views that a step cannot read or write are refused, and nothing is wr
   CHECK_THROWS_WITH(s.add_noise<float>({}, x, t, eps, x), Contains(add + "out [2, 3] overlaps x0 [2, 3]"));
   CHECK_THROWS_WITH(s.add_noise<float>({}, eps, t, x, x), Contains(add + "out [2, 3] overlaps eps [2, 3]"));
 
-  CHECK_THROWS_WITH(nn::ddim_step<float>({}, s, 3, 1, none, x), Contains("nn::ddim_step: eps is null"));
-  CHECK_THROWS_WITH(nn::ddim_step<float>({}, s, 3, 1, eps, none), Contains("nn::ddim_step: x is null"));
-  CHECK_THROWS_WITH(nn::ddim_step<float>({}, s, 3, 1, x, x), Contains("x [2, 3] overlaps eps [2, 3]"));
-  for (const double bad : {-1.0, std::nan(""), double{INFINITY}}) {
-    CHECK_THROWS_WITH(nn::ddim_step<float>({}, s, 3, 1, eps, x, {.eta = bad}), Contains("eta = "));
-    CHECK_THROWS_WITH(nn::ddim_step<float>({}, s, 3, 1, eps, x, {.clip = bad}), Contains("clip = "));
-  }
-  bool asked = false;
-  const auto predict = [&](auto, index_t, auto) { asked = true; };
-  CHECK_THROWS_WITH(nn::ddim_sample<float>({}, s, predict, none, {.steps = 5}), Contains("ddim_sample: x is null"));
-  CHECK_THROWS_WITH(nn::ddim_sample<float>({}, s, predict, x, {.steps = 5, .eta = -1}), Contains("eta = -1"));
-  CHECK_FALSE(asked);
-
-  const mlkit::vector_view<float> every_other(out.data(), {3}, {2}), run(x.data(), {3});
-  CHECK_THROWS_WITH(nn::guide<float>({}, 2, run, every_other),
-                    Contains("nn::guide: conditional has stride 2, but its elements must follow each other"));
-  CHECK_THROWS_WITH(nn::guide<float>({}, 2, every_other, run), Contains("unconditional has stride 2"));
-  CHECK_THROWS_WITH(nn::guide<float>({}, 2, run, run), Contains("conditional [3] overlaps unconditional [3]"));
-  CHECK_THROWS_WITH(nn::guide<float>({}, std::nan(""), run, mlkit::vector_view<float>(out.data(), {3})),
-                    Contains("strength = nan is not finite"));
   mlkit::matrix<float> odd({2, 3}), even({2, 4});
   CHECK_THROWS_WITH(nn::time_features<float>(t, odd), Contains("out has 3 columns, an odd number"));
   CHECK_THROWS_WITH(nn::time_features<float>(t, even, 0), Contains("period = 0 is outside (0, inf)"));
