@@ -113,8 +113,9 @@ class noise_schedule {
   }
   /// Evenly spaced, the first time among them, in whole strides.
   std::vector<index_t> leading(index_t count) const {
-    const double stride = count < 1 ? 0 : static_cast<double>(steps() / count);
-    return spaced("leading", count, [=](double i) { return 1 + (static_cast<double>(count - 1) - i) * stride; });
+    const index_t stride = count < 1 ? 0 : steps() / count;
+    return spaced("leading", count,
+                  [=](double i) { return 1 + (static_cast<double>(count - 1) - i) * static_cast<double>(stride); });
   }
   /// From the last time to the first, both among them; one time alone is the first.
   std::vector<index_t> linspace(index_t count) const {
