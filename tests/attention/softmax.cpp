@@ -80,3 +80,32 @@ TEST_CASE("scores of +-10,000, minus infinity and NaN", "[attention][stages]") {
   attention::forward(mlkit::cpu{}, p.q, p.k, p.v, attention::scores<>{}, p.out, p.lse);
   for (index_t i = 0; i < 20; ++i) CHECK(std::isnan(p.out(0, 0, i, 0)) == (i == 7));
 }
+
+TEST_CASE("a scale that is negative, zero or large, alone and under masks", "[attention][stages]") {
+  problem<double> p(1, 2, 1, 70, 300, 5, 7);
+  problem<float> f(1, 2, 1, 70, 300, 5, 7);
+  for (const double value : {-0.7, 0.0, 1e-30, 3.0}) {
+    INFO(value);
+    CHECK(p.error(attention::scores{attention::scale{value}}, scaled(value)) < tight);
+    const auto sees = [](index_t, index_t, index_t i, index_t j) { return j <= i + 230 && j >= i + 100; };
+    CHECK(p.error(attention::scores{attention::scale{value}, attention::window{130, 0, align::bottom_right}},
+                  masked(value, sees)) < tight);
+    CHECK(f.error(attention::scores{attention::scale{value}}, scaled(value)) < 2e-5);
+  }
+}
+
+TEST_CASE("scores that grow from key to key", "[attention][stages]") {
+  // The largest so far rises by little and by much from one block of keys to the next, and differently for each query.
+  problem<double> p(1, 1, 1, 70, 1100, 2, 3);
+  problem<float> f(1, 1, 1, 70, 1100, 2, 3);
+  for (const double rise : {0.004, 0.03, 0.3, -0.03}) {
+    INFO(rise);
+    const auto grow = [&](auto& x) {
+      using T = std::remove_cvref_t<decltype(x.q(0, 0, 0, 0))>;
+      for (index_t j = 0; j < x.keys; ++j) x.k(0, 0, j, 1) = static_cast<T>(rise * static_cast<double>(j));
+    };
+    grow(p), grow(f);
+    CHECK(p.error(attention::scores{attention::scale{1}}, scaled(1)) < 1e-11);
+    CHECK(f.error(attention::scores{attention::scale{1}}, scaled(1)) < 2e-4);
+  }
+}

@@ -297,13 +297,15 @@ void backward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vi
   p.d_v = f.d_v;
   if constexpr (any_bias<Scores>) {
     if (p.dbias.data) {
-      // Masked blocks are skipped: their gradients are zero.
-      for (index_t b = 0; b < g.dbias.extent(0); ++b)
-        for (index_t h = 0; h < g.dbias.extent(1); ++h)
-          for (index_t i = 0; i < g.dbias.extent(2); ++i)
-            for (index_t j = 0; j < g.dbias.extent(3); ++j)
-              p.dbias.data[b * p.dbias.strides[0] + h * p.dbias.strides[1] + i * p.dbias.strides[2] +
-                           j * p.dbias.strides[3]] = static_cast<B>(0.0f);
+      if constexpr (any_mask<Scores>) {  // blocks that are skipped have gradients of zero
+        const auto& extents = g.dbias.extents;
+        parallel_for(exec, extents[0] * extents[1] * extents[2], [&](index_t at) {
+          const index_t i = at % extents[2], h = at / extents[2] % extents[1], b = at / extents[2] / extents[1];
+          const auto& step = p.dbias.strides;
+          B* row = p.dbias.data + b * step[0] + h * step[1] + i * step[2];
+          for (index_t j = 0; j < extents[3]; ++j) row[j * step[3]] = static_cast<B>(0.0f);
+        });
+      }
       if (!bias_is_whole(p)) {
         run_shared_bias(exec, p);
         p.dbias.data = nullptr;

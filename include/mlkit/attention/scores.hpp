@@ -425,6 +425,20 @@ inline constexpr bool is_of_one_shape = is_bias<S> || requires(const S& s) {
   s.at(index_t{}, index_t{}, index_t{}, index_t{});
 };
 
+// Whether one scale is all that happens to scores before masks and softmax.
+template <class Scores>
+inline constexpr bool scale_alone = false;
+template <class... Stages>
+inline constexpr bool scale_alone<scores<Stages...>> = count_of({is_scale<Stages>...}) == 1 &&
+                                                       ((is_scale<Stages> || is_dropout<Stages> ||
+                                                         is_key_lengths<Stages> || mask_stage<Stages>)&&...);
+
+// Whether some scores may be masked.
+template <class Scores>
+inline constexpr bool any_mask = false;
+template <class... Stages>
+inline constexpr bool any_mask<scores<Stages...>> = ((is_key_lengths<Stages> || mask_stage<Stages>) || ...);
+
 template <class Scores>
 inline constexpr bool any_bias = false;
 template <class... Stages>

@@ -62,7 +62,7 @@ struct attend {
 
     // Calls f(first, last) for the runs of keys whose groups are not empty.
     template <class F>
-    void each_run(index_t keys, F&& f) const noexcept {
+    MLKIT_ALWAYS_INLINE void each_run(index_t keys, F&& f) const noexcept {
       for (index_t at = 0; at < keys;) {
         index_t end = at;
         while (end < keys && groups[end / group] != attention::block::empty) end += group;
@@ -98,24 +98,36 @@ struct attend {
   }
 
 #if MLKIT_SET_BF16
-  // Rows of f32, by pairs, become rows of words of two bf16: a right panel whose depth is the rows.
-  template <int Vectors>
-  static void pair_rows(const float* rows, index_t row_stride, index_t count, float* out, index_t out_stride) noexcept {
+  // Words of two bf16 from two registers of f32.
+  static MLKIT_ALWAYS_INLINE void pair(V low, V high, float* out) noexcept {
     alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i interleaved = _mm512_load_si512(order);
-    for (index_t j = 0; j < count; j += 2, rows += 2 * row_stride, out += out_stride) {
-      MLKIT_UNROLL
-      for (int c = 0; c < Vectors; ++c) {
-        const V low = V::load(rows + c * width);
-        const V high = j + 1 < count ? V::load(rows + row_stride + c * width) : V::zero();
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
-        _mm512_storeu_si512(out + c * width, _mm512_permutexvar_epi16(interleaved, both));
-      }
-    }
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
+  }
+  // Rounded to bf16; what is denormal becomes zero.
+  static MLKIT_ALWAYS_INLINE void store_rounded(V x, bf16* out) noexcept {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(x.v));
   }
 #endif
+
+  // A pipeline that is read in a loop: a copy, which no store can change, where that costs nothing.
+  template <class Scores>
+  using local =
+      std::conditional_t<std::is_trivially_copy_constructible_v<Scores> && std::is_trivially_destructible_v<Scores>,
+                         Scores, const Scores&>;
+
+  // What its scale multiplies by.
+  template <class Scores>
+  static sum scale_of(const Scores& scores) noexcept {
+    sum value = 1;
+    attention::detail::each_stage(scores, [&](const auto& stage) {
+      if constexpr (attention::detail::is_scale<std::remove_cvref_t<decltype(stage)>>)
+        value = static_cast<sum>(stage.value);
+    });
+    return value;
+  }
 
   static MLKIT_ALWAYS_INLINE const void* bias_at(const void* bias, index_t at) noexcept {
     return bias ? static_cast<const sum*>(bias) + at : nullptr;
@@ -132,12 +144,15 @@ struct attend {
       using T = typename std::remove_cvref_t<decltype(v)>::value_type;
       sum *turned = memory, *rows = memory + keys_at_once * sliver;
       const auto& step = v.strides;
+      result = turned;
+      if constexpr (std::is_same_v<T, sum>)
+        if (count == lanes && step[3] == 1)
+          return transpose(v.data + b * step[0] + h * step[1] + i * step[2] + j, step[2], count, n, turned, lanes);
       const dense_source<T> source{v.data + b * step[0] + h * step[1] + i * step[2] + j * step[3], count, n, step[2],
                                    step[3]};
       for (index_t r = 0; r < count; ++r) decode_run(set_tag{}, source, r, 0, n, rows + r * n);
       for (index_t r = count; r < lanes; ++r) std::fill_n(rows + r * n, n, sum{});
       transpose(rows, n, lanes, n, turned, lanes);
-      result = turned;
     });
     return result;
   }

@@ -21,6 +21,7 @@ struct attend_backward : attend<Element> {
   static constexpr index_t slivers_of_block = 256 / sliver;
   static constexpr index_t block_queries = slivers_of_block * sliver;  // which one left panel row holds
   static constexpr bool drops = attention::detail::any_dropout<typename Problem::scores_type>;
+  static constexpr bool scale_alone = attention::detail::scale_alone<typename Problem::scores_type>;
   static constexpr bool has_bias = attention::detail::any_bias<typename Problem::scores_type>;
   static constexpr bool paired = !std::is_same_v<Element, sum>;
   static_assert(block_queries <= compute<Element>::depth_block);
@@ -40,6 +41,7 @@ struct attend_backward : attend<Element> {
     sum* turned;              // a sliver's dQ, or its gradient of the bias, transposed
     sum *bias, *dbias;        // of a sliver, [keys][lanes]
     Element* pack;
+    sum scale;  // where it is all that happens to scores
   };
 
   static index_t right_words(index_t depth) noexcept {
@@ -96,6 +98,7 @@ struct attend_backward : attend<Element> {
                   std::byte* memory) noexcept {
     parts s;
     lay_out(p, memory, s);
+    s.scale = base::scale_of(*p.forward.scores);
     const shape_type shape = p.forward.shape(b);
     const index_t blocks = ceil_div(shape.queries, block_queries);
     sum* dk = sums;
@@ -113,6 +116,7 @@ struct attend_backward : attend<Element> {
                        index_t last, sum* totals, std::byte* memory) noexcept {
     parts s;
     lay_out(p, memory, s);
+    s.scale = base::scale_of(*p.forward.scores);
     const auto& step = p.dbias.strides;
     const index_t rows = step[2] == 0 ? 1 : last - first, columns = p.dbias.extents[3];
     std::fill_n(totals, rows * columns, sum{});
@@ -276,22 +280,118 @@ struct attend_backward : attend<Element> {
                           const parts& s) noexcept {
     const auto out = p.forward.out_rows(b, h);
     const auto dout = p.dout_rows(b, h);
-    for (index_t i = 0; i < count; ++i) {
+    const bool runs = out.col_stride == 1 && dout.col_stride == 1;
+    constexpr index_t at_once = 4;
+    for (index_t i = 0; i < count; i += at_once) {
+      sum sums[at_once] = {};
+      const index_t some = std::min(at_once, count - i);
       const auto* x = out.data + (first + i) * out.row_stride;
       const auto* y = dout.data + (first + i) * dout.row_stride;
-      V sums = V::zero();
-      sum rest = 0;
-      index_t c = 0;
-      if (out.col_stride == 1 && dout.col_stride == 1)
-        for (; c + width <= p.d_v; c += width) sums = fma(V::load(x + c), V::load(y + c), sums);
-      for (; c < p.d_v; ++c) rest += static_cast<sum>(x[c * out.col_stride]) * static_cast<sum>(y[c * dout.col_stride]);
-      const sum lse = p.forward.lse_at(b, h, first + i);
-      s.delta[i] = sums.sum() + rest - (p.dlse.data ? p.dlse_at(b, h, first + i) : sum{});
-      s.level[i] = lse == -infinity ? infinity : lse;
+      if (runs && some == at_once) {
+        V partial[at_once];
+        MLKIT_UNROLL
+        for (int r = 0; r < at_once; ++r) partial[r] = V::zero();
+        index_t c = 0;
+        for (; c + width <= p.d_v; c += width) {
+          MLKIT_UNROLL
+          for (int r = 0; r < at_once; ++r)
+            partial[r] = fma(V::load(x + r * out.row_stride + c), V::load(y + r * dout.row_stride + c), partial[r]);
+        }
+        if (const int rest = static_cast<int>(p.d_v - c); rest > 0) {
+          MLKIT_UNROLL
+          for (int r = 0; r < at_once; ++r)
+            partial[r] =
+                fma(V::load(x + r * out.row_stride + c, rest), V::load(y + r * dout.row_stride + c, rest), partial[r]);
+        }
+        sum4(partial, sums);
+      } else {
+        for (index_t r = 0; r < some; ++r)
+          for (index_t c = 0; c < p.d_v; ++c)
+            sums[r] += static_cast<sum>(x[r * out.row_stride + c * out.col_stride]) *
+                       static_cast<sum>(y[r * dout.row_stride + c * dout.col_stride]);
+      }
+      for (index_t r = 0; r < some; ++r) {
+        const index_t query = first + i + r;
+        const sum lse = p.forward.lse_at(b, h, query);
+        s.delta[i + r] = sums[r] - (p.dlse.data ? p.dlse_at(b, h, query) : sum{});
+        s.level[i + r] = lse == -infinity ? infinity : lse;
+      }
     }
     for (index_t i = count; i < round_up(count, width); ++i) {  // lanes that are no queries
       s.level[i] = infinity;
       s.delta[i] = 0;
+    }
+  }
+
+  // P, as it meets V, and dS of a register of scores. The gradient of a bias goes to dbias.
+  template <bool Masked, class Scores>
+  static MLKIT_ALWAYS_INLINE void gradients_at(const Scores& pipeline, V score, V dp, V level, V delta, V scale,
+                                               const shape_type& shape, const score_run& run, const sum* factors,
+                                               sum* dbias, V& kept, V& ds) noexcept {
+    const auto through_softmax = [&](V probability) {
+      kept = drop_any(pipeline, probability, factors);
+      return probability * (drop_any(pipeline, dp, factors) - delta);
+    };
+    if constexpr (scale_alone) {
+      const V exponent = Masked ? masked_score(pipeline, score * scale, shape, run) - level : fma(score, scale, -level);
+      ds = through_softmax(exp2_bounded(exponent * base::log2_e)) * scale;
+    } else {
+      ds = all_gradients<Masked>(
+          pipeline, score, shape, run,
+          [&](V last) { return through_softmax(exp2_bounded((last - level) * base::log2_e)); },
+          [&](const auto& stage, V g) {
+            if constexpr (attention::detail::is_bias<std::remove_cvref_t<decltype(stage)>>) g.store(dbias);
+          });
+    }
+  }
+
+  // The same of the keys [from, to) in lanes [l, l + Vectors width) of a sliver.
+  template <bool Masked, int Vectors, class Scores>
+  static MLKIT_ALWAYS_INLINE void gradient_rows(const Scores& pipeline, const shape_type& shape, const score_run& at,
+                                                index_t from_lane, index_t l, index_t count, index_t lanes,
+                                                index_t from, index_t to, const V* level, const V* delta,
+                                                const parts& s) noexcept {
+    const V scale(s.scale);
+    sum* x = s.scores + from * stride + from_lane + l;
+    sum* y = s.gradients + from * stride + from_lane + l;
+    sum factors[drops ? 4 * Vectors * width : 1];
+    constexpr int at_once = compute<Element>::elements_per_word;
+    for (index_t j = from; j < to; j += at_once, x += at_once * stride, y += at_once * stride) {
+      const int some = j + 1 < to ? at_once : 1;
+      const sum* factor[2];
+      for (int r = 0; r < some; ++r)
+        factor[r] =
+            next_factors(pipeline, shape, score_run{at.b, at.h, at.i + l, at.j + j + r, 0}, Vectors * width, factors);
+      MLKIT_UNROLL
+      for (int c = 0; c < Vectors; ++c) {
+        const index_t lane = c * width;
+        V kept[2] = {V::zero(), V::zero()}, ds[2] = {V::zero(), V::zero()};
+        MLKIT_UNROLL
+        for (int r = 0; r < at_once; ++r) {
+          if (r >= some) continue;
+          const index_t in_sliver = (j + r) * lanes + l + lane;
+          const score_run run{at.b,
+                              at.h,
+                              at.i + l + lane,
+                              at.j + j + r,
+                              static_cast<int>(std::clamp<index_t>(count - l - lane, 0, width)),
+                              base::bias_at(at.bias, in_sliver)};
+          gradients_at<Masked>(pipeline, V::load(x + r * stride + lane), V::load(y + r * stride + lane), level[c],
+                               delta[c], scale, shape, run, factor[r] + lane, s.dbias + in_sliver, kept[r], ds[r]);
+        }
+        if constexpr (paired) {
+          for (int r = 0; r < some; ++r) {
+            const auto round = [&](word* panel, V v) {
+              base::store_rounded(v, reinterpret_cast<Element*>(panel + (j + r) * stride) + from_lane + l + lane);
+            };
+            round(s.p_left, kept[r]), round(s.ds_left, ds[r]);
+          }
+          base::pair(ds[0], ds[1], s.ds_right + j / 2 * right_stride + from_lane + l + lane);
+        } else {
+          kept[0].store(x + lane);
+          ds[0].store(y + lane);
+        }
+      }
     }
   }
 
@@ -300,63 +400,20 @@ struct attend_backward : attend<Element> {
   static void gradient_columns(const Problem& p, const shape_type& shape, const score_run& at, index_t from_lane,
                                index_t l, index_t count, index_t lanes, index_t n, const block_plan& plan,
                                const parts& s) noexcept {
+    const typename base::template local<typename Problem::scores_type> pipeline = *p.forward.scores;
     V level[Vectors], delta[Vectors];
     MLKIT_UNROLL
     for (int c = 0; c < Vectors; ++c) {
       level[c] = V::load(s.level + from_lane + l + c * width);
       delta[c] = V::load(s.delta + from_lane + l + c * width);
     }
-    sum factors[drops ? 4 * Vectors * width : 1];
-    const auto rows = [&](auto masked, index_t from, index_t to) {
-      for (index_t j = from; j < to; ++j) {
-        sum* x = s.scores + j * stride + from_lane + l;
-        sum* y = s.gradients + j * stride + from_lane + l;
-        const score_run key{at.b, at.h, at.i + l, at.j + j, 0};
-        const sum* factor = next_factors(*p.forward.scores, shape, key, Vectors * width, factors);
-        MLKIT_UNROLL
-        for (int c = 0; c < Vectors; ++c) {
-          const index_t lane = c * width;
-          const score_run run{at.b,
-                              at.h,
-                              at.i + l + lane,
-                              at.j + j,
-                              static_cast<int>(std::clamp<index_t>(count - l - lane, 0, width)),
-                              base::bias_at(at.bias, j * lanes + l + lane),
-                              factor + lane};
-          const V dp = V::load(y + lane);
-          V kept;
-          const V ds = all_gradients<decltype(masked)::value>(
-              *p.forward.scores, V::load(x + lane), shape, run,
-              [&](V score) {
-                const V probability = exp2_nonpositive((score - level[c]) * base::log2_e);
-                kept = drop_any(*p.forward.scores, probability, run);
-                return probability * (drop_any(*p.forward.scores, dp, run) - delta[c]);
-              },
-              [&](const auto& stage, V g) {
-                if constexpr (attention::detail::is_bias<std::remove_cvref_t<decltype(stage)>>)
-                  g.store(s.dbias + j * lanes + l + lane);
-              });
-          kept.store(x + lane);
-          ds.store(y + lane);
-          if constexpr (paired) {
-            kept.store(reinterpret_cast<Element*>(s.p_left + j * stride) + from_lane + l + lane);
-            ds.store(reinterpret_cast<Element*>(s.ds_left + j * stride) + from_lane + l + lane);
-          }
-        }
-      }
-    };
     for (index_t g = 0; g * group < n; ++g) {
       const index_t from = g * group, to = std::min<index_t>(n, from + group);
       if (plan.groups[g] == attention::block::full)
-        rows(std::false_type{}, from, to);
+        gradient_rows<false, Vectors>(pipeline, shape, at, from_lane, l, count, lanes, from, to, level, delta, s);
       else if (plan.groups[g] == attention::block::partial)
-        rows(std::true_type{}, from, to);
+        gradient_rows<true, Vectors>(pipeline, shape, at, from_lane, l, count, lanes, from, to, level, delta, s);
     }
-    if constexpr (paired)
-      plan.each_run(n, [&](index_t from, index_t to) {
-        base::template pair_rows<Vectors>(s.gradients + from * stride + from_lane + l, stride, to - from,
-                                          s.ds_right + from / 2 * right_stride + from_lane + l, right_stride);
-      });
   }
   static void find_gradients(const Problem& p, const shape_type& shape, const score_run& at, index_t from_lane,
                              index_t count, index_t lanes, index_t n, const block_plan& plan, const parts& s) noexcept {
@@ -372,15 +429,20 @@ struct attend_backward : attend<Element> {
                         index_t n, const block_plan& plan, sum* totals, index_t row, const parts& s) noexcept {
     for (index_t key = 0; key < n; ++key)
       if (plan.groups[key / group] == attention::block::empty) std::fill_n(s.dbias + key * lanes, lanes, sum{});
-    transpose(s.dbias, lanes, n, lanes, s.turned, n);
     const auto& step = p.dbias.strides;
+    auto* whole = p.dbias.data + b * step[0] + h * step[1] + i * step[2] + j * step[3];
+    if constexpr (std::is_same_v<typename Problem::bias_type, sum>)
+      if (!totals && step[3] == 1) return transpose(s.dbias, lanes, n, count, whole, step[2]);
+    transpose(s.dbias, lanes, n, lanes, s.turned, n);
     for (index_t r = 0; r < count; ++r) {
       const sum* from = s.turned + r * n;
       if (totals) {
         sum* to = totals + (step[2] == 0 ? 0 : (row + r) * p.dbias.extents[3]) + (step[3] == 0 ? 0 : j);
         for (index_t c = 0; c < n; ++c) to[step[3] == 0 ? 0 : c] += from[c];
+      } else if (step[3] == 1) {
+        decode_run(set_tag{}, dense_source<sum>{from, 1, n, n, 1}, 0, 0, n, whole + r * step[2]);
       } else {
-        auto* to = p.dbias.data + b * step[0] + h * step[1] + (i + r) * step[2] + j * step[3];
+        auto* to = whole + r * step[2];
         for (index_t c = 0; c < n; ++c) to[c * step[3]] = static_cast<typename Problem::bias_type>(from[c]);
       }
     }

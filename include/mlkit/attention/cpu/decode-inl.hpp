@@ -168,7 +168,7 @@ struct attend_decode {
       now = top.largest();
       const A level = now == -infinity ? A{} : now;
       for (index_t l = 0; l < n; l += width) {
-        const V x = exp2_nonpositive((V::load(s + l) - V(level)) * log2_e);
+        const V x = exp2_bounded((V::load(s + l) - V(level)) * log2_e);
         x.store(s + l);
         sums += x;
       }
@@ -177,7 +177,7 @@ struct attend_decode {
         for (index_t l = 0; l < n; ++l) s[l] *= keys.v_scales[l * keys.v_scale_stride];
       if (now > before[0]) {
         A lanes[V::width];
-        exp2_nonpositive(V((before[0] - level) * log2_e)).store(lanes);
+        exp2_bounded(V((before[0] - level) * log2_e)).store(lanes);
         before[1] *= lanes[0];
         for (index_t c = 0; c < out_stride; c += width)
           (V::load(out + r * out_stride + c) * lanes[0]).store(out + r * out_stride + c);

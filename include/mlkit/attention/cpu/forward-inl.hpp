@@ -22,12 +22,14 @@ struct attend_forward : attend<Element> {
     sum* scores;          // [keys][lanes]
     word* probabilities;  // right panel [words of keys][lanes]; the scores' memory where the types agree
     sum* out;             // [slivers][d_v][lanes]
-    sum *top, *total;     // of each query: maximum and sum so far
+    sum *level, *total;   // of each query: the score that its exponents are relative to, and their sum so far
     sum* bias;            // of a sliver, [keys][lanes]
     Element* pack;
+    sum scale;  // what scores are yet to be multiplied by
   };
   static constexpr bool own_probabilities = !std::is_same_v<Element, sum>;
   static constexpr bool drops = attention::detail::any_dropout<typename Problem::scores_type>;
+  static constexpr bool scale_alone = attention::detail::scale_alone<typename Problem::scores_type>;
   static constexpr bool has_bias = attention::detail::any_bias<typename Problem::scores_type>;
 
   static index_t query_words(const Problem& p) noexcept {
@@ -47,7 +49,7 @@ struct attend_forward : attend<Element> {
     else
       s.probabilities = reinterpret_cast<word*>(s.scores);
     all.take(s.out, slivers * out_size(p));
-    all.take(s.top, slivers * sliver);
+    all.take(s.level, slivers * sliver);
     all.take(s.total, slivers * sliver);
     all.take(s.bias, has_bias ? base::bias_size : 0);
     all.take(s.pack, pack_scratch<Element>);
@@ -65,6 +67,10 @@ struct attend_forward : attend<Element> {
     const shape_type shape = p.shape(b);
     const index_t keys = attention::detail::key_limit(*p.scores, b, k.rows());
     const index_t d = p.d, step = depth_step<Element>(d);
+    // Where all that happens to scores is a positive scale, it is left to the exponents.
+    const sum scale = scale_alone ? base::scale_of(*p.scores) : sum{1};
+    const bool scale_first = !(scale > 0);
+    s.scale = scale_first ? sum{1} : scale;
     const operand<std::remove_cvref_t<decltype(q)>> query_lines{q, true}, key_lines{k, true}, value_lines{v, false};
     each_sliver(rows, [&](index_t at, index_t count, index_t lanes) {
       word* panel = s.queries + at / sliver * query_words(p);
@@ -99,6 +105,8 @@ struct attend_forward : attend<Element> {
             right += words<Element>(depth) * lanes;
           });
         });
+        if (scale_first)
+          for (index_t i = 0; i < n * lanes; ++i) s.scores[i] *= scale;
         const sum* bias = base::turn_bias(p, b, h, first + at, count, lanes, j, n, s.bias);
         const score_run place{b, h, first + at, j, 0, bias};
         sum* out = s.out + at / sliver * out_size(p);
@@ -124,15 +132,46 @@ struct attend_forward : attend<Element> {
     }
   }
 
-  // Maximum and sum of nothing, or of a sink.
+  // Level and sum of nothing, or of a sink.
   static void start(const Problem& p, index_t h, index_t rows, const parts& s) noexcept {
-    sum top = -infinity;
+    sum level = -infinity;
     attention::detail::each_stage(*p.scores, [&](const auto& stage) {
       if constexpr (attention::detail::is_sinks<std::remove_cvref_t<decltype(stage)>>)
-        top = static_cast<sum>(stage.logits.data[h * stage.logits.strides[0]]);
+        level = static_cast<sum>(stage.logits.data[h * stage.logits.strides[0]]);
     });
-    std::fill_n(s.top, round_up(rows, sliver), top);
-    std::fill_n(s.total, round_up(rows, sliver), top == -infinity ? sum{} : sum{1});
+    std::fill_n(s.level, round_up(rows, sliver), level);
+    std::fill_n(s.total, round_up(rows, sliver), level == -infinity ? sum{} : sum{1});
+  }
+
+  // By how many powers of two a score may exceed the level of its query before the level, and with it what is there of
+  // the output, is brought up to it. Dao et al. do so in FlashAttention-4.
+  static constexpr sum headroom = 8;
+
+  // Scores of the keys [from, to), and their maxima.
+  template <bool Masked, int Vectors, class Scores>
+  static MLKIT_ALWAYS_INLINE void score_rows(const Scores& pipeline, const shape_type& shape, const score_run& at,
+                                             index_t l, index_t count, index_t lanes, index_t from, index_t to, V* top,
+                                             const parts& s) noexcept {
+    sum* x = s.scores + from * lanes + l;
+    for (index_t j = from; j < to; ++j, x += lanes) {
+      MLKIT_UNROLL
+      for (int c = 0; c < Vectors; ++c) {
+        const index_t lane = c * width;
+        const score_run run{at.b,
+                            at.h,
+                            at.i + l + lane,
+                            at.j + j,
+                            static_cast<int>(std::min(width, count - l - lane)),
+                            base::bias_at(at.bias, j * lanes + l + lane)};
+        V y = V::load(x + lane);
+        if constexpr (!scale_alone)
+          y = all_scores<Masked>(pipeline, y, shape, run);
+        else if constexpr (Masked)
+          y = masked_score(pipeline, y, shape, run);
+        if constexpr (!scale_alone || Masked) y.store(x + lane);
+        top[c] = max(top[c], y);
+      }
+    }
   }
 
   // Columns [l, l + Vectors width) of S^T become those of P^T; the output so far is brought to their new maxima.
@@ -140,45 +179,30 @@ struct attend_forward : attend<Element> {
   static void softmax_columns(const Problem& p, const shape_type& shape, score_run at, index_t row, index_t l,
                               index_t count, index_t lanes, index_t n, const block_plan& plan, sum* out,
                               const parts& s) noexcept {
+    const typename base::template local<typename Problem::scores_type> pipeline = *p.scores;
+    const V unit(s.scale * base::log2_e);
     V top[Vectors], level[Vectors], total[Vectors];
     MLKIT_UNROLL
     for (int c = 0; c < Vectors; ++c) top[c] = minus_infinity<V>();
     const index_t first_key = at.j, first_query = at.i + l;
-    const auto scores = [&](auto masked, index_t from, index_t to) {
-      for (index_t j = from; j < to; ++j) {
-        sum* x = s.scores + j * lanes + l;
-        MLKIT_UNROLL
-        for (int c = 0; c < Vectors; ++c) {
-          const index_t lane = c * width;
-          const score_run run{at.b,
-                              at.h,
-                              first_query + lane,
-                              first_key + j,
-                              static_cast<int>(std::min(width, count - l - lane)),
-                              base::bias_at(at.bias, j * lanes + l + lane)};
-          const V y = all_scores<decltype(masked)::value>(*p.scores, V::load(x + lane), shape, run);
-          y.store(x + lane);
-          top[c] = max(top[c], y);
-        }
-      }
-    };
     for (index_t g = 0; g * group < n; ++g) {
       const index_t from = g * group, to = std::min<index_t>(n, from + group);
       if (plan.groups[g] == attention::block::full)
-        scores(std::false_type{}, from, to);
+        score_rows<false, Vectors>(pipeline, shape, at, l, count, lanes, from, to, top, s);
       else if (plan.groups[g] == attention::block::partial)
-        scores(std::true_type{}, from, to);
+        score_rows<true, Vectors>(pipeline, shape, at, l, count, lanes, from, to, top, s);
     }
     MLKIT_UNROLL
     for (int c = 0; c < Vectors; ++c) {
       const index_t lane = row + l + c * width;
-      const V before = V::load(s.top + lane), now = max(before, top[c]);
-      level[c] = V::select(now == minus_infinity<V>(), V::zero(), now);
-      const V factor = exp2_nonpositive((before - level[c]) * base::log2_e);
-      now.store(s.top + lane);
+      const V before = V::load(s.level + lane), now = max(before, top[c]);
+      const V kept = V::select((now - before) * unit > V(headroom), now, before);
+      kept.store(s.level + lane);
+      level[c] = V::select(kept == minus_infinity<V>(), V::zero(), kept);
+      const V factor = exp2_bounded((before - level[c]) * unit);
       total[c] = V::load(s.total + lane) * factor;
-      // Most blocks raise no maximum.
-      if (base::any_lane(now > before) && base::any_lane(before > minus_infinity<V>()))
+      // Most blocks raise no level.
+      if (base::any_lane(kept > before) && base::any_lane(before > minus_infinity<V>()))
         for (index_t i = 0; i < p.d_v; ++i) {
           sum* x = out + i * lanes + l + c * width;
           (V::load(x) * factor).store(x);
@@ -186,21 +210,42 @@ struct attend_forward : attend<Element> {
     }
     sum factors[drops ? 4 * Vectors * width : 1];
     plan.each_run(n, [&](index_t from, index_t to) {
-      for (index_t j = from; j < to; ++j) {
-        sum* x = s.scores + j * lanes + l;
+      V sums[Vectors];
+      MLKIT_UNROLL
+      for (int c = 0; c < Vectors; ++c) sums[c] = total[c];
+      sum* x = s.scores + from * lanes + l;
+      // Exponentials of a key's scores, dropped.
+      const auto row = [&](index_t j, const sum* y, V* dropped) {
         const score_run key{at.b, at.h, first_query, first_key + j, 0};
-        const sum* kept = next_factors(*p.scores, shape, key, Vectors * width, factors);
+        const sum* kept = next_factors(pipeline, shape, key, Vectors * width, factors);
         MLKIT_UNROLL
         for (int c = 0; c < Vectors; ++c) {
-          const V y = exp2_nonpositive((V::load(x + c * width) - level[c]) * base::log2_e);
-          total[c] += y;
-          const score_run run{at.b, at.h, first_query + c * width, first_key + j, 0, nullptr, kept + c * width};
-          drop_any(*p.scores, y, run).store(x + c * width);
+          const V z = exp2_bounded((V::load(y + c * width) - level[c]) * unit);
+          sums[c] += z;
+          dropped[c] = drop_any(pipeline, z, kept + c * width);
+        }
+      };
+      if constexpr (own_probabilities) {
+        word* y = s.probabilities + from / 2 * lanes + l;
+        for (index_t j = from; j < to; j += 2, x += 2 * lanes, y += lanes) {
+          V low[Vectors], high[Vectors];
+          row(j, x, low);
+          MLKIT_UNROLL
+          for (int c = 0; c < Vectors; ++c) high[c] = V::zero();
+          if (j + 1 < to) row(j + 1, x + lanes, high);
+          MLKIT_UNROLL
+          for (int c = 0; c < Vectors; ++c) base::pair(low[c], high[c], y + c * width);
+        }
+      } else {
+        for (index_t j = from; j < to; ++j, x += lanes) {
+          V dropped[Vectors];
+          row(j, x, dropped);
+          MLKIT_UNROLL
+          for (int c = 0; c < Vectors; ++c) dropped[c].store(x + c * width);
         }
       }
-      if constexpr (own_probabilities)
-        base::template pair_rows<Vectors>(s.scores + from * lanes + l, lanes, to - from,
-                                          s.probabilities + from / 2 * lanes + l, lanes);
+      MLKIT_UNROLL
+      for (int c = 0; c < Vectors; ++c) total[c] = sums[c];
     });
     MLKIT_UNROLL
     for (int c = 0; c < Vectors; ++c) total[c].store(s.total + row + l + c * width);
@@ -228,13 +273,18 @@ struct attend_forward : attend<Element> {
         (V::load(x) * inverse).store(x);
       }
     }
+    using Out = std::remove_cvref_t<decltype(*to.data)>;
     constexpr index_t columns = keys_at_once / width * width;  // of a query that are turned at once, into the scores
     for (index_t c = 0; c < p.d_v; c += columns) {
       const index_t n = std::min(columns, p.d_v - c);
+      if constexpr (std::is_same_v<Out, sum>)
+        if (to.col_stride == 1) {
+          transpose(out + c * lanes, lanes, n, count, to.data + (first + at) * to.row_stride + c, to.row_stride);
+          continue;
+        }
       transpose(out + c * lanes, lanes, n, lanes, s.scores, n);
       for (index_t i = 0; i < count; ++i) {
         auto* y = to.data + (first + at + i) * to.row_stride + c * to.col_stride;
-        using Out = std::remove_cvref_t<decltype(*y)>;
         if (to.col_stride == 1)
           decode_run(set_tag{}, dense_source<sum>{s.scores + i * n, 1, n, n, 1}, 0, 0, n, y);
         else
@@ -242,9 +292,10 @@ struct attend_forward : attend<Element> {
       }
     }
     if (!p.lse.data) return;
-    for (index_t i = 0; i < count; ++i) {
-      const sum total = s.total[at + i];
-      p.lse_at(b, h, first + at + i) = total == 0 ? -infinity : s.top[at + i] + std::log(total);
+    for (index_t l = 0; l < count; l += width) {  // log(0) = -inf
+      sum lse[width];
+      fma(V::load(s.level + at + l), V(s.scale), log(V::load(s.total + at + l))).store(lse);
+      for (index_t i = 0; i < std::min(width, count - l); ++i) p.lse_at(b, h, first + at + l + i) = lse[i];
     }
   }
 };

@@ -5,7 +5,6 @@ struct score_run {
   index_t b, h, i, j;
   int count;
   const void* bias = nullptr;  // the lanes' elements of a bias, in the type of sums, where they were turned beforehand
-  const void* kept = nullptr;  // what dropout multiplies the lanes by, in the type of sums
 };
 
 // The first n lanes: all of them for n >= width, none for n <= 0.
@@ -178,9 +177,9 @@ MLKIT_ALWAYS_INLINE V all_gradients(const attention::scores<Stages...>& pipeline
   }
 }
 
-// 2^x within 1.5 units in the last place for x <= 0; 0 from where the result is no longer normal. f64: simd/math.hpp's.
+// 2^x within 1.5 units in the last place for x <= 8; 0 from where the result is no longer normal. f64: simd/math.hpp's.
 template <class V>
-MLKIT_ALWAYS_INLINE V exp2_nonpositive(V x) noexcept {
+MLKIT_ALWAYS_INLINE V exp2_bounded(V x) noexcept {
   if constexpr (sizeof(typename V::value_type) == 8) {
     return exp2(x);
   } else {
@@ -246,11 +245,12 @@ MLKIT_ALWAYS_INLINE void with_bias_rows(const attention::scores<Stages...>& pipe
   });
 }
 
-// Probabilities under the pipeline's dropout, if it has one.
+// Probabilities times the factors of the pipeline's dropout, if it has one.
 template <class V, class... Stages>
-MLKIT_ALWAYS_INLINE V drop_any(const attention::scores<Stages...>&, V x, const score_run& at) noexcept {
+MLKIT_ALWAYS_INLINE V drop_any(const attention::scores<Stages...>&, V x,
+                               const typename V::value_type* factors) noexcept {
   if constexpr (attention::detail::any_dropout<attention::scores<Stages...>>)
-    return x * V::load(static_cast<const typename V::value_type*>(at.kept));
+    return x * V::load(factors);
   else
     return x;
 }

@@ -1,5 +1,35 @@
 // Packing: elements of an operand, decoded from whatever it is stored as, laid out for the tiles.
 
+// Copies `bytes`, at most twice `Size` and a multiple of 2, by two pieces that may overlap.
+template <int Size>
+MLKIT_ALWAYS_INLINE void copy_pieces(const char* from, index_t bytes, char* to) noexcept {
+  if (bytes >= Size) {
+    char first[Size], last[Size];
+    __builtin_memcpy(first, from, Size);
+    __builtin_memcpy(last, from + bytes - Size, Size);
+    __builtin_memcpy(to, first, Size);
+    __builtin_memcpy(to + bytes - Size, last, Size);
+  } else if constexpr (Size > 2) {
+    copy_pieces<Size / 2>(from, bytes, to);
+  }
+}
+
+// Copies a run of elements, of which most are so short that a call would take longer.
+MLKIT_ALWAYS_INLINE void copy_run(const void* source, index_t bytes, void* out) noexcept {
+  constexpr index_t size = MLKIT_SET_BITS / 8, many = 512;
+  const char* from = static_cast<const char*>(source);
+  char* to = static_cast<char*>(out);
+  if (bytes > many) {
+    __builtin_memcpy(to, from, static_cast<std::size_t>(bytes));
+    return;
+  }
+  for (; bytes > 2 * size; bytes -= size, from += size, to += size) {
+    __builtin_memcpy(to, from, size);
+    asm volatile("" : "+r"(to));  // or compilers make a call of the loop
+  }
+  copy_pieces<size>(from, bytes, to);
+}
+
 // out[0, count) = elements [row, col .. col + count) of a source. The overload for sources of the user's own calls
 // their member; other headers add overloads for theirs in this namespace, found through the tag.
 template <class T, class Out>
@@ -9,7 +39,7 @@ void decode_run(set_tag, const dense_source<T>& s, index_t row, index_t col, ind
   if (s.col_stride != 1) {
     for (index_t i = 0; i < count; ++i) out[i] = static_cast<Out>(p[i * s.col_stride]);
   } else if constexpr (std::is_same_v<T, Out>) {
-    __builtin_memcpy(static_cast<void*>(out), p, static_cast<std::size_t>(count) * sizeof(T));
+    copy_run(p, count * index_t{sizeof(T)}, out);
   } else if constexpr (std::is_same_v<T, double> || std::is_same_v<Out, double>) {
     for (index_t i = 0; i < count; ++i) out[i] = static_cast<Out>(p[i]);
   } else {

@@ -9,44 +9,67 @@ MLKIT_ALWAYS_INLINE void move_word(Word* dst, const Word* src) noexcept {
   __builtin_memcpy(dst, src, sizeof(Word));
 }
 
+#if MLKIT_SET_AVX512
+// Registers i of r become columns i of what they were; store(j, column) is called for each.
+template <class Store>
+MLKIT_ALWAYS_INLINE void turn_registers(__m512* r, Store&& store) noexcept {
+  __m512 s[16];
+  MLKIT_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    s[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    s[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  MLKIT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(s[4 * i]), b = _mm512_castps_pd(s[4 * i + 1]);
+    const __m512d c = _mm512_castps_pd(s[4 * i + 2]), d = _mm512_castps_pd(s[4 * i + 3]);
+    r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+  MLKIT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    s[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    s[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    s[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    s[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  MLKIT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    store(i, _mm512_shuffle_f32x4(s[i], s[i + 8], 0x88));
+    store(i + 4, _mm512_shuffle_f32x4(s[i + 4], s[i + 12], 0x88));
+    store(i + 8, _mm512_shuffle_f32x4(s[i], s[i + 8], 0xdd));
+    store(i + 12, _mm512_shuffle_f32x4(s[i + 4], s[i + 12], 0xdd));
+  }
+}
+
+// dst[j][i] = src[i][j] for i < rows, j < cols, neither more than 16; nothing else is touched.
+inline void transpose_part(const float* MLKIT_RESTRICT src, index_t src_stride, int rows, int cols,
+                           float* MLKIT_RESTRICT dst, index_t dst_stride) noexcept {
+  const auto along_row = static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(cols)));
+  const auto along_col = static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(rows)));
+  __m512 r[16];
+  MLKIT_UNROLL
+  for (int i = 0; i < 16; ++i)
+    r[i] = i < rows ? _mm512_maskz_loadu_ps(along_row, src + i * src_stride) : _mm512_setzero_ps();
+  turn_registers(r, [&](int j, __m512 column) {
+    if (j < cols) _mm512_mask_storeu_ps(dst + j * dst_stride, along_col, column);
+  });
+}
+#endif
+
 // dst[j][i] = src[i][j] for a width x width block; the shuffles stay in registers.
 template <class Word>
 MLKIT_ALWAYS_INLINE void transpose_square(const Word* MLKIT_RESTRICT src, index_t src_stride, Word* MLKIT_RESTRICT dst,
                                           index_t dst_stride) noexcept {
 #if MLKIT_SET_AVX512
   if constexpr (sizeof(Word) == 4) {
-    __m512 r[16], s[16];
+    __m512 r[16];
     MLKIT_UNROLL
     for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(reinterpret_cast<const float*>(src + i * src_stride));
-    MLKIT_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      s[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-      s[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-    }
-    MLKIT_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const __m512d a = _mm512_castps_pd(s[4 * i]), b = _mm512_castps_pd(s[4 * i + 1]);
-      const __m512d c = _mm512_castps_pd(s[4 * i + 2]), d = _mm512_castps_pd(s[4 * i + 3]);
-      r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
-      r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-      r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
-      r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
-    }
-    MLKIT_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      s[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
-      s[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
-      s[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
-      s[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    MLKIT_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      float* out = reinterpret_cast<float*>(dst);
-      _mm512_storeu_ps(out + (i)*dst_stride, _mm512_shuffle_f32x4(s[i], s[i + 8], 0x88));
-      _mm512_storeu_ps(out + (i + 4) * dst_stride, _mm512_shuffle_f32x4(s[i + 4], s[i + 12], 0x88));
-      _mm512_storeu_ps(out + (i + 8) * dst_stride, _mm512_shuffle_f32x4(s[i], s[i + 8], 0xdd));
-      _mm512_storeu_ps(out + (i + 12) * dst_stride, _mm512_shuffle_f32x4(s[i + 4], s[i + 12], 0xdd));
-    }
+    turn_registers(
+        r, [&](int j, __m512 column) { _mm512_storeu_ps(reinterpret_cast<float*>(dst + j * dst_stride), column); });
     return;
   }
 #elif MLKIT_SET_AVX2
@@ -95,13 +118,26 @@ void transpose(const Word* src, index_t src_stride, index_t rows, index_t cols, 
                index_t dst_stride) noexcept {
   constexpr index_t width = vec<Word>::width;
   index_t i = 0;
+  const auto part = [&](index_t row, index_t height, index_t col, index_t breadth) {
+    const Word* from = src + row * src_stride + col;
+    Word* to = dst + col * dst_stride + row;
+#if MLKIT_SET_AVX512
+    if constexpr (sizeof(Word) == 4) {
+      // A few words are as quick one by one.
+      if (height * breadth > 2 * width)
+        return transpose_part(reinterpret_cast<const float*>(from), src_stride, static_cast<int>(height),
+                              static_cast<int>(breadth), reinterpret_cast<float*>(to), dst_stride);
+    }
+#endif
+    for (index_t c = 0; c < breadth; ++c)
+      for (index_t r = 0; r < height; ++r) move_word(to + c * dst_stride + r, from + r * src_stride + c);
+  };
   for (; i + width <= rows; i += width) {
     index_t j = 0;
     for (; j + width <= cols; j += width)
       transpose_square(src + i * src_stride + j, src_stride, dst + j * dst_stride + i, dst_stride);
-    for (; j < cols; ++j)
-      for (index_t l = i; l < i + width; ++l) move_word(dst + j * dst_stride + l, src + l * src_stride + j);
+    if (j < cols) part(i, width, j, cols - j);
   }
-  for (; i < rows; ++i)
-    for (index_t j = 0; j < cols; ++j) move_word(dst + j * dst_stride + i, src + i * src_stride + j);
+  if (i < rows)
+    for (index_t j = 0; j < cols; j += width) part(i, rows - i, j, std::min(width, cols - j));
 }
