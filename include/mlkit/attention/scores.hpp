@@ -425,11 +425,11 @@ inline constexpr bool is_of_one_shape = is_bias<S> || requires(const S& s) {
   s.at(index_t{}, index_t{}, index_t{}, index_t{});
 };
 
-// Whether one scale is all that happens to scores before masks and softmax.
+// Whether at most one scale is all that happens to scores before masks and softmax.
 template <class Scores>
-inline constexpr bool scale_alone = false;
+inline constexpr bool only_scaled = false;
 template <class... Stages>
-inline constexpr bool scale_alone<scores<Stages...>> = count_of({is_scale<Stages>...}) == 1 &&
+inline constexpr bool only_scaled<scores<Stages...>> = count_of({is_scale<Stages>...}) <= 1 &&
                                                        ((is_scale<Stages> || is_dropout<Stages> ||
                                                          is_key_lengths<Stages> || mask_stage<Stages>)&&...);
 

@@ -21,7 +21,7 @@ struct attend_backward : attend<Element> {
   static constexpr index_t slivers_of_block = 256 / sliver;
   static constexpr index_t block_queries = slivers_of_block * sliver;  // which one left panel row holds
   static constexpr bool drops = attention::detail::any_dropout<typename Problem::scores_type>;
-  static constexpr bool scale_alone = attention::detail::scale_alone<typename Problem::scores_type>;
+  static constexpr bool only_scaled = attention::detail::only_scaled<typename Problem::scores_type>;
   static constexpr bool has_bias = attention::detail::any_bias<typename Problem::scores_type>;
   static constexpr bool paired = !std::is_same_v<Element, sum>;
   static_assert(block_queries <= compute<Element>::depth_block);
@@ -332,7 +332,7 @@ struct attend_backward : attend<Element> {
       kept = drop_any(pipeline, probability, factors);
       return probability * (drop_any(pipeline, dp, factors) - delta);
     };
-    if constexpr (scale_alone) {
+    if constexpr (only_scaled) {
       const V exponent = Masked ? masked_score(pipeline, score * scale, shape, run) - level : fma(score, scale, -level);
       ds = through_softmax(exp2_bounded(exponent * base::log2_e)) * scale;
     } else {

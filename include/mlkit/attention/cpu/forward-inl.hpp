@@ -29,7 +29,7 @@ struct attend_forward : attend<Element> {
   };
   static constexpr bool own_probabilities = !std::is_same_v<Element, sum>;
   static constexpr bool drops = attention::detail::any_dropout<typename Problem::scores_type>;
-  static constexpr bool scale_alone = attention::detail::scale_alone<typename Problem::scores_type>;
+  static constexpr bool only_scaled = attention::detail::only_scaled<typename Problem::scores_type>;
   static constexpr bool has_bias = attention::detail::any_bias<typename Problem::scores_type>;
 
   static index_t query_words(const Problem& p) noexcept {
@@ -67,8 +67,8 @@ struct attend_forward : attend<Element> {
     const shape_type shape = p.shape(b);
     const index_t keys = attention::detail::key_limit(*p.scores, b, k.rows());
     const index_t d = p.d, step = depth_step<Element>(d);
-    // Where all that happens to scores is a positive scale, it is left to the exponents.
-    const sum scale = scale_alone ? base::scale_of(*p.scores) : sum{1};
+    // Where at most a positive scale happens to scores, it is left to the exponents.
+    const sum scale = only_scaled ? base::scale_of(*p.scores) : sum{1};
     const bool scale_first = !(scale > 0);
     s.scale = scale_first ? sum{1} : scale;
     const operand<std::remove_cvref_t<decltype(q)>> query_lines{q, true}, key_lines{k, true}, value_lines{v, false};
@@ -164,11 +164,11 @@ struct attend_forward : attend<Element> {
                             static_cast<int>(std::min(width, count - l - lane)),
                             base::bias_at(at.bias, j * lanes + l + lane)};
         V y = V::load(x + lane);
-        if constexpr (!scale_alone)
+        if constexpr (!only_scaled)
           y = all_scores<Masked>(pipeline, y, shape, run);
         else if constexpr (Masked)
           y = masked_score(pipeline, y, shape, run);
-        if constexpr (!scale_alone || Masked) y.store(x + lane);
+        if constexpr (!only_scaled || Masked) y.store(x + lane);
         top[c] = max(top[c], y);
       }
     }
