@@ -76,14 +76,23 @@ struct problem {
     fill<T>(q, 1), fill<T>(k, 2), fill<T>(v, 3), fill<T>(dout, 4), fill<A>(dlse, 5);
   }
 
+  // Forward and backward into memory that holds NaN.
   template <class... Stages>
   void run(const mlkit::attention::scores<Stages...>& pipeline, const mlkit::cpu& exec = {}) {
+    const auto spoil = [](auto&... t) {
+      (std::fill(t.begin(), t.end(), static_cast<std::remove_cvref_t<decltype(*t.begin())>>(std::nanf(""))), ...);
+    };
+    spoil(out, lse, dq, dk, dv);
     mlkit::attention::forward(exec, q, k, v, pipeline, out, lse);
     mlkit::attention::gradients g{dq, dk, dv};
-    if constexpr ((mlkit::attention::detail::is_sinks<Stages> || ...)) g.dsinks = dsinks.view();
+    if constexpr ((mlkit::attention::detail::is_sinks<Stages> || ...)) {
+      spoil(dsinks);
+      g.dsinks = dsinks.view();
+    }
     mlkit::attention::detail::each_stage(pipeline, [&](const auto& stage) {
       if constexpr (mlkit::attention::detail::is_bias<std::remove_cvref_t<decltype(stage)>>) {
         if (dbias.extents() != stage.values.extents) dbias = mlkit::tensor<T, 4>(stage.values.extents);
+        spoil(dbias);
         g.dbias = dbias.view();
       }
     });
