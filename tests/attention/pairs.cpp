@@ -118,8 +118,11 @@ struct everything {
     m.sink = [this](index_t h) { return sinks(h); };
     const mlkit::random_stream random{3, 9};
     m.factor = [this, random](index_t b, index_t h, index_t i, index_t j) {
-      const auto index = static_cast<std::uint64_t>(((b * heads + h) * tokens + i) * tokens + j);
-      return random.bits(index) < static_cast<std::uint32_t>(p * 0x1p32) ? 0.0 : 1 / (1 - p);
+      const auto block =
+          (static_cast<std::uint64_t>(b * heads + h) << 40) + static_cast<std::uint64_t>(i * (tokens / 4) + j / 4);
+      const bool dropped =
+          random.block(block)[static_cast<std::size_t>(j % 4)] < static_cast<std::uint32_t>(p * 0x1p32);
+      return dropped ? 0.0 : 1 / (1 - p);
     };
     return m;
   }
