@@ -137,9 +137,8 @@ struct problem {
     const std::vector<Sum> all_q = sums(q), all_k = sums(k), all_v = sums(v), all_dout = sums(dout);
     result r;
     auto& [out_want, lse_want, dq_want, dk_want, dv_want, sinks_want, bias_want] = r.of;
-    std::vector<Sum> dk_sum(all_k.size()), dv_sum(all_v.size());
+    std::vector<Sum> dk_sum(all_k.size()), dv_sum(all_v.size()), bias_sum(at(dbias.size()));
     sinks_want.resize(at(heads));
-    bias_want.resize(at(dbias.size()));
     std::vector<Sum> x(at(keys)), s(x.size()), p(x.size()), dp(x.size());
     for (index_t b = 0; b < batch; ++b)
       for (index_t h = 0; h < heads; ++h)
@@ -194,10 +193,10 @@ struct problem {
               dk_sum[at(k_first + j * d + c)] += ds * q_row[c];
             }
             for (index_t c = 0; c < d_v; ++c) dv_sum[at(v_first + j * d_v + c)] += weight * dout_row[c];
-            if (!bias_want.empty()) {
+            if (!bias_sum.empty()) {
               const auto& e = dbias.extents();
               const index_t of = ((b % e[0] * e[1] + h % e[1]) * e[2] + i % e[2]) * e[3] + j % e[3];
-              bias_want[at(of)] += static_cast<double>(g) * m.bias_derivative(before, b, h, i, j);
+              bias_sum[at(of)] += g * static_cast<Sum>(m.bias_derivative(before, b, h, i, j));
             }
           }
           if (sink != -infinity) sinks_want[at(h)] -= static_cast<double>(std::exp(sink - lse_here) * delta);
@@ -207,6 +206,7 @@ struct problem {
         }
     for (const Sum e : dk_sum) dk_want.push_back(static_cast<double>(stored(e)));
     for (const Sum e : dv_sum) dv_want.push_back(static_cast<double>(stored(e)));
+    for (const Sum e : bias_sum) bias_want.push_back(static_cast<double>(stored(e)));
     if (!with_sinks) std::fill(sinks_want.begin(), sinks_want.end(), 0.0);
     return r;
   }

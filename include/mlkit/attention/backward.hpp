@@ -325,7 +325,9 @@ void backward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vi
 /// downstream),
 ///   dv = P^T dout,  dS = P (dP - D) through each stage's own derivative,  dq = dS k,  dk = dS^T q,
 /// and the bias's gradient is what of dS arrives at it. `s` is the pipeline of the forward call, and out and lse its
-/// results; probabilities are computed again. Queries that saw no key have gradients of 0.
+/// results; probabilities are computed again, as exp(S - lse). Queries that saw no key have gradients of 0. Where a
+/// row's scores are all so large that lse cannot hold the logarithm of a sum beside them (1e7 in f32; a row hidden as a
+/// whole by a bias of -1e30 rather than -inf), so large are the errors of its gradients.
 ///
 /// Types, errors and determinism as for forward. Five products where forward has two: 2 queries keys (3 d + 2 d_v)
 /// flops a head. Scratch memory grows with keys (d + d_v), never with queries x keys.

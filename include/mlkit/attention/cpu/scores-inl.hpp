@@ -103,8 +103,9 @@ MLKIT_ALWAYS_INLINE V score_gradient(set_tag, const S& stage, V s, V out, V g, c
   if constexpr (attention::detail::is_scale<S>) {
     return g * static_cast<A>(stage.value);
   } else if constexpr (std::is_same_v<S, attention::softcap>) {
+    // What is masked has no gradient, whatever the score there.
     const V t = out * static_cast<A>(1 / stage.cap);
-    return g * (A(1) - t * t);
+    return V::select(g == V::zero(), g, g * (A(1) - t * t));
   } else if constexpr (attention::detail::user_stage<S>) {
     A scores[V::width], lanes[V::width];
     s.store(scores);
