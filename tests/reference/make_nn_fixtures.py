@@ -5,23 +5,15 @@
 One tensor to a line: name, number of elements, values with 17 digits. tests/data/README.md records the versions.
 """
 
-import pathlib
-import sys
-
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from fixture_lines import Lines
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
-directory = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).resolve().parents[1] / "data")
-lines = []
-
-
-def put(name, value):
-    flat = torch.as_tensor(value, dtype=torch.float64).detach().flatten().tolist()
-    lines.append(" ".join([name, str(len(flat))] + [f"{v:.17g}" for v in flat]))
-
+lines = Lines("nn_fixtures.txt")
+put = lines.put
 
 # AdamW: seven steps, gradients of very different sizes, one of them zero; a second run without decay.
 start, gradients = torch.randn(12), torch.randn(7, 12) * torch.logspace(-6, 2, 12)
@@ -82,5 +74,4 @@ image_case("channels_last", lambda x, o: torch.cat([x, o], 1).permute(0, 2, 3, 1
 image_case("tokens", lambda x: x.flatten(2).transpose(1, 2)[:, 5:9], image)
 image_case("embedding", lambda w: F.embedding(torch.tensor([[5, 0, 0], [3, 5, 5]]), w), gains.outer(biases))
 
-directory.mkdir(parents=True, exist_ok=True)
-(directory / "nn_fixtures.txt").write_text("\n".join(lines) + "\n")
+lines.write()

@@ -8,26 +8,20 @@ img2img), so that samplers that add noise can be compared too.
 """
 
 import math
-import pathlib
-import sys
 from unittest import mock
 
 import numpy
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers import scheduling_ddpm
+from fixture_lines import Lines
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
-directory = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).resolve().parents[1] / "data")
-lines = []
+lines = Lines("sampler_fixtures.txt")
+put = lines.put
 N, ROWS, COLUMNS, SEED = 1000, 2, 5, 42
 float32 = numpy.float32
-
-
-def put(name, value):
-    flat = torch.as_tensor(value, dtype=torch.float64).detach().flatten().tolist()
-    lines.append(" ".join([name, str(len(flat))] + [f"{v:.17g}" for v in flat]))
 
 
 def philox(block, stream, seed):
@@ -132,5 +126,4 @@ with mock.patch.object(torch, "float32", torch.float64), mock.patch.object(numpy
             scheduler.set_timesteps(count)
             put(f"times.{spacing}.{steps}.{count}", scheduler.timesteps + 1)
 
-directory.mkdir(parents=True, exist_ok=True)
-(directory / "sampler_fixtures.txt").write_text("\n".join(lines) + "\n")
+lines.write()

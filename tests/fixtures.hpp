@@ -15,12 +15,12 @@ inline const std::vector<double>& fixture(const std::string& name, const std::st
     std::ifstream lines(MLKIT_TEST_DATA "/" + file);
     for (std::string line; std::getline(lines, line);) {
       std::istringstream words(line);
-      std::string key;
+      std::string key, word;
       std::size_t count = 0;
       words >> key >> count;
-      std::vector<double> values(count);
-      for (double& v : values) words >> v;
-      tensors[key] = values;
+      std::vector<double>& values = tensors[key];
+      while (words >> word) values.push_back(std::stod(word));  // which reads infinities too
+      if (values.size() != count) throw std::runtime_error(key + " in " + file + " has not " + std::to_string(count));
     }
   }
   const auto it = tensors.find(name);
