@@ -2,6 +2,7 @@
 #pragma once
 
 #include "nn/adamw.hpp"
+#include "nn/attention.hpp"
 #include "nn/group_norm.hpp"
 #include "nn/guidance.hpp"
 #include "nn/linear.hpp"

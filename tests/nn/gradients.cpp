@@ -207,6 +207,29 @@ TEST_CASE("gradients of DoRA, its norm held", "[nn]") {
     }
 }
 
+TEST_CASE("gradients of multi-head attention", "[nn]") {
+  namespace attention = mlkit::attention;
+  const nn::shape q{2, 5, 6}, k{2, 4, 6};
+  CHECK(worst({q, k, {2, 4, 9}}, [](tape&, auto& v) { return nn::multi_head_attention(v[0], v[1], v[2], 3); }) <
+        tolerance);
+  const std::vector<std::int32_t> lengths{3, 1};
+  CHECK(worst({q, k, k}, [&](tape&, auto& v) {
+          return nn::multi_head_attention(
+              v[0], v[1], v[2], 2,
+              attention::scores{attention::scale{0.7}, attention::softcap{2}, attention::key_lengths{lengths}});
+        }) < tolerance);
+  CHECK(worst({q, {2, 4, 2}, {2, 4, 3}}, [](tape&, auto& v) {  // three heads share one of keys and values
+          return nn::multi_head_attention(v[0], v[1], v[2], 3);
+        }) < tolerance);
+  CHECK(worst({q}, [](tape&, auto& v) {  // one value in all places, and a gradient that has arrived before
+          return v[0] + nn::multi_head_attention(v[0], v[0], v[0], 2, attention::scores{attention::causal{}});
+        }) < tolerance);
+  CHECK(worst({k}, [&](tape& t, auto& v) {  // a frozen query and frozen values
+          const var frozen = nn::reshape(t.constant(std::vector<double>(48, 0.5)), {2, 4, 6});
+          return nn::multi_head_attention(frozen, v[0], nn::multi_head_attention(frozen, frozen, v[0], 2), 2);
+        }) < tolerance);
+}
+
 TEST_CASE("gradients of losses", "[nn]") {
   CHECK(worst({{3, 4}, {3, 4}}, [](tape&, auto& v) { return nn::mse(v[0], v[1]); }) < tolerance);
   const std::vector<std::int32_t> labels{2, nn::ignore_label, 0, 2};
