@@ -1,6 +1,8 @@
 // Attention backward: the gradients of q, k, v, and of what a pipeline's stages hold.
 #pragma once
 
+#include <numeric>
+
 #include "problem.hpp"
 
 namespace MLKIT_NAMESPACE::attention {
@@ -203,26 +205,29 @@ void run_shared_bias(const cpu& exec, const Problem& p) {
   });
 }
 
-// dsinks[h] = -sum over b and i of exp(sink - lse) D.
+// dsinks[h] = -sum over b and i of exp(sink - lse) D: each sequence's part on its own, then these in their order.
 template <class Problem, class Sinks, class B>
-void find_sink_gradients(const Problem& p, const Sinks& sinks, const vector_view<B>& dsinks) {
-  for (index_t h = 0; h < dsinks.extent(0); ++h) {
+void find_sink_gradients(const cpu& exec, const Problem& p, const Sinks& sinks, const vector_view<B>& dsinks) {
+  const index_t heads = dsinks.extent(0), sequences = p.forward.sequences;
+  const workspace<double> sums(heads * sequences);
+  parallel_for(limit_threads(exec, static_cast<double>(p.forward.out.size())), heads * sequences, [&](index_t at) {
+    const index_t h = at / sequences, b = at % sequences;
     const double sink = static_cast<double>(sinks.logits(h));
+    const auto out = p.forward.out_rows(b, h);
+    const auto dout = p.dout_rows(b, h);
+    const bool there = sink != -std::numeric_limits<double>::infinity();
     double sum = 0;
-    for (index_t b = 0; b < p.forward.sequences; ++b)
-      for (index_t i = 0; i < p.forward.queries(b); ++i) {
-        const double lse = static_cast<double>(p.forward.lse_at(b, h, i));
-        if (sink == -std::numeric_limits<double>::infinity()) continue;
-        const auto out = p.forward.out_rows(b, h);
-        const auto dout = p.dout_rows(b, h);
-        double delta = p.dlse.data ? -static_cast<double>(p.dlse_at(b, h, i)) : 0.0;
-        for (index_t c = 0; c < p.d_v; ++c)
-          delta += static_cast<double>(out.data[i * out.row_stride + c * out.col_stride]) *
-                   static_cast<double>(dout.data[i * dout.row_stride + c * dout.col_stride]);
-        sum -= std::exp(sink - lse) * delta;
-      }
-    dsinks(h) = static_cast<B>(sum);
-  }
+    for (index_t i = 0; there && i < p.forward.queries(b); ++i) {
+      double delta = p.dlse.data ? -static_cast<double>(p.dlse_at(b, h, i)) : 0.0;
+      for (index_t c = 0; c < p.d_v; ++c)
+        delta += static_cast<double>(out.data[i * out.row_stride + c * out.col_stride]) *
+                 static_cast<double>(dout.data[i * dout.row_stride + c * dout.col_stride]);
+      sum -= std::exp(sink - static_cast<double>(p.forward.lse_at(b, h, i))) * delta;
+    }
+    sums.data()[at] = sum;
+  });
+  for (index_t h = 0; h < heads; ++h)
+    dsinks(h) = static_cast<B>(std::accumulate(sums.data() + h * sequences, sums.data() + (h + 1) * sequences, 0.0));
 }
 
 template <class T, int Rank>
@@ -315,7 +320,7 @@ void backward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vi
   run_backward(exec, p);
   each_stage(pipeline, [&](const auto& stage) {
     if constexpr (is_sinks<std::remove_cvref_t<decltype(stage)>>)
-      if (g.dsinks.data) find_sink_gradients(p, stage, g.dsinks);
+      if (g.dsinks.data) find_sink_gradients(exec, p, stage, g.dsinks);
   });
 }
 
