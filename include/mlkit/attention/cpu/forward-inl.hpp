@@ -292,11 +292,13 @@ struct attend_forward : attend<Element> {
       }
     }
     if (!p.lse.data) return;
-    for (index_t l = 0; l < count; l += width) {  // log(0) = -inf
-      sum lse[width];
-      fma(V::load(s.level + at + l), V(s.scale), log(V::load(s.total + at + l))).store(lse);
-      for (index_t i = 0; i < std::min(width, count - l); ++i) p.lse_at(b, h, first + at + l + i) = lse[i];
-    }
+    // In f64, as exponents of backward are relative to what this rounds to. log(0) = -inf.
+    using wide = vec<double>;
+    double level[sliver], total[sliver];
+    std::copy_n(s.level + at, lanes, level), std::copy_n(s.total + at, lanes, total);
+    for (index_t l = 0; l < count; l += wide::width)
+      fma(wide::load(level + l), wide(static_cast<double>(s.scale)), log(wide::load(total + l))).store(total + l);
+    for (index_t i = 0; i < count; ++i) p.lse_at(b, h, first + at + i) = static_cast<sum>(total[i]);
   }
 };
 
