@@ -5,6 +5,7 @@
 #include "attention/cache.hpp"
 #include "attention/decode.hpp"
 #include "attention/forward.hpp"
+#include "attention/layer.hpp"
 #include "attention/rotary.hpp"
 #include "attention/scores.hpp"
 #include "core/cpu.hpp"

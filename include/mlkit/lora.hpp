@@ -11,4 +11,5 @@
 #include "lora/linear.hpp"
 #include "lora/merge.hpp"
 #include "lora/per_row.hpp"
+#include "lora/projection.hpp"
 #include "lora/quantised.hpp"

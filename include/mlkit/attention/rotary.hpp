@@ -82,6 +82,27 @@ namespace detail {
 
 using namespace mlkit::detail;
 
+// Refuses what cannot turn `name` [batch, heads, n, d].
+template <class A>
+void check_rotation(std::string_view function, std::string_view name, const rotary_table<A>& table, const rotation& how,
+                    index_t batch, index_t n, index_t d) {
+  if (table.d() > d) fail_shape(function, ": table turns ", table.d(), " elements, but ", name, " has ", d, " columns");
+  const auto& at = how.positions;
+  if (at.data) {
+    check_view(function, "positions", at);
+    if (at.extent(0) != 1) check_extent(function, "positions", "rows", at.extent(0), message(name, "'s batch"), batch);
+    check_extent(function, "positions", "columns", at.extent(1), name, n);
+    for (index_t b = 0; b < at.extent(0); ++b)
+      for (index_t i = 0; i < n; ++i)
+        if (at(b, i) < 0 || at(b, i) >= table.positions())
+          fail_value(function, ": positions[", b, ", ", i, "] = ", at(b, i), " is outside [0, ", table.positions(),
+                     ")");
+  } else if (how.first < 0 || how.first > table.positions() - n) {
+    fail_value(function, ": positions ", how.first, " to ", how.first + n - 1, " are wanted, but table has ",
+               table.positions());
+  }
+}
+
 template <class T, class Out, class A>
 struct rotary_problem {
   tensor_view<const T, 4> x;
@@ -121,24 +142,10 @@ void rotate(const Executor& exec, const X& input, const rotary_table<A>& table, 
     detail::fail_shape(function, ": out has shape ", detail::shape_text<4>(out.extents), ", but x has ",
                        detail::shape_text<4>(x.extents));
   const index_t batch = x.extent(0), heads = x.extent(1), n = x.extent(2), d = x.extent(3);
-  if (table.d() > d) detail::fail_shape(function, ": table turns ", table.d(), " elements, but x has ", d, " columns");
+  detail::check_rotation(function, "x", table, how, batch, n, d);
   if ((d > 1 && x.strides[3] != 1) || (d > 1 && out.strides[3] != 1))
     detail::fail_shape(function, ": the elements of a head of x and out must lie beside each other");
-  const auto& at = how.positions;
-  if (at.data) {
-    detail::check_view(function, "positions", at);
-    if (at.extent(0) != 1) detail::check_extent(function, "positions", "rows", at.extent(0), "x's batch", batch);
-    detail::check_extent(function, "positions", "columns", at.extent(1), "x", n);
-    for (index_t b = 0; b < at.extent(0); ++b)
-      for (index_t i = 0; i < n; ++i)
-        if (at(b, i) < 0 || at(b, i) >= table.positions())
-          detail::fail_value(function, ": positions[", b, ", ", i, "] = ", at(b, i), " is outside [0, ",
-                             table.positions(), ")");
-    call.reads("positions", at);
-  } else if (how.first < 0 || how.first > table.positions() - n) {
-    detail::fail_value(function, ": positions ", how.first, " to ", how.first + n - 1, " are wanted, but table has ",
-                       table.positions());
-  }
+  if (how.positions.data) call.reads("positions", how.positions);
   const bool in_place =
       static_cast<const void*>(x.data) == out.data && x.strides == out.strides && sizeof(T) == sizeof(O);
   if (!in_place) call.reads("x", x);

@@ -54,4 +54,23 @@ class arguments {
   std::vector<argument> named_;
 };
 
+/// The arguments of one part of a call: `q.base`, `q.adapter.a` for the base and adapter of part `q`.
+class part_arguments {
+ public:
+  part_arguments(arguments& call, std::string_view part) : call_(&call), part_(part) {}
+
+  template <class T, int Rank>
+  void reads(std::string_view name, const tensor_view<T, Rank>& v) {
+    call_->reads(message(part_, ".", name), v);
+  }
+  template <class T, int Rank>
+  void writes(std::string_view name, const tensor_view<T, Rank>& v) {
+    call_->writes(message(part_, ".", name), v);
+  }
+
+ private:
+  arguments* call_;
+  std::string_view part_;
+};
+
 }  // namespace MLKIT_NAMESPACE::detail

@@ -63,8 +63,8 @@ dora(const P&, V&&, const Norms&...)
 
 namespace detail {
 
-template <class T, class M>
-void check_dora(arguments& call, std::string_view function, const dora<T, M>& d, index_t outputs, index_t inputs) {
+template <class Call, class T, class M>
+void check_dora(Call& call, std::string_view function, const dora<T, M>& d, index_t outputs, index_t inputs) {
   check_adapter(function, d.adapter, outputs, inputs);
   check_row(function, "magnitude", d.magnitude, outputs);
   if (!d.magnitude.data && outputs > 0) fail_value(function, ": magnitude is null");
@@ -75,8 +75,8 @@ void check_dora(arguments& call, std::string_view function, const dora<T, M>& d,
   call.reads("the adapted norms", d.norms);
 }
 
-template <class G>
-void check_magnitude(arguments& call, std::string_view function, const gradients<G>& g, index_t outputs) {
+template <class Call, class G>
+void check_magnitude(Call& call, std::string_view function, const gradients<G>& g, index_t outputs) {
   check_output(function, "dmagnitude", g.dmagnitude);
   if (g.dmagnitude.extent(0) != outputs)
     fail_shape(function, ": dmagnitude has ", g.dmagnitude.extent(0), " elements, but base has ", outputs, " outputs");

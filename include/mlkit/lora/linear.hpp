@@ -76,16 +76,16 @@ void check_result(std::string_view function, std::string_view name, const matrix
     fail_shape(function, ": ", name, " has ", y.extent(1), " columns, but base has ", outputs, " outputs");
 }
 
-template <class Base>
-void name_base(arguments& call, const Base& base) {
+template <class Call, class Base>
+void name_base(Call& call, const Base& base) {
   if constexpr (viewable<decltype(base.weight()), 2>)
     call.reads("base", base.weight());
   else if constexpr (requires { base.weight().each_view([](std::string_view, const auto&) {}); })
     base.weight().each_view([&](std::string_view part, const auto& v) { call.reads(message("base's ", part), v); });
   call.reads("bias", base.bias);
 }
-template <class T>
-void name_adapter(arguments& call, const adapter_view<T>& p) {
+template <class Call, class T>
+void name_adapter(Call& call, const adapter_view<T>& p) {
   call.reads("adapter.a", p.a);
   call.reads("adapter.b", p.b);
 }
@@ -199,8 +199,8 @@ void run_linear(const cpu& exec, const matrix_view<const X>& x, const Base& base
 }
 
 // The gradients that every adapter gets.
-template <class T, class G>
-void check_gradients(arguments& call, std::string_view function, const adapter_view<T>& p, const gradients<G>& g) {
+template <class Call, class T, class G>
+void check_gradients(Call& call, std::string_view function, const adapter_view<T>& p, const gradients<G>& g) {
   const auto output = [&](std::string_view name, const auto& c, const auto& like, std::string_view like_name) {
     check_output(function, name, c);
     check_extent(function, name, "rows", c.extent(0), like_name, like.extent(0));
@@ -385,6 +385,36 @@ void linear(const Executor& exec, const X& x, const Base& base, const Adapter& a
     detail::run_linear<true>(exec, in, base, p, out, options);
   else
     detail::run_linear<false>(exec, in, base, p, out, options);
+}
+
+/// The gradient of the base alone, which is frozen: dx = dy W [tokens, in], of dy [tokens, out]. dx may be an empty
+/// view; nothing is done then. Errors, types and determinism as for linear. 2 tokens in out flops.
+template <executor Executor, linear_base Base, viewable<2> D, viewable<2> Dx>
+void linear_backward(const Executor& exec, const Base& base, const D& dy, Dx&& dx) {
+  constexpr std::string_view function = "lora::linear_backward";
+  using W = typename Base::value_type;
+  using U = element_t<const D>;
+  using R = element_t<std::remove_reference_t<Dx>>;
+  using A = detail::sums_t<U>;
+  const matrix_view<const U> dout = as_view(dy);
+  const auto din = as_view(dx);
+  detail::check_types<W, U, R>();
+  detail::arguments call(function, exec);
+  detail::check_base(function, base);
+  detail::check_view(function, "dy", dout);
+  if (dout.extent(1) != base.outputs())
+    detail::fail_shape(function, ": dy has ", dout.extent(1), " columns, but base has ", base.outputs(), " outputs");
+  call.reads("dy", dout);
+  detail::name_base(call, base);
+  if (!din.data && din.empty()) return;
+  detail::check_output(function, "dx", din);
+  detail::check_extent(function, "dx", "rows", din.extent(0), "dy", dout.extent(0));
+  if (din.extent(1) != base.inputs())
+    detail::fail_shape(function, ": dx has ", din.extent(1), " columns, but base has ", base.inputs(), " inputs");
+  call.writes("dx", din);
+  detail::multiply<detail::product_type_t<U, W>>(exec, detail::left_of(dout), detail::right_operand(base.weight()),
+                                                 detail::nothing<A>(dout.extent(0)), detail::nothing<W>(base.inputs()),
+                                                 din, detail::finish<A, detail::bias_t<Base>, R>{});
 }
 
 /// The gradients of linear: with dy [tokens, out], h = s D(x) A^T and G = s dy B,
