@@ -439,8 +439,11 @@ void run_layer_backward(std::string_view function, const cpu& exec, const Layer&
 }  // namespace detail
 
 /// What self and cross consist of: the four projections, the division into heads, and how queries and keys are rotated.
-template <projection Q, projection K = Q, projection V = Q, projection Out = Q, class Rotary = no_rotary>
+template <class Q, class K = Q, class V = Q, class Out = Q, class Rotary = no_rotary>
 struct layer_parts {
+  static_assert(projection<Q> && projection<K> && projection<V> && projection<Out>,
+                "attention: a layer's q, k, v and out are each an attention::projection, such as "
+                "lora::projection{lora::dense{w}}");
   static_assert(std::is_same_v<Rotary, no_rotary> || detail::is_rotary<Rotary>,
                 "attention: a layer is rotated by attention::rotary{table}");
   Q q;
@@ -458,7 +461,7 @@ struct layer_parts {
       : q(std::move(for_q)), k(std::move(for_k)), v(std::move(for_v)), out(std::move(for_out)), options(o), rotary(r) {}
 };
 
-/// A cross-attention layer, of projections that are types:
+/// A cross-attention layer, of four types that are each an attention::projection:
 ///   y = out(attention(q(x), k(context), v(context))), x [batch, queries, .], context [batch, keys, .], y [batch,
 ///   queries, .],
 /// where q's result is cut into `heads` heads side by side, k's and v's into `kv_heads` (grouped queries), and
@@ -466,7 +469,7 @@ struct layer_parts {
 /// `cross layer{q, k, v, out, {.heads = 8}, rotary{table}}`. A value that holds its projections, and of these what they
 /// hold: views, where they are lora::projections. Nothing is kept between calls, so that adapters may be exchanged, and
 /// one layer serves several threads. Vaswani et al.: "Attention is all you need", 2017, section 3.2.2.
-template <projection Q, projection K = Q, projection V = Q, projection Out = Q, class Rotary = no_rotary>
+template <class Q, class K = Q, class V = Q, class Out = Q, class Rotary = no_rotary>
 struct cross : layer_parts<Q, K, V, Out, Rotary> {
   using layer_parts<Q, K, V, Out, Rotary>::layer_parts;
 
@@ -530,7 +533,7 @@ struct cross : layer_parts<Q, K, V, Out, Rotary> {
 };
 
 /// A self-attention layer: cross with x for context, so that keys are as many as queries. Everything else is as there.
-template <projection Q, projection K = Q, projection V = Q, projection Out = Q, class Rotary = no_rotary>
+template <class Q, class K = Q, class V = Q, class Out = Q, class Rotary = no_rotary>
 struct self : layer_parts<Q, K, V, Out, Rotary> {
   using layer_parts<Q, K, V, Out, Rotary>::layer_parts;
 
