@@ -1,16 +1,19 @@
 // Attention over the shapes of diffusion and language models, forward and backward, and decoding. PyTorch runs from
 // peers/attention.py.
 #include <mlkit/attention.hpp>
+#include <mlkit/lora.hpp>
 
 #include "harness.hpp"
 
 namespace {
 
 namespace attention = mlkit::attention;
+namespace lora = mlkit::lora;
 using bench::operand;
 using mlkit::bf16;
 using mlkit::index_t;
 using call = std::function<void()>;
+using tensor_view3 = mlkit::tensor_view<float, 3>;
 
 struct problem {
   index_t batch, heads, kv_heads, queries, keys, d;
@@ -209,6 +212,109 @@ void add_decode(const problem& p) {
          });
 }
 
+// A layer of cross-attention as in Stable Diffusion 1.5: tokens of an image, 320 wide in its largest blocks, over 77 of
+// a text, 768 wide; the result's projection has a bias. The adapters are as after training: B is not zero.
+struct layer {
+  static constexpr index_t width = 320, context_width = 768, rank = 4;
+  problem p;
+
+  static tensor_view3 tokens(const std::string& name, index_t batch, index_t count, index_t columns) {
+    return {operand<float>(name, batch * count, columns).data(), {batch, count, columns}};
+  }
+  auto x() const { return tokens("layer x", p.batch, p.queries, width); }
+  auto context() const { return tokens("layer context", p.batch, p.keys, context_width); }
+  auto y() const { return tokens("layer y", p.batch, p.queries, width); }
+  auto dy() const { return tokens("layer dy", p.batch, p.queries, width); }
+  auto dx() const { return tokens("layer dx", p.batch, p.queries, width); }
+  static lora::dense<float> base(const std::string& name, index_t in) {
+    return lora::dense{operand<float>("layer " + name, width, in)};
+  }
+  static lora::dense<float> base_of_out() {
+    return {operand<float>("layer out", width, width),
+            mlkit::vector_view<float>(operand<float>("layer bias", 1, width).data(), {width})};
+  }
+  static lora::adapter_view<float> adapter(const std::string& name, index_t in) {
+    return {operand<float>("layer a " + name, rank, in), operand<float>("layer b " + name, width, rank), 0.01};
+  }
+  static lora::gradients<float> gradients(const std::string& name, index_t in) {
+    return {operand<float>("layer da " + name, rank, in), operand<float>("layer db " + name, width, rank)};
+  }
+  auto plain() const {
+    return attention::cross{lora::projection{base("q", width)},
+                            lora::projection{base("k", context_width)},
+                            lora::projection{base("v", context_width)},
+                            lora::projection{base_of_out()},
+                            {.heads = p.heads}};
+  }
+  auto adapted() const {
+    return attention::cross{lora::projection{base("q", width), adapter("q", width)},
+                            lora::projection{base("k", context_width), adapter("k", context_width)},
+                            lora::projection{base("v", context_width), adapter("v", context_width)},
+                            lora::projection{base_of_out(), adapter("out", width)},
+                            {.heads = p.heads}};
+  }
+  auto all_gradients() const {
+    return attention::layer_gradients{gradients("q", width), gradients("k", context_width),
+                                      gradients("v", context_width), gradients("out", width)};
+  }
+
+  double query_tokens() const { return static_cast<double>(p.batch * p.queries); }
+  double key_tokens() const { return static_cast<double>(p.batch * p.keys); }
+  // The flops of attention, of the four projections and of their adapters.
+  double attention_flop() const { return 4 * query_tokens() * static_cast<double>(p.heads * p.keys * p.d); }
+  double plain_flop() const { return 4 * width * (query_tokens() * width + key_tokens() * context_width); }
+  double adapter_flop() const {
+    return 4 * rank * (query_tokens() * (width + width) + key_tokens() * (context_width + width));
+  }
+  double bytes() const {
+    return 4 * (2 * query_tokens() * width + key_tokens() * context_width + 2 * width * (width + context_width));
+  }
+  bench::work plain_work() const { return {attention_flop() + plain_flop(), bytes()}; }
+  bench::work adapted_work() const { return {attention_flop() + plain_flop() + adapter_flop(), bytes()}; }
+  // Forward; backward with all five products of attention, those of dq and dout with the weights, and three of each
+  // adapter's.
+  bench::work training_work() const {
+    return {3.5 * attention_flop() + plain_flop() + 4 * query_tokens() * width * width + 3 * adapter_flop(),
+            2 * bytes()};
+  }
+};
+
+// Plain, with adapters, and as calls of their own: four linears and an attention.
+void add_layer(const layer& l) {
+  add<float>("attention_layer", l.p.shape(), true, l.plain_work(),
+             [=](mlkit::cpu exec) { return [=, of = l.plain()] { of.forward(exec, l.x(), l.context(), l.y()); }; });
+  add<float>("attention_layer_lora", l.p.shape(), true, l.adapted_work(),
+             [=](mlkit::cpu exec) { return [=, of = l.adapted()] { of.forward(exec, l.x(), l.context(), l.y()); }; });
+  add<float>("attention_layer_parts", l.p.shape(), true, l.plain_work(), [=](mlkit::cpu exec) {
+    const auto matrix = [](const tensor_view3& t) {
+      return mlkit::matrix_view<float>(t.data, {t.extent(0) * t.extent(1), t.extent(2)});
+    };
+    const auto heads = [=](const tensor_view3& t) {
+      const index_t n = t.extent(1), columns = t.extent(2);
+      return mlkit::tensor_view<float, 4>(t.data, {l.p.batch, l.p.heads, n, l.p.d}, {n * columns, l.p.d, columns, 1});
+    };
+    const auto result = [=](const std::string& name, index_t tokens) {
+      return layer::tokens("layer result " + name, l.p.batch, tokens, layer::width);
+    };
+    return [=, q = result("q", l.p.queries), k = result("k", l.p.keys), v = result("v", l.p.keys),
+            out = result("out", l.p.queries), x = matrix(l.x()), context = matrix(l.context()), y = matrix(l.y()),
+            base_q = l.base("q", layer::width), base_k = l.base("k", layer::context_width),
+            base_v = l.base("v", layer::context_width), base_out = l.base_of_out()] {
+      lora::linear(exec, x, base_q, matrix(q));
+      lora::linear(exec, context, base_k, matrix(k));
+      lora::linear(exec, context, base_v, matrix(v));
+      attention::forward(exec, heads(q), heads(k), heads(v), heads(out));
+      lora::linear(exec, matrix(out), base_out, y);
+    };
+  });
+  add<float>("attention_layer_lora_training", l.p.shape(), true, l.training_work(), [=](mlkit::cpu exec) {
+    return [=, of = l.adapted(), kept = std::make_shared<attention::kept<float>>(), grads = l.all_gradients()] {
+      of.forward(exec, l.x(), l.context(), attention::scores<>{}, l.y(), *kept);
+      of.backward(exec, l.x(), l.context(), attention::scores<>{}, *kept, l.dy(), grads, l.dx());
+    };
+  });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -228,6 +334,8 @@ int main(int argc, char** argv) {
     add_decode<float>(p);
     add_decode<bf16>(p);
   }
+
+  add_layer({cross_40});
 
   // What masks save, and what a stage of the user's costs.
   const problem long_head{1, 1, 1, 8192, 8192, 64};

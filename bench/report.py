@@ -34,7 +34,10 @@ NAMES = {"gemm": "GEMM", SMALL: "GEMM", "linear": "linear", "plain": "plain line
          "attention_alibi": "ALiBi attention", "attention_alibi_functor": "ALiBi functor attention",
          "attention_bias": "biased attention", "attention_bias_training": "trained bias attention",
          "attention_backward": "attention backward", "attention_causal_backward": "causal backward",
-         "attention_bias_backward": "trained bias backward", "decode": "decoding"}
+         "attention_bias_backward": "trained bias backward", "decode": "decoding",
+         "attention_layer": "cross-attention layer", "attention_layer_lora": "cross-attention layer, LoRA",
+         "attention_layer_parts": "its four linears and attention",
+         "attention_layer_lora_training": "cross-attention layer, LoRA forward + backward"}
 
 
 # ---------------------------------------------------------------------------------------------------------- data
