@@ -1,5 +1,6 @@
 // Attention over the shapes of diffusion and language models, forward and backward, and decoding. PyTorch runs from
 // peers/attention.py.
+#include <map>
 #include <mlkit/attention.hpp>
 #include <mlkit/lora.hpp>
 
@@ -226,12 +227,18 @@ struct layer {
   auto y() const { return tokens("layer y", p.batch, p.queries, width); }
   auto dy() const { return tokens("layer dy", p.batch, p.queries, width); }
   auto dx() const { return tokens("layer dx", p.batch, p.queries, width); }
-  static lora::dense<float> base(const std::string& name, index_t in) {
-    return lora::dense{operand<float>("layer " + name, width, in)};
+  // Weights as large as those that layers start with, so that scores are of ordinary sizes.
+  static mlkit::matrix<float>& weight(const std::string& name, index_t in) {
+    static std::map<std::string, mlkit::matrix<float>> weights;
+    const auto [it, fresh] = weights.try_emplace(name, mlkit::extents_t<2>{width, in}, mlkit::uninitialized);
+    const auto& w = operand<float>("layer " + name, width, in);
+    const float size = 1 / std::sqrt(static_cast<float>(in));
+    if (fresh) std::transform(w.begin(), w.end(), it->second.begin(), [=](float v) { return size * v; });
+    return it->second;
   }
+  static lora::dense<float> base(const std::string& name, index_t in) { return lora::dense{weight(name, in)}; }
   static lora::dense<float> base_of_out() {
-    return {operand<float>("layer out", width, width),
-            mlkit::vector_view<float>(operand<float>("layer bias", 1, width).data(), {width})};
+    return {weight("out", width), mlkit::vector_view<float>(operand<float>("layer bias", 1, width).data(), {width})};
   }
   static lora::adapter_view<float> adapter(const std::string& name, index_t in) {
     return {operand<float>("layer a " + name, rank, in), operand<float>("layer b " + name, width, rank), 0.01};

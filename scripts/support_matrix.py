@@ -31,7 +31,8 @@ using S = mlkit::accumulator_t<T>;
        mlkit::vector<T>& bias, mlkit::tensor<T, 3>& batch, mlkit::tensor<T, 4>& images, \\
        std::vector<mlkit::matmul_problem<T, T, T>>& group, lora::adapter<T>& adapter, std::vector<lora::adapter<T>>& adapters, \\
        std::vector<int>& ids, mlkit::vector<T>& magnitude, lora::nf4_matrix& codes4, lora::int8_matrix& codes8, \\
-       mlkit::tensor<S, 3>& lse, mlkit::matrix<S>& packed_lse, std::vector<std::int32_t>& starts
+       mlkit::tensor<S, 3>& lse, mlkit::matrix<S>& packed_lse, std::vector<std::int32_t>& starts, \\
+       attention::kept<T>& kept, attention::rotary_table<S>& table
 """
 
 OPERATIONS = [
@@ -96,6 +97,20 @@ OPERATIONS = [
         ("append to a cache", "attention::append(exec, images, images, attention::contiguous(images, images, starts));"),
         ("rotary embedding",
          "attention::rotate(exec, images, attention::rotary_table<S>({.positions = 8, .d = 4}), images);"),
+        ("layer of cross-attention",
+         "const lora::projection p{lora::dense{w, bias}}; const attention::cross layer{p, p, p, p, {.heads = 2}};"
+         " layer.forward(exec, batch, batch, batch);"),
+        ("layer with LoRA, DoRA and NF4, rotary",
+         "const lora::projection p{lora::dense{w}, adapter};"
+         " const lora::projection d{lora::dense{w}, lora::dora{adapter, magnitude}};"
+         " const lora::projection n{lora::nf4<QUANTISED>{codes4}, adapter};"
+         " const attention::self layer{p, d, n, p, {.heads = 2}, attention::rotary{table}};"
+         " layer.forward(exec, batch, attention::scores{attention::causal{}}, batch);"),
+        ("layer, backward",
+         "const lora::projection p{lora::dense{w}, adapter}; const attention::cross layer{p, p, p, p, {.heads = 2}};"
+         " const lora::gradients g{adapter.a, adapter.b};"
+         " layer.backward(exec, batch, batch, attention::scores<>{}, kept, batch, attention::layer_gradients{g, g, g, g},"
+         " batch, batch);"),
         ("merge of results", "attention::merge(exec, images, lse, images, lse);"),
     ]),
 ]
