@@ -7,24 +7,17 @@ causal mask; diffusers' Attention as in Stable Diffusion's UNet, its four projec
 Llama's attention with rotary embedding and grouped queries. Format as in make_nn_fixtures.py.
 """
 
-import pathlib
-import sys
-
 import torch
 from diffusers.models.attention_processor import Attention
+from fixture_lines import Lines
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
-directory = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).resolve().parents[1] / "data")
-lines = []
-
-
-def put(name, value):
-    flat = torch.as_tensor(value, dtype=torch.float64).detach().flatten().tolist()
-    lines.append(" ".join([name, str(len(flat))] + [f"{v:.17g}" for v in flat]))
+lines = Lines("attention_layer_fixtures.txt")
+put = lines.put
 
 
 def case(name, f, weights, **inputs):
@@ -90,4 +83,4 @@ case("llama", lambda x: layer(x, (angles.cos(), angles.sin()), mask)[0],
      frozen(qw=layer.q_proj.weight, kw=layer.k_proj.weight, vw=layer.v_proj.weight, ow=layer.o_proj.weight),
      x=torch.randn(2, 5, 8))
 
-(directory / "attention_layer_fixtures.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+lines.write()
