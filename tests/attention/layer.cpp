@@ -1,5 +1,5 @@
-// Attention layers against loops: projections of every kind, grouped queries, rotary embedding, masks; every dtype; and
-// gradients against differences of what the loops give.
+// Attention layers against loops: projections of every kind, grouped queries, rotary embedding, masks, and gradients
+// against differences of what the loops give.
 #include "layer.hpp"
 
 using namespace layer_reference;
@@ -10,27 +10,6 @@ template <kind Q, kind K, kind V, kind Out, bool Self, bool Rotary>
 double error_of_layer(const layer_shape& s) {
   layer_problem<double, Self, Rotary> p(s, Q, K, V, Out);
   return worst_error(p.template naive<double, double>(), p.template run<Q, K, V, Out>());
-}
-
-// Half a unit in the last place of one.
-template <class T>
-constexpr double rounding = std::is_same_v<T, float>         ? 0x1p-24
-                            : std::is_same_v<T, mlkit::bf16> ? 0x1p-8
-                                                             : 0x1p-11;
-
-template <class T, bool Self, bool Rotary>
-void check_dtype(const layer_shape& s) {
-  using enum kind;
-  layer_problem<T, Self, Rotary> p(s, lora, plain, lora, lora);
-  const results ours = p.template run<lora, plain, lora, lora>();
-  const results want = p.template naive<double, double>(), loops = p.template naive<float, T>();
-  REQUIRE(ours.size() == want.size());
-  for (const auto& entry : want) {
-    const auto error = error_of(entry.second, ours.at(entry.first));
-    const double naive_error = error_of(entry.second, loops.at(entry.first)).first;
-    INFO(entry.first << " of size " << error.second << ", " << s.queries << " queries, self " << Self);
-    CHECK(error.first <= 2 * naive_error + rounding<T> * error.second);
-  }
 }
 
 // The sum of y dy, whose gradients backward gives.
@@ -84,15 +63,6 @@ TEST_CASE("layers under masks", "[attention][layer]") {
     CHECK(error_of_layer<lora, lora, lora, lora, false, false>(s) < tight);
     CHECK(error_of_layer<lora, lora, lora, lora, true, false>(s) < tight);
     CHECK(error_of_layer<dora, plain, lora, dora, false, true>(s) < tight);
-  }
-}
-
-TEMPLATE_TEST_CASE("a layer's error is at most twice that of loops in the same dtype", "[attention][layer]", float,
-                   mlkit::bf16, mlkit::f16) {
-  for (const layer_shape& s : {layer_shape{}, layer_shape{2, 65, 77, 4, 2, 40, 24, 96, 80, 64, far, 0},
-                               layer_shape{1, 1, 130, 2, 2, 16, 16, 32, 48, 33}}) {
-    check_dtype<TestType, false, false>(s);
-    if (s.queries > 1) check_dtype<TestType, true, true>(s);  // of one key the probability is 1, and has no slope
   }
 }
 
