@@ -2,7 +2,9 @@
 // that one, beside DoRA and full fine-tuning at the same number of steps.
 #include "common/app.hpp"
 #include "common/classifier.hpp"
+#include "common/denoiser.hpp"
 #include "common/diffusion.hpp"
+#include "common/digits.hpp"
 #include "outcome.hpp"
 
 #include <mlkit/nn/files.hpp>
@@ -110,7 +112,7 @@ int demonstrate(const app& app, laboratory lab, const image_set& training_images
   report report;
 
   // The probe sees every kind and never a sample; the base sees every kind but one.
-  classifier probe(lab.shape.pixels, lab.shape.classes, app.seed + 1);
+  classifier probe(lab.shape.pixels, {lab.shape.classes}, app.seed + 1);
   probe.train(exec, training_images, 500);
   lab.probe = &probe;
   report.at_least("the probe, a classifier: accuracy on images it has not seen", probe.accuracy(exec, test_images),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/curves.hpp"
+#include "common/denoiser.hpp"
 #include "common/diffusion.hpp"
 #include "common/picture.hpp"
 

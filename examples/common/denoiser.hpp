@@ -38,11 +38,13 @@ struct denoiser_options {
 };
 
 /// eps(x, t, label): residual blocks x + down(silu(condition(up(norm(x)), context))) between two linear maps, with
-/// context = silu(embedding of t + embedding of the label). Label `no_label()` is the unconditional model, which
-/// classifier-free guidance needs.
+/// context = silu(embedding of t + embedding of the label).
 template <nn::real T, template <class> class Condition = added_context>
 class denoiser {
  public:
+  using value_type = T;
+  static constexpr nn::prediction predicts = nn::prediction::epsilon;
+
   explicit denoiser(const denoiser_options& o)
       : options_(o),
         store_(o.seed),
@@ -56,9 +58,9 @@ class denoiser {
   }
   denoiser(const denoiser&) = delete;
 
-  const denoiser_options& options() const { return options_; }
   nn::parameters<T>& store() { return store_; }
-  std::int32_t no_label() const { return static_cast<std::int32_t>(options_.classes); }
+  index_t pixels() const { return options_.pixels; }
+  std::vector<std::int32_t> hidden() const { return {static_cast<std::int32_t>(options_.classes)}; }
 
   /// x [n, pixels], a time and a label for each row.
   nn::var<T> operator()(nn::var<T> x, std::span<const std::int32_t> t, std::span<const std::int32_t> labels) const {

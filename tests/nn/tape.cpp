@@ -2,6 +2,7 @@
 #include <mlkit/nn.hpp>
 
 #include <catch2/catch.hpp>
+#include <functional>
 
 namespace nn = mlkit::nn;
 using Catch::Matchers::Contains;
@@ -106,6 +107,42 @@ TEST_CASE("a new adapter changes no output, and strength 0 is the base to the bi
     net.in.remove_adapter();
     CHECK(run() == base);
   }
+}
+
+TEST_CASE("adapters go to the layers that are named, or to all", "[nn]") {
+  struct model {
+    nn::parameters<float> store{5};
+    nn::scope<float> at{store};
+    std::vector<nn::linear_layer<float>> layers;
+    model() {
+      for (const char* path : {"a.to_q", "a.to_out.0", "b.to_q", "b.into_q", "b.to_q.late", "0"})
+        layers.emplace_back(at / path, 3, 2);
+    }
+    void each_linear(const std::function<void(nn::linear_layer<float>&)>& f) {
+      for (auto& layer : layers) f(layer);
+    }
+    std::string adapted() const {
+      std::string which;
+      for (const auto& layer : layers) which += layer.adapted() ? '1' : '0';
+      return which;
+    }
+  };
+  const auto of = [](const std::vector<std::string>& targets) {
+    model m;
+    nn::parameters<float> adapters;
+    nn::adapt(m, adapters, {.rank = 1}, targets);
+    return m.adapted();
+  };
+  CHECK(of({}) == "111111");
+  CHECK(of({"to_q"}) == "101000");
+  CHECK(of({"to_q", "to_out.0"}) == "111000");
+  CHECK(of({"a.to_q"}) == "100000");
+  CHECK(of({"0"}) == "010001");
+  model m;
+  nn::parameters<float> adapters;
+  CHECK_THROWS_WITH(nn::adapt(m, adapters, {}, {"to_q", "to_k"}), Contains("no linear layer to_k"));
+  CHECK_THROWS_WITH(nn::adapt(m, adapters, {}, {"q"}), Contains("no linear layer q"));
+  CHECK(m.adapted() == "000000");
 }
 
 TEST_CASE("training gives the same bits for any number of threads", "[nn]") {

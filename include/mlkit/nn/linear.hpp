@@ -244,10 +244,24 @@ concept adaptable = requires(M& model) {
   model.each_linear([](linear_layer<T>&) {});
 };
 
-/// Puts an adapter beside every linear layer of a model, all of them in one store.
+/// Puts an adapter beside every linear layer of a model, or, as PEFT's target_modules does, beside those alone whose
+/// path is one of `targets` or ends with "." and one of them: {"to_q", "to_k", "to_v", "to_out.0"} are the projections
+/// of attention. All go to one store. Throws value_error, before any layer is changed, for a target that no layer has.
 template <real T, adaptable<T> M>
-void adapt(M& model, parameters<T>& store, const adapter_options& o) {
-  model.each_linear([&](linear_layer<T>& layer) { layer.adapt(store, o); });
+void adapt(M& model, parameters<T>& store, const adapter_options& o, const std::vector<std::string>& targets = {}) {
+  const auto names = [](std::string_view path, std::string_view target) {
+    return path.ends_with(target) && (path.size() == target.size() || path[path.size() - target.size() - 1] == '.');
+  };
+  for (const std::string& target : targets) {
+    bool found = false;
+    model.each_linear([&](linear_layer<T>& layer) { found = found || names(layer.path(), target); });
+    if (!found) detail::fail_value("nn::adapt: the model has no linear layer ", target);
+  }
+  model.each_linear([&](linear_layer<T>& layer) {
+    if (targets.empty() || std::any_of(targets.begin(), targets.end(),
+                                       [&](const std::string& target) { return names(layer.path(), target); }))
+      layer.adapt(store, o);
+  });
 }
 
 }  // namespace MLKIT_NAMESPACE::nn
