@@ -3,6 +3,7 @@
 #include <mlkit/core/random.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 namespace examples {
@@ -27,6 +28,13 @@ image_set image_set::where(const std::function<bool(std::int32_t)>& wanted) cons
 
 mlkit::matrix_view<const float> image_set::rows(index_t first, index_t n) const {
   return {pixels.data() + first * size(), {std::min(n, count() - first), size()}};
+}
+
+double distance(mlkit::matrix_view<const float> a, mlkit::matrix_view<const float> b) {
+  double sum = 0;
+  for (index_t r = 0; r < a.extent(0); ++r)
+    for (index_t c = 0; c < a.extent(1); ++c) sum += std::pow(static_cast<double>(a(r, c) - b(r, c)), 2);
+  return std::sqrt(sum / static_cast<double>(a.size()));
 }
 
 std::pair<image_set, image_set> split(const image_set& all, index_t first, std::uint64_t seed) {

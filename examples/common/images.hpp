@@ -28,6 +28,9 @@ struct image_set {
   mlkit::matrix_view<const float> rows(mlkit::index_t first, mlkit::index_t n) const;
 };
 
+/// The root of the mean square of the difference between two sets' values.
+double distance(mlkit::matrix_view<const float> a, mlkit::matrix_view<const float> b);
+
 /// Two parts without a common image, in an order drawn from the seed: the first has `first` images.
 std::pair<image_set, image_set> split(const image_set& all, mlkit::index_t first, std::uint64_t seed);
 

@@ -123,6 +123,24 @@ int picture::text_width(const std::string& s, int size) {
   return stb_easy_font_width(const_cast<char*>(s.c_str())) * size;
 }
 
+namespace {
+
+std::uint8_t level_of(float value) {
+  return static_cast<std::uint8_t>(std::lround(std::clamp((value + 1) * 127.5f, 0.0f, 255.0f)));
+}
+
+}  // namespace
+
+void picture::rgb(int x, int y, mlkit::vector_view<const float> values, int zoom) {
+  const auto side = static_cast<int>(std::lround(std::sqrt(static_cast<double>(values.extent(0)) / 3)));
+  for (int r = 0; r < side; ++r)
+    for (int c = 0; c < side; ++c) {
+      const mlkit::index_t at = 3 * (r * side + c);
+      fill(x + c * zoom, y + r * zoom, zoom, zoom,
+           {level_of(values(at)), level_of(values(at + 1)), level_of(values(at + 2))});
+    }
+}
+
 void picture::grey(int x, int y, mlkit::matrix_view<const float> image, int zoom) {
   const auto rows = static_cast<int>(image.extent(0)), columns = static_cast<int>(image.extent(1));
   for (int r = 0; r < rows * zoom; ++r)
@@ -138,7 +156,7 @@ void picture::grey(int x, int y, mlkit::matrix_view<const float> image, int zoom
       const float fv = v - static_cast<float>(r0), fu = u - static_cast<float>(c0);
       const float value = (1 - fv) * ((1 - fu) * image(r0, c0) + fu * image(r0, c1)) +
                           fv * ((1 - fu) * image(r1, c0) + fu * image(r1, c1));
-      const auto level = static_cast<std::uint8_t>(std::lround(std::clamp((value + 1) * 127.5f, 0.0f, 255.0f)));
+      const std::uint8_t level = level_of(value);
       fill(x + c, y + r, 1, 1, {level, level, level});
     }
 }

@@ -25,6 +25,8 @@ class picture {
   static int text_width(const std::string& s, int size = 1);
   /// Grey values in [-1, 1] (clamped), each `zoom` pixels wide, blended linearly into its neighbours.
   void grey(int x, int y, mlkit::matrix_view<const float> image, int zoom);
+  /// A square in RGB, `values` its rows one after another in [-1, 1] (clamped), each pixel a square of `zoom` pixels.
+  void rgb(int x, int y, mlkit::vector_view<const float> values, int zoom);
   void write_png(const std::filesystem::path& path) const;
 
  private:

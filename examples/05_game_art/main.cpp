@@ -1,0 +1,225 @@
+// Images for a game from captions: a diffusion model learns to draw items in words; then each knob of sampling is
+// turned: guidance, negative prompts, the sampler, and the image to start from.
+#include "common/app.hpp"
+#include "common/curves.hpp"
+#include "common/game_art.hpp"
+#include "common/sprite_sheet.hpp"
+
+#include <mlkit/nn/files.hpp>
+
+#include <algorithm>
+
+using namespace examples;
+
+struct settings {
+  index_t training = 650, steps = 12;
+  int runs = 3;
+  double guidance = 3;
+  std::vector<std::string> prompts;
+  std::string negative;
+};
+
+// What all parts share: the model, the judge, and combinations that training did not have.
+struct studio {
+  mlkit::cpu exec;
+  settings chosen;
+  std::uint64_t seed;
+  std::filesystem::path out;
+  game_art art{seed};
+  classifier probe = train_probe(exec, seed + 1);
+  std::vector<sprite> unseen = combinations(true);
+
+  sampling options(int run, double guidance) const {
+    return {.steps = chosen.steps, .guidance = guidance, .seed = seed + 10 + static_cast<std::uint64_t>(run)};
+  }
+  template <class Sampler = nn::dpm_solver>
+  image_set paint(const std::vector<sprite>& wanted, const sampling& o, const Sampler& sampler = {}) const {
+    return sample(exec, art.model, art.schedule, art.ids(wanted), o, sampler);
+  }
+  // Shares of shape, colour, pattern, size and all four that are as wanted.
+  std::vector<double> judge(const image_set& images, const std::vector<sprite>& wanted) const {
+    return recognised(exec, probe, images, wanted);
+  }
+};
+
+std::vector<std::string> captions_of(const std::vector<sprite>& wanted, std::size_t every = 1) {
+  std::vector<std::string> texts;
+  for (std::size_t i = 0; i < wanted.size(); i += every) texts.push_back(caption(wanted[i]));
+  return texts;
+}
+
+// Every third of 36 sprites, for pictures.
+mlkit::matrix<float> some(const image_set& images) {
+  std::vector<index_t> places;
+  for (index_t i = 0; i < images.count(); i += 3) places.push_back(i);
+  return std::move(images.at(places).pixels);
+}
+
+// Unseen combinations at growing guidance; 0 is the model without a caption.
+void guidance(const studio& s, report& report) {
+  std::vector<curve> curves;
+  for (const char* what : {"shape", "colour", "pattern", "size", "all four"}) curves.push_back({what, {}, {}});
+  std::map<double, std::vector<double>> shares;
+  std::vector<double> shuffled(5);
+  sprite_rows strip("Unseen combinations, by guidance", captions_of(s.unseen, 3));
+  const auto add = [&](std::vector<double>& to, const std::vector<double>& from) {
+    to.resize(from.size());
+    for (std::size_t i = 0; i < to.size(); ++i) to[i] += from[i] / s.chosen.runs;
+  };
+  for (const double g : {0.0, 1.0, 2.0, s.chosen.guidance, 6.0, 12.0}) {
+    for (int run = 0; run < s.chosen.runs; ++run) {
+      const image_set images = s.paint(s.unseen, s.options(run, g));
+      add(shares[g], s.judge(images, s.unseen));
+      if (run == 0) strip.add(number(g, 3), some(images));
+      if (g != s.chosen.guidance) continue;
+      std::vector<sprite> others = s.unseen;  // captions of other images: what is right by accident
+      std::rotate(others.begin(), others.begin() + 13 + run, others.end());
+      add(shuffled, s.judge(images, others));
+      if (run == 0)
+        write_captioned(s.out / "contact_sheet.png", "Combinations that training did not have", images.pixels,
+                        captions_of(s.unseen), 9);
+    }
+    for (std::size_t i = 0; i < curves.size(); ++i) curves[i].x.push_back(g), curves[i].y.push_back(shares[g][i]);
+  }
+  strip.write(s.out / "guidance.png");
+  write_curves(s.out / "guidance", {"Samples that show what an unseen combination's caption says", "guidance", "share"},
+               curves);
+
+  constexpr double required[] = {0.9, 0.85, 0.7, 0.95};
+  for (std::size_t a = 0; a < sprite::attributes; ++a) {
+    const std::string name = sprite_attributes[a];
+    report.at_least("unseen combinations: " + name + " as in the caption", shares[s.chosen.guidance][a], required[a]);
+    report.measured("    as in another's caption", shuffled[a]);
+    report.measured("    of samples without a caption", shares[0][a]);
+  }
+  report.at_least("all four as in the caption", shares[s.chosen.guidance][4], 0.6);
+  report.at_most("    of samples without a caption", shares[0][4], 0.05);
+  report.at_least("    more than without guidance by", shares[s.chosen.guidance][4] - shares[1][4], 0.03);
+}
+
+// A word in the place of the empty caption is what guidance leads away from.
+void negative_prompts(const studio& s, report& report) {
+  std::vector<sprite> wanted;  // the pattern is left open
+  for (int i = 0; i < 36; ++i) wanted.push_back({i % known_shapes, i / known_shapes, -1, 1});
+  sprite_rows strip("Negative prompts: the same noise without and with", captions_of(wanted, 3));
+  for (int pattern = 0; pattern < values_of(2); ++pattern) {
+    const std::string word = sprite_patterns[static_cast<std::size_t>(pattern)];
+    const std::vector<sprite> unwelcome(wanted.size(), sprite{.pattern = pattern});
+    std::vector<double> without, with, kept;
+    for (int run = 0; run < s.chosen.runs; ++run) {
+      sampling o = s.options(run, s.chosen.guidance);
+      const image_set free = s.paint(wanted, o);
+      o.negative = s.art.ids(std::vector<std::string>{word});
+      const image_set led = s.paint(wanted, o);
+      without.push_back(s.judge(free, unwelcome)[2]);
+      with.push_back(s.judge(led, unwelcome)[2]);
+      kept.push_back(s.judge(led, wanted)[0]);
+      if (run == 0 && pattern == 0) strip.add("none", some(free));
+      if (run == 0) strip.add(word, some(led));
+    }
+    report.measured("\"" + word + "\" where the caption leaves it open", over(without));
+    report.at_most("    with it as the negative prompt", over(with).mean, 0.5 * over(without).mean);
+    report.at_least("    and the shape still as in the caption", over(kept).mean, 0.8);
+  }
+  strip.write(s.out / "negative_prompts.png");
+}
+
+// The same noise, captions and number of steps for each sampler.
+void samplers(const studio& s, report& report) {
+  sampling o = s.options(0, s.chosen.guidance);
+  o.steps = 100;
+  const image_set exact = s.paint(s.unseen, o, nn::ddim{});  // nearly without error
+  o.steps = s.chosen.steps;
+  sprite_rows strip("The same noise by each sampler, in " + std::to_string(o.steps) + " steps",
+                    captions_of(s.unseen, 3));
+  const auto judge = [&](const std::string& name, const auto& sampler) {
+    const image_set images = s.paint(s.unseen, o, sampler);
+    strip.add(name, some(images));
+    report.measured(name + ": all four as in the caption", s.judge(images, s.unseen)[4]);
+    return distance(images.pixels, exact.pixels);
+  };
+  judge("DDPM", nn::ddpm{});
+  const double ddim = judge("DDIM", nn::ddim{}), dpm = judge("DPM-Solver++", nn::dpm_solver{});
+  strip.add("DDIM, 100", some(exact));
+  strip.write(s.out / "samplers.png");
+  report.measured("    DDIM's distance to its own 100 steps", ddim);
+  report.at_most("    DPM-Solver++'s, in as many steps", dpm, 0.9 * ddim);
+}
+
+// Drawings as the start. The strength is the share of the steps that are taken.
+void image_to_image(const studio& s, report& report) {
+  std::vector<sprite> from, to;
+  for (int i = 0; i < 36; ++i) {
+    from.push_back({i % known_shapes, i / known_shapes, 0, 1});
+    to.push_back({i % known_shapes, (i / known_shapes + 2) % values_of(1), 1 + i % 2, 1});
+  }
+  const image_set start = draw(from, 1, s.seed + 50).with_attributes();
+  const auto ids = s.art.ids(to);
+  curve apart{"distance to the start", {}, {}}, follows{"all four as in the caption", {}, {}};
+  sprite_rows strip("Image to image: drawings and new captions, by strength", captions_of(to, 3));
+  strip.add("start", some(start));
+  for (const double strength : {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}) {
+    image_set images{mlkit::matrix<float>(start.pixels.extents()), ids};
+    const sampling o = s.options(0, s.chosen.guidance);
+    nn::img2img<float>(s.exec, guided(s.exec, s.art.model, ids, o), nn::dpm_solver{}, s.art.schedule, start.pixels,
+                       strength, images.pixels, {.steps = 20, .predicts = s.art.model.predicts, .seed = o.seed});
+    strip.add(number(strength, 3), some(images));
+    apart.x.push_back(strength), apart.y.push_back(distance(images.pixels, start.pixels));
+    follows.x.push_back(strength), follows.y.push_back(s.judge(images, to)[4]);
+  }
+  strip.write(s.out / "img2img.png");
+  write_curves(s.out / "img2img", {"Image to image", "strength", "root mean square, share"}, {apart, follows});
+  report.at_most("img2img: distance to the input at strength 0", apart.y.front(), 0);
+  report.measured("    at strength 0.4", apart.y[2]);
+  report.measured("    at strength 1", apart.y.back());
+  report.holds("    it grows with every strength",
+               std::adjacent_find(apart.y.begin(), apart.y.end(), std::greater_equal<>()) == apart.y.end());
+  report.measured("    the new caption is followed at strength 0", follows.y.front());
+  report.at_least("    at strength 1", follows.y.back(), 0.6);
+}
+
+int demonstrate(const app& app, const settings& chosen) {
+  studio s{app.exec(), chosen, app.seed, app.out};
+  report report;
+  const auto real = draw(s.unseen, 10, s.seed + 2).with_attributes();
+  const auto trusted = s.probe.accuracies(s.exec, real);
+  for (std::size_t a = 0; a < trusted.size(); ++a)
+    report.at_least("the probe, on new drawings: " + std::string(sprite_attributes[a]), trusted[a], 0.93);
+
+  const training_result result = s.art.train(s.exec, chosen.training, s.seed);
+  nn::save((s.out / "base.safetensors").string(), s.art.model.store());
+  s.art.words.save((s.out / "words.txt").string());
+  report.measured("training", result.steps_per_second(), "steps/s");
+  write_curves(s.out / "training", {"Training", "step", "loss"}, {smoothed("loss", result.losses, 25)});
+
+  guidance(s, report);
+  negative_prompts(s, report);
+  samplers(s, report);
+  image_to_image(s, report);
+  return report.finish(s.out);
+}
+
+// --prompt: pictures of one's own captions by the base of an earlier run.
+int paint_only(const app& app, const settings& chosen) {
+  game_art art(app.seed);
+  nn::load((app.out / "base.safetensors").string(), art.model.store());
+  sampling o{.steps = chosen.steps, .guidance = chosen.guidance, .seed = app.seed};
+  o.negative = art.ids(std::vector{chosen.negative});
+  const image_set images = sample(app.exec(), art.model, art.schedule, art.ids(chosen.prompts), o, nn::dpm_solver{});
+  write_captioned(app.out / "prompts.png", "Your captions", images.pixels, chosen.prompts, 9);
+  return 0;
+}
+
+int main(int argc, char** argv) {
+  app app("05_game_art", "Diffusion for game art: items from captions, by every knob of sampling.");
+  settings s;
+  auto& cli = app.options();
+  const CLI::Range positive(1, 1 << 20);
+  cli.add_option("--training", s.training, "steps of training")->check(positive)->capture_default_str();
+  cli.add_option("--steps", s.steps, "steps of sampling")->check(CLI::Range(1, 1000))->capture_default_str();
+  cli.add_option("--guidance", s.guidance, "1: none")->capture_default_str();
+  cli.add_option("--runs", s.runs, "seeds of sampling")->check(positive)->capture_default_str();
+  auto* prompts = cli.add_option("--prompt", s.prompts, "only draw these captions, by the base that is in --out");
+  cli.add_option("--negative", s.negative, "a negative prompt for them")->needs(prompts);
+  return app.run(argc, argv, [&] { return s.prompts.empty() ? demonstrate(app, s) : paint_only(app, s); });
+}
