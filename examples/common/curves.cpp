@@ -11,6 +11,17 @@
 
 namespace examples {
 
+namespace {
+
+// A string of gnuplot's, in which a quote is written twice.
+std::string quoted(const std::string& text) {
+  std::string q = "'";
+  for (const char c : text) q += c == '\'' ? std::string("''") : std::string(1, c);
+  return q + "'";
+}
+
+}  // namespace
+
 bool write_curves(const std::filesystem::path& stem, const axes& axes, const std::vector<curve>& curves) {
   std::ofstream csv(stem.string() + ".csv");
   csv << "series," << axes.x << ',' << axes.y << '\n';
@@ -21,8 +32,9 @@ bool write_curves(const std::filesystem::path& stem, const axes& axes, const std
   if (std::system("command -v gnuplot > /dev/null 2>&1") != 0) return false;
   std::ostringstream script;
   script << "set terminal svg size 860,440 font 'sans-serif,14' background 'white'\n"
-         << "set output '" << stem.string() << ".svg'\n"
-         << "set title '" << axes.title << "'\nset xlabel '" << axes.x << "'\nset ylabel '" << axes.y << "'\n"
+         << "set output " << quoted(stem.string() + ".svg") << '\n'
+         << "set title " << quoted(axes.title) << "\nset xlabel " << quoted(axes.x) << "\nset ylabel " << quoted(axes.y)
+         << '\n'
          << (curves.size() > 1 ? "set key outside right top\n" : "set key off\n")
          << "set autoscale xfix\nset grid lc rgb '#e4e6ea'\nset border 3\nset tics nomirror\n"
          << (axes.log_y ? "set logscale y\n" : "");
@@ -32,7 +44,7 @@ bool write_curves(const std::filesystem::path& stem, const axes& axes, const std
   for (std::size_t i = 0; i < curves.size(); ++i)
     script << (i ? ", " : "") << "'-' using 1:2 with "
            << (curves[i].x.size() <= few_points ? "linespoints pt 7 ps 0.6" : "lines") << " lw 2 lc rgb '"
-           << colours[i % std::size(colours)] << "' title '" << curves[i].name << '\'';
+           << colours[i % std::size(colours)] << "' title " << quoted(curves[i].name);
   script << '\n';
   for (const curve& c : curves) {
     for (std::size_t i = 0; i < c.x.size(); ++i) script << c.x[i] << ' ' << c.y[i] << '\n';

@@ -5,10 +5,7 @@ namespace examples {
 namespace {
 
 nn::word_tokenizer vocabulary() {
-  std::vector<std::string> captions;
-  for (const bool unseen : {false, true})
-    for (const sprite& s : combinations(unseen)) captions.push_back(caption(s));
-  std::vector<std::string> words = nn::word_tokenizer::from_texts(captions).words();
+  std::vector<std::string> words = nn::word_tokenizer::from_texts(captions(combinations(false))).words();
   words.emplace_back(game_art::rare_word);
   return nn::word_tokenizer(std::move(words));
 }
@@ -20,14 +17,10 @@ constexpr index_t caption_length = 6;  // four words between begin and end
 game_art::game_art(std::uint64_t seed)
     : words(vocabulary()), model({.words = words.size(), .length = caption_length, .seed = seed}) {}
 
-std::vector<std::int32_t> game_art::ids(const std::vector<std::string>& captions) const {
-  return words.encode(captions, caption_length);
+std::vector<std::int32_t> game_art::ids(const std::vector<std::string>& texts) const {
+  return words.encode(texts, caption_length);
 }
-std::vector<std::int32_t> game_art::ids(const std::vector<sprite>& wanted) const {
-  std::vector<std::string> captions;
-  for (const sprite& s : wanted) captions.push_back(caption(s));
-  return ids(captions);
-}
+std::vector<std::int32_t> game_art::ids(const std::vector<sprite>& wanted) const { return ids(captions(wanted)); }
 
 image_set game_art::captioned(const sprite_set& drawings, std::uint64_t seed) const {
   image_set images{mlkit::matrix<float>(drawings.pixels.extents()), {}};
@@ -36,7 +29,7 @@ image_set game_art::captioned(const sprite_set& drawings, std::uint64_t seed) co
   const mlkit::random_stream random{seed, 0x6361707469};
   constexpr std::uint64_t draws = 1 + sprite::attributes;
   for (std::size_t i = 0; i < said.size(); ++i) {
-    if (random.uniform(i * draws) > 0.3f) continue;
+    if (random.uniform(i * draws) < 0.5f) continue;
     int* const attributes[] = {&said[i].shape, &said[i].colour, &said[i].pattern, &said[i].size};
     for (std::uint64_t a = 0; a < sprite::attributes; ++a)
       if (random.uniform(i * draws + 1 + a) < 0.5f) *attributes[a] = -1;

@@ -22,7 +22,7 @@ class game_art {
   const nn::noise_schedule schedule = nn::noise_schedule::cosine(1000);
 
   /// Captions as the model takes them.
-  std::vector<std::int32_t> ids(const std::vector<std::string>& captions) const;
+  std::vector<std::int32_t> ids(const std::vector<std::string>& texts) const;
   std::vector<std::int32_t> ids(const std::vector<sprite>& wanted) const;
   /// Drawings with their captions, of which some leave some attributes open.
   image_set captioned(const sprite_set& drawings, std::uint64_t seed) const;

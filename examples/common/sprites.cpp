@@ -104,6 +104,12 @@ std::string caption(const sprite& s) {
   return text;
 }
 
+std::vector<std::string> captions(const std::vector<sprite>& sprites) {
+  std::vector<std::string> texts;
+  for (const sprite& s : sprites) texts.push_back(caption(s));
+  return texts;
+}
+
 bool held_out(const sprite& s) { return (s.shape + s.colour + 2 * s.pattern + 3 * s.size) % 6 == 0; }
 
 std::vector<sprite> combinations(bool that_are_held_out) {

@@ -35,6 +35,7 @@ inline constexpr int known_shapes = 6, new_shape = 6;
 int values_of(int attribute);
 /// "small red striped shield", without what is open; all open: "".
 std::string caption(const sprite& s);
+std::vector<std::string> captions(const std::vector<sprite>& sprites);
 
 /// Whether this combination is kept from training: a sixth of them, of which every pair of values is seen elsewhere.
 bool held_out(const sprite& s);
