@@ -1,10 +1,6 @@
-// LoRA for diffusion: a denoiser learns every kind of handwritten digit but one; a low-rank adapter then teaches it
-// that one, beside DoRA and full fine-tuning at the same number of steps.
+// LoRA for diffusion: a base that draws many things is taught one that it never saw, by a low-rank adapter on its
+// attention's projections, beside DoRA, full fine-tuning and textual inversion at the same number of steps.
 #include "common/app.hpp"
-#include "common/classifier.hpp"
-#include "common/denoiser.hpp"
-#include "common/diffusion.hpp"
-#include "common/digits.hpp"
 #include "outcome.hpp"
 
 #include <mlkit/nn/files.hpp>
@@ -13,89 +9,91 @@
 
 using namespace examples;
 
-struct settings {
-  std::filesystem::path data = digits_file, sample_from, base;
-  std::int32_t held_out = 8;
-  index_t pretraining = 1500, steps = 200;
-  int runs = 3;
-  nn::adapter_options adapter{.rank = 4, .alpha = 8};
-};
-
-// What all methods share: the base, the images, and the judge.
+// What all methods share: the subject with its images and its judge, the base's file, and seeds.
+template <class Subject>
 struct laboratory {
   mlkit::cpu exec;
   settings chosen;
-  denoiser_options shape;
+  Subject subject;
+  std::uint64_t seed;
   std::filesystem::path base_file;
-  const classifier* probe = nullptr;
-  image_set fresh_training;  // the new kind
-  image_set prior;           // the old kinds, drawn by the base: nothing else of its training is needed
-  image_set old_test;        // the old kinds, never trained on
-  std::vector<std::int32_t> fresh_labels, old_labels;
-  std::uint64_t seed = 0;
-  nn::noise_schedule schedule = nn::noise_schedule::cosine(1000);
+  image_set prior;  // the old kinds, drawn by the base: nothing else of its training is needed
+
+  using model = typename Subject::model;
+  static constexpr bool has_words = requires(model & m, nn::parameters<float>& store) { m.add_word(store, 0); };
 
   std::uint64_t noise_seed(int run) const { return seed + 10 + static_cast<std::uint64_t>(run); }
-
-  void judge(const denoiser<float>& model, int run, outcome& o) const {
-    const sampling from{.seed = noise_seed(run)};
-    o.fresh = sample(exec, model, schedule, fresh_labels, from);
-    o.old = sample(exec, model, schedule, old_labels, from);
-    o.recognised.push_back(probe->accuracy(exec, o.fresh));
-    o.old_recognised.push_back(probe->accuracy(exec, o.old));
-    o.old_loss.push_back(denoising_loss(exec, model, schedule, old_test));
+  image_set draw(const model& m, const std::vector<std::int32_t>& labels, std::uint64_t noise) const {
+    sampling o = subject.sampling;
+    o.seed = noise;
+    return sample(exec, m, subject.schedule(), labels, o, typename Subject::sampler{});
+  }
+  void judge(const model& m, const std::vector<std::int32_t>& labels, int run, outcome& o) const {
+    o.fresh = draw(m, labels, noise_seed(run));
+    o.old = draw(m, subject.old_labels, noise_seed(run));
+    o.recognised.push_back(subject.fresh(exec, o.fresh));
+    if constexpr (requires { subject.composed(exec, o.fresh); }) o.composed.push_back(subject.composed(exec, o.fresh));
+    o.old_recognised.push_back(subject.old(exec, o.old));
+    o.old_loss.push_back(denoising_loss(exec, m, subject.schedule(), subject.old_test));
   }
 };
 
 // Teaches the base one kind, in one way.
+template <class Subject>
 struct pupil {
-  denoiser<float> model;
-  nn::parameters<float> adapters;
+  typename Subject::model model;
+  nn::parameters<float> added;  // adapters, or a word
+  std::vector<std::int32_t> labels;
   training_result result;
 
-  pupil(const laboratory& lab, const method& how, std::uint64_t seed, progress& bar, index_t done)
-      : model(lab.shape), adapters(seed) {
+  pupil(const laboratory<Subject>& lab, const method& m, std::uint64_t seed, progress& bar, index_t done)
+      : model(lab.subject.shape), added(seed), labels(lab.subject.fresh_labels) {
     nn::load(lab.base_file.string(), model.store());
-    if (how.adapter) {
-      model.store().freeze();  // no gradient is computed for the base from here on
+    image_set images = copy_of(lab.subject.fresh_training);
+    if (m.how != way::full) model.store().freeze();  // no gradient is computed for the base from here on
+    if (m.how == way::lora || m.how == way::dora) {
       nn::adapter_options o = lab.chosen.adapter;
-      o.dora = how.dora;
-      nn::adapt(model, adapters, o);  // down random, up zero: the model is still the base
+      o.dora = m.how == way::dora;
+      nn::adapt(model, added, o, lab.subject.targets);  // down random, up zero: the model is still the base
     }
-    nn::adamw<float> optimizer(nn::trainable(model.store(), adapters), {.decay = 0});
-    const training o{.steps = lab.chosen.steps, .rate = how.rate, .prior = how.prior, .seed = seed};
-    result = train(lab.exec, model, lab.schedule, optimizer, lab.fresh_training, how.prior > 0 ? &lab.prior : nullptr,
-                   o, bar, done);
+    if constexpr (laboratory<Subject>::has_words)
+      if (m.how == way::word) {  // its embedding is all that is trained
+        const auto& words = lab.subject.art.words;
+        const std::int32_t word = model.add_word(added, words.id("shield"));
+        for (auto* ids : {&images.labels, &labels})
+          std::replace(ids->begin(), ids->end(), words.id(game_art::rare_word), word);
+      }
+    training o = lab.subject.method_training;
+    o.prior = m.prior;
+    o.seed = seed;
+    if (m.how == way::full) o.rate = lab.subject.full_rate;
+    if (m.how == way::word) o.rate *= 3;
+    nn::adamw<float> optimizer(nn::trainable(model.store(), added), {.beta2 = o.beta2, .decay = 0});
+    result = train(lab.exec, model, lab.subject.schedule(), optimizer, images, m.prior > 0 ? &lab.prior : nullptr, o,
+                   bar, done);
   }
 };
 
-// `n` of every label but one.
-std::vector<std::int32_t> labels_without(std::int32_t left_out, index_t classes, index_t n) {
-  std::vector<std::int32_t> labels;
-  for (index_t i = 0; i < classes * n; ++i)
-    if (i % classes != left_out) labels.push_back(static_cast<std::int32_t>(i % classes));
-  return labels;
-}
-
 // --sample-from: a process that is given two files and a seed, and nothing else.
-int sample_only(const app& app, const laboratory& lab) {
-  denoiser<float> model(lab.shape);
+template <class Subject>
+int sample_only(const app& app, const laboratory<Subject>& lab) {
+  typename Subject::model model(lab.subject.shape);
   nn::load(lab.chosen.base.string(), model.store());
   nn::parameters<float> adapters;
   nn::load_adapters(lab.chosen.sample_from.string(), model, adapters);
-  const image_set images = sample(app.exec(), model, lab.schedule, lab.fresh_labels, {.seed = app.seed});
+  const image_set images = lab.draw(model, lab.subject.fresh_labels, app.seed);
   mlkit::io::write_safetensors((app.out / "samples.safetensors").string(), {mlkit::io::named("images", images.pixels)});
   return 0;
 }
 
 // The same samples from this program, started again on one thread.
-bool fresh_process_agrees(const app& app, const laboratory& lab, const std::filesystem::path& adapter,
+template <class Subject>
+bool fresh_process_agrees(const app& app, const laboratory<Subject>& lab, const std::filesystem::path& adapter,
                           const image_set& expected) {
   const auto quoted = [](const std::filesystem::path& p) { return " '" + p.string() + "'"; };
   const std::filesystem::path out = app.out / "fresh_process";
   const std::string command = quoted(std::filesystem::read_symlink("/proc/self/exe")) + " --sample-from" +
-                              quoted(adapter) + " --base" + quoted(lab.base_file) + " --data" +
-                              quoted(lab.chosen.data) + " --held-out " + std::to_string(lab.chosen.held_out) +
+                              quoted(adapter) + " --base" + quoted(lab.base_file) + lab.subject.arguments() +
                               " --seed " + std::to_string(lab.noise_seed(lab.chosen.runs - 1)) + " --threads 1 --out" +
                               quoted(out);
   if (std::system(command.c_str()) != 0) return false;
@@ -104,38 +102,33 @@ bool fresh_process_agrees(const app& app, const laboratory& lab, const std::file
   return std::equal(expected.pixels.begin(), expected.pixels.end(), images.data, images.data + images.size());
 }
 
-int demonstrate(const app& app, laboratory lab, const image_set& training_images, const image_set& test_images) {
-  const settings& s = lab.chosen;
+template <class Subject>
+int demonstrate(const app& app, laboratory<Subject>& lab) {
   const mlkit::cpu exec = app.exec();
-  const auto is_old = [&](std::int32_t label) { return label != s.held_out; };
-  const std::string kind = "digit " + std::to_string(s.held_out);
+  const settings& s = lab.chosen;
+  Subject& subject = lab.subject;
   report report;
+  subject.train_probe(exec, report);
 
-  // The probe sees every kind and never a sample; the base sees every kind but one.
-  classifier probe(lab.shape.pixels, {lab.shape.classes}, app.seed + 1);
-  probe.train(exec, training_images, 500);
-  lab.probe = &probe;
-  report.at_least("the probe, a classifier: accuracy on images it has not seen", probe.accuracy(exec, test_images),
-                  0.95);
-
-  denoiser<float> base(lab.shape);
+  // The base sees every kind but one.
   training_result pretraining;
-  {
-    progress bar("base: every kind but " + kind, s.pretraining);
-    nn::adamw<float> optimizer(nn::trainable(base.store()), {.decay = 0});
-    pretraining = train(exec, base, lab.schedule, optimizer, training_images.where(is_old), nullptr,
-                        {.steps = s.pretraining, .seed = app.seed}, bar);
+  lab.base_file = s.base;
+  if (s.base.empty()) {
+    pretraining = subject.train_base(exec);
+    lab.base_file = app.out / "base.safetensors";
+    nn::save(lab.base_file.string(), subject.base().store());
+  } else {
+    nn::load(s.base.string(), subject.base().store());
   }
-  lab.base_file = app.out / "base.safetensors";
-  nn::save(lab.base_file.string(), base.store());
   const std::string base_bytes = bytes_of(lab.base_file);
-
-  lab.fresh_training = training_images.where([&](std::int32_t label) { return label == s.held_out; });
-  lab.old_test = test_images.where(is_old);
-  lab.prior = sample(exec, base, lab.schedule, labels_without(s.held_out, lab.shape.classes, 30),
-                     {.guidance = 1, .seed = app.seed + 2});
+  lab.prior = [&] {
+    sampling o = subject.sampling;
+    o.guidance = 1;  // as varied as the base knows them
+    o.seed = app.seed + 2;
+    return sample(exec, subject.base(), subject.schedule(), subject.prior_labels, o, typename Subject::sampler{});
+  }();
   outcome untouched("base");
-  for (int run = 0; run < s.runs; ++run) lab.judge(base, run, untouched);
+  for (int run = 0; run < s.runs; ++run) lab.judge(subject.base(), subject.fresh_labels, run, untouched);
   untouched.bytes = base_bytes.size();
 
   // Every way of teaching, from the same base, with the same batches, on several seeds.
@@ -146,20 +139,22 @@ int demonstrate(const app& app, laboratory lab, const image_set& training_images
   bool zero_is_base = false, process_agrees = false;
   double merge_difference = 0;
   for (const method& how : methods) {
+    if (how.how == way::word && !lab.has_words) continue;
     outcome o{std::string(how.name)};
-    progress bar(o.name + ": teaching " + kind, s.runs * s.steps);
+    const index_t steps = subject.method_training.steps;
+    progress bar(o.name + ": teaching " + subject.kind, s.runs * steps);
     for (int run = 0; run < s.runs; ++run) {
-      pupil p(lab, how, app.seed + 100 + static_cast<std::uint64_t>(run), bar, run * s.steps);
-      lab.judge(p.model, run, o);
+      pupil<Subject> p(lab, how, app.seed + 100 + static_cast<std::uint64_t>(run), bar, run * steps);
+      lab.judge(p.model, p.labels, run, o);
       o.speed.push_back(p.result.steps_per_second());
       o.losses = p.result.losses;
       if (run + 1 < s.runs) continue;
 
-      for (const auto* parameter : nn::trainable(p.model.store(), p.adapters)) o.trained += parameter->size();
-      const std::filesystem::path folder = app.out / how.folder;
-      if (!how.adapter) {
-        nn::save(folder.string() + ".safetensors", p.model.store());
-        o.bytes = std::filesystem::file_size(folder.string() + ".safetensors");
+      for (const auto* parameter : nn::trainable(p.model.store(), p.added)) o.trained += parameter->size();
+      const std::filesystem::path folder = app.out / how.folder, file = folder.string() + ".safetensors";
+      if (how.how == way::full || how.how == way::word) {
+        nn::save(file.string(), how.how == way::full ? p.model.store() : p.added);
+        o.bytes = std::filesystem::file_size(file);
         continue;
       }
       nn::save_adapters<float>(folder.string(), p.model);
@@ -169,30 +164,33 @@ int demonstrate(const app& app, laboratory lab, const image_set& training_images
       // Stronger and weaker, from the same noise; at strength 0 every bit is the base's.
       for (const double strength : {0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5}) {
         p.model.each_linear([&](auto& layer) { layer.set_strength(strength); });
-        const image_set& images = strip_images.emplace_back(
-            sample(exec, p.model, lab.schedule, lab.fresh_labels, {.seed = lab.noise_seed(run)}));
+        const image_set& images = strip_images.emplace_back(lab.draw(p.model, p.labels, lab.noise_seed(run)));
         if (strength == 0) zero_is_base = same(images, untouched.fresh);
-        strip.push_back({"scale " + number(strength, 3), images.rows(0, 16)});
+        strip.push_back({"scale " + number(strength, 3), images.pixels});
         sweep.x.push_back(strength);
-        sweep.y.push_back(probe.accuracy(exec, images));
+        sweep.y.push_back(subject.fresh(exec, images));
       }
       p.model.each_linear([&](auto& layer) { layer.set_strength(1); });
       process_agrees = fresh_process_agrees(app, lab, folder, o.fresh);
-      const auto apart = predictions(exec, p.model, test_images);
+      const auto apart = predictions(exec, p.model, subject.old_test);
       p.model.each_linear([&](auto& layer) { layer.merge(exec); });
-      merge_difference = largest_difference(apart, predictions(exec, p.model, test_images));
+      merge_difference = largest_difference(apart, predictions(exec, p.model, subject.old_test));
     }
     outcomes.push_back(std::move(o));
   }
 
   const outcome &lora = outcomes[0], &alone = outcomes.back();
-  const double before = over(untouched.recognised).mean;
-  const double drift = over(lora.old_loss).mean / untouched.old_loss[0];
-  report.at_least("concept probe: samples of " + kind + " recognised, LoRA", over(lora.recognised).mean, 0.8);
+  const double before = over(untouched.recognised).mean, drift = over(lora.old_loss).mean / untouched.old_loss[0],
+               alone_drift = over(alone.old_loss).mean / untouched.old_loss[0];
+  report.at_least("concept probe: samples of a " + subject.kind + " recognised, LoRA", over(lora.recognised).mean, 0.8);
   report.at_least("    more than without the adapter by", over(lora.recognised).mean - before, 0.5);
+  if (!lora.composed.empty()) {
+    report.at_least("    in colours that its pictures did not have: all as asked", over(lora.composed).mean, 0.5);
+    report.measured("    recognised of textual inversion", over(outcomes[3].recognised));
+  }
   report.at_least("    of the old kinds recognised, LoRA", over(lora.old_recognised).mean, 0.85);
-  report.at_most("drift: denoising loss on unseen old images, LoRA / base", drift, 1.15);
-  report.measured("    the same without prior images", over(alone.old_loss).mean / untouched.old_loss[0]);
+  report.at_most("drift: denoising loss on unseen old images, LoRA / base", drift, subject.most_drift);
+  report.at_least("    the same without prior images", alone_drift, drift);
   report.holds("the base's file is what it was, to the byte", bytes_of(lab.base_file) == base_bytes);
   report.holds("scale 0 gives the base's samples, to the bit", zero_is_base);
   report.holds("a fresh process on one thread gives the same samples, to the bit", process_agrees);
@@ -201,40 +199,35 @@ int demonstrate(const app& app, laboratory lab, const image_set& training_images
                   8);
   real_sizes(exec, app.out, report);
   outcomes.insert(outcomes.begin(), std::move(untouched));
-  show(app.out, kind, lab.fresh_training, outcomes, strip, sweep, pretraining.losses);
+  tell(app.out, outcomes);
+  show(app.out, subject, outcomes, strip, sweep, pretraining.losses);
   return report.finish(app.out);
 }
 
+template <class Subject>
+int teach(const app& app, const settings& s) {
+  laboratory<Subject> lab{app.exec(), s, Subject(s, app.seed), app.seed, {}, {}};
+  return s.sample_from.empty() ? demonstrate(app, lab) : sample_only(app, lab);
+}
+
 int main(int argc, char** argv) {
-  app app("10_lora_diffusion",
-          "LoRA for diffusion: teaches a denoiser of handwritten digits a kind that it never saw.");
+  app app("10_lora_diffusion", "LoRA for diffusion: teaches a model of game art a shape that it never saw.");
   settings s;
   auto& cli = app.options();
-  cli.add_option("--data", s.data, "images, a line each: label and pixels")->capture_default_str();
-  cli.add_option("--held-out", s.held_out, "the label that the base never sees")->capture_default_str();
-  cli.add_option("--rank", s.adapter.rank, "of the adapters")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  const CLI::Range positive(1, 1 << 20);
+  cli.add_option_function<std::string>(
+      "--data", [&](const std::string& data) { s.data = data == "digits" ? digits_file : data; },
+      "\"digits\", or a file of images, a line each: a label and pixels; else sprites that the program draws");
+  cli.add_option("--held-out", s.held_out, "the label of --data that the base never sees")->capture_default_str();
+  cli.add_option("--base", s.base, "a base that is trained already, of example 05 or of this one")
+      ->check(CLI::ExistingFile);
+  cli.add_option("--rank", s.adapter.rank, "of the adapters")->check(positive)->capture_default_str();
   cli.add_option("--alpha", s.adapter.alpha, "the update is scaled by alpha / rank")->capture_default_str();
-  cli.add_option("--pretraining", s.pretraining, "steps of the base")
-      ->check(CLI::Range(1, 1 << 20))
-      ->capture_default_str();
-  cli.add_option("--steps", s.steps, "steps of each method")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  cli.add_option("--runs", s.runs, "seeds of each method")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  auto* from =
-      cli.add_option("--sample-from", s.sample_from, "only sample, with this adapter")->check(CLI::ExistingPath);
-  cli.add_option("--base", s.base, "the base of --sample-from")->check(CLI::ExistingFile)->needs(from);
-  return app.run(argc, argv, [&] {
-    const image_set images = read_digits(s.data);
-    const auto [training_images, test_images] = split(images, images.count() * 7 / 10, app.seed);
-    const std::int32_t classes = 1 + *std::max_element(images.labels.begin(), images.labels.end());
-    if (s.held_out < 0 || s.held_out >= classes) throw mlkit::value_error("--held-out is no label of the data");
-    laboratory lab;
-    lab.exec = app.exec();
-    lab.chosen = s;
-    lab.shape = {.pixels = images.size(), .classes = classes, .seed = app.seed};
-    lab.seed = app.seed;
-    lab.fresh_labels.assign(64, s.held_out);
-    lab.old_labels = labels_without(s.held_out, classes, 20);
-    return s.sample_from.empty() ? demonstrate(app, std::move(lab), training_images, test_images)
-                                 : sample_only(app, lab);
-  });
+  cli.add_option("--pretraining", s.pretraining, "steps of the base, where the data's number does not do");
+  cli.add_option("--steps", s.steps, "steps of each method, likewise");
+  cli.add_option("--runs", s.runs, "seeds of each method")->check(positive)->capture_default_str();
+  cli.add_option("--sample-from", s.sample_from, "only sample, with this adapter of --base")
+      ->check(CLI::ExistingPath)
+      ->needs("--base");
+  return app.run(argc, argv, [&] { return s.data.empty() ? teach<crowns>(app, s) : teach<digit>(app, s); });
 }

@@ -2,27 +2,27 @@
 #pragma once
 
 #include "common/curves.hpp"
-#include "common/denoiser.hpp"
-#include "common/diffusion.hpp"
-#include "common/picture.hpp"
+#include "subjects.hpp"
+
+enum class way { lora, dora, full, word };
 
 struct method {
   std::string_view name, folder;
-  bool adapter, dora;
+  way how;
   double prior;  // share of each batch that repeats the old kinds
-  double rate;
 };
-inline constexpr method methods[] = {{"LoRA", "adapter", true, false, 0.5, 5e-3},
-                                     {"DoRA", "dora", true, true, 0.5, 5e-3},
-                                     {"full", "full", false, false, 0.5, 1e-3},
-                                     {"LoRA, no prior", "adapter_no_prior", true, false, 0, 5e-3}};
+inline constexpr method methods[] = {{"LoRA", "adapter", way::lora, 0.5},
+                                     {"DoRA", "dora", way::dora, 0.5},
+                                     {"full", "full", way::full, 0.5},
+                                     {"textual inversion", "word", way::word, 0.5},
+                                     {"LoRA, no prior", "adapter_no_prior", way::lora, 0}};
 
 // One value a seed; samples, losses and sizes are those of the last.
 struct outcome {
   explicit outcome(std::string given) : name(std::move(given)) {}
 
   std::string name;
-  std::vector<double> recognised, old_recognised, old_loss, speed, losses;
+  std::vector<double> recognised, composed, old_recognised, old_loss, speed, losses;
   mlkit::index_t trained = 0;
   std::uintmax_t bytes = 0;
   examples::image_set fresh, old;
@@ -30,16 +30,45 @@ struct outcome {
 
 std::string bytes_of(const std::filesystem::path& path);
 bool same(const examples::image_set& a, const examples::image_set& b);
-
-/// The model's noise for images at times spread over the schedule.
-std::vector<float> predictions(const mlkit::cpu& exec, const examples::denoiser<float>& model,
-                               const examples::image_set& images);
 double largest_difference(const std::vector<float>& a, const std::vector<float>& b);
+
+/// The model's predictions for images at times spread over the schedule.
+template <examples::conditional_denoiser Model>
+std::vector<float> predictions(const mlkit::cpu& exec, const Model& model, const examples::image_set& images) {
+  mlkit::nn::tape<float> tape(exec, {.record = false});
+  std::vector<std::int32_t> times;
+  for (mlkit::index_t i = 0; i < images.count(); ++i)
+    times.push_back(static_cast<std::int32_t>(1 + 999 * i / images.count()));
+  const auto y = model(tape.constant(images.pixels), times, images.labels);
+  return {y.data(), y.data() + y.size()};
+}
 
 /// The rank-4 file of Stable Diffusion 1.5: written, read back, merged into weights of its shapes, and timed.
 void real_sizes(const mlkit::cpu& exec, const std::filesystem::path& out, examples::report& report);
 
-/// Prints and writes the table of methods, the contact sheets, the scale strip and the curves.
-void show(const std::filesystem::path& out, const std::string& kind, const examples::image_set& real,
-          const std::vector<outcome>& outcomes, const std::vector<examples::sheet_row>& strip,
-          const examples::curve& sweep, const std::vector<double>& pretraining);
+/// Prints and writes the table of methods.
+void tell(const std::filesystem::path& out, const std::vector<outcome>& outcomes);
+
+/// Writes the sheets of samples, the strip of strengths and the curves.
+template <class Subject>
+void show(const std::filesystem::path& out, const Subject& subject, const std::vector<outcome>& outcomes,
+          const std::vector<examples::sheet_row>& strip, const examples::curve& sweep,
+          const std::vector<double>& pretraining) {
+  using namespace examples;
+  const std::string& kind = subject.kind;
+  std::vector<sheet_row> fresh{{"real", subject.fresh_real.pixels}}, old;
+  std::vector<curve> losses;
+  for (const outcome& o : outcomes) {
+    fresh.push_back({o.name, o.fresh.pixels});
+    old.push_back({o.name, o.old.pixels});
+    if (!o.losses.empty()) losses.push_back(smoothed(o.name, o.losses, 10));
+  }
+  subject.sheet(out / "new_kind.png", kind + ": real images, then each model's samples from the same noise", fresh,
+                true);
+  subject.sheet(out / "old_kinds.png", "the old kinds, before and after", old, false);
+  subject.sheet(out / "scale_strip.png", kind + " at growing strength of the adapter", strip, true);
+  write_curves(out / "losses", {"Teaching one kind: loss of each method on its own batches", "step", "loss"}, losses);
+  if (!pretraining.empty())
+    write_curves(out / "pretraining", {"Pretraining the base", "step", "loss"}, {smoothed("base", pretraining, 25)});
+  write_curves(out / "scale_sweep", {"Recognised samples by adapter strength", "scale", "share recognised"}, {sweep});
+}

@@ -30,6 +30,12 @@ mlkit::matrix_view<const float> image_set::rows(index_t first, index_t n) const 
   return {pixels.data() + first * size(), {std::min(n, count() - first), size()}};
 }
 
+image_set copy_of(const image_set& images) {
+  image_set copy{mlkit::matrix<float>(images.pixels.extents()), images.labels};
+  std::copy(images.pixels.begin(), images.pixels.end(), copy.pixels.begin());
+  return copy;
+}
+
 double distance(mlkit::matrix_view<const float> a, mlkit::matrix_view<const float> b) {
   double sum = 0;
   for (index_t r = 0; r < a.extent(0); ++r)

@@ -28,6 +28,9 @@ struct image_set {
   mlkit::matrix_view<const float> rows(mlkit::index_t first, mlkit::index_t n) const;
 };
 
+/// The same images with labels that can be changed.
+image_set copy_of(const image_set& images);
+
 /// The root of the mean square of the difference between two sets' values.
 double distance(mlkit::matrix_view<const float> a, mlkit::matrix_view<const float> b);
 
