@@ -25,14 +25,18 @@ struct text_denoiser_options {
   index_t tokens() const { return side / patch * (side / patch); }
 };
 
-/// How a caption's valid words are attended to: softmax(q k^T / sqrt(d)) v. Whoever edits what is attended to brings a
-/// function of the same arguments, which sees q, k and v of every cross-attention; `block` says which.
-struct attend_to_words {
+/// How the model attends: softmax(q k^T / sqrt(d)) v, to the valid words of a caption, and among patches. Whoever edits
+/// what is attended to (Prompt-to-Prompt) brings a class of the same two members: it is given q, k and v of every
+/// attention of the blocks, one after the other, all prompts of the batch at once.
+struct plain_attention {
   template <nn::real T>
-  nn::var<T> operator()(index_t block, nn::var<T> q, nn::var<T> k, nn::var<T> v, index_t heads,
-                        std::span<const std::int32_t> lengths) const {
-    static_cast<void>(block);
+  nn::var<T> cross(nn::var<T> q, nn::var<T> k, nn::var<T> v, index_t heads,
+                   std::span<const std::int32_t> lengths) const {
     return nn::multi_head_attention(q, k, v, heads, mlkit::attention::scores{mlkit::attention::key_lengths{lengths}});
+  }
+  template <nn::real T>
+  nn::var<T> self(nn::var<T> q, nn::var<T> k, nn::var<T> v, index_t heads) const {
+    return nn::multi_head_attention(q, k, v, heads);
   }
 };
 
@@ -100,9 +104,9 @@ class text_denoiser {
   }
 
   /// x [n, pixels], RGB row by row; a time and `length` ids for each row.
-  template <class Attend = attend_to_words>
+  template <class Attention = plain_attention>
   nn::var<T> operator()(nn::var<T> x, std::span<const std::int32_t> t, std::span<const std::int32_t> ids,
-                        const Attend& attend = {}) const {
+                        Attention&& attention = {}) const {
     nn::tape<T>& tape = x.on();
     const text_denoiser_options& o = options_;
     const index_t n = x.rows(), grid = o.side / o.patch, strip = o.patch * o.channels;
@@ -117,8 +121,9 @@ class text_denoiser {
     if (added_) table = nn::concat<T>({table, tape.use(*added_)}, 0);
     nn::var<T> text = nn::embedding(table, ids, {n, o.length}) + tape.use(*places_);
     const nn::var<T> words = text_norm_(text);
-    text = text_out_(text + text_attention_.out(attend_to_words{}(0, text_attention_.q(words), text_attention_.k(words),
-                                                                  text_attention_.v(words), o.text_heads, lengths)));
+    text =
+        text_out_(text + text_attention_.out(plain_attention{}.cross(text_attention_.q(words), text_attention_.k(words),
+                                                                     text_attention_.v(words), o.text_heads, lengths)));
 
     mlkit::matrix<T> waves({n, o.time_features});
     nn::time_features<T>(t, waves);
@@ -128,16 +133,15 @@ class text_denoiser {
     // [n, side, side, channels] to [n, tokens, patch * patch * channels], and back at the end.
     nn::var<T> h = nn::permute(nn::reshape(x, {n * grid, o.patch, grid, strip}), {0, 2, 1, 3});
     h = in_(nn::reshape(h, {n, o.tokens(), o.patch * strip})) + tape.use(*positions_);
-    index_t index = 0;
     for (const block& b : blocks_) {
       const nn::var<T> m = nn::reshape(b.modulate(time), {n, 1, 4 * o.width});
       const auto modulated = [&](nn::var<T> value, index_t i) {
         return value * nn::scale(nn::slice(m, i * o.width, o.width), 1, 1) + nn::slice(m, (i + 1) * o.width, o.width);
       };
       const nn::var<T> a = modulated(b.norm0(h), 0);
-      h = h + b.self.out(nn::multi_head_attention(b.self.q(a), b.self.k(a), b.self.v(a), o.heads));
+      h = h + b.self.out(attention.self(b.self.q(a), b.self.k(a), b.self.v(a), o.heads));
       const nn::var<T> q = b.cross.q(b.norm1(h));
-      h = h + b.cross.out(attend(index++, q, b.cross.k(text), b.cross.v(text), o.heads, lengths));
+      h = h + b.cross.out(attention.cross(q, b.cross.k(text), b.cross.v(text), o.heads, lengths));
       h = h + b.down(nn::activate(b.up(modulated(b.norm2(h), 2)), mlkit::silu{}));
     }
     h = nn::permute(nn::reshape(out_(norm_(h)), {n * grid, grid, o.patch, strip}), {0, 2, 1, 3});
