@@ -6,6 +6,7 @@
 #include "attention/decode.hpp"
 #include "attention/forward.hpp"
 #include "attention/layer.hpp"
+#include "attention/maps.hpp"
 #include "attention/rotary.hpp"
 #include "attention/scores.hpp"
 #include "core/cpu.hpp"

@@ -39,6 +39,19 @@ inline index_t rows_of_task(index_t queries, index_t heads, index_t sliver, inde
   return std::max(sliver, round_up(ceil_div(queries, std::max<index_t>(1, parts)), sliver));
 }
 
+// A task has one head, or all of them where a map is their mean, and no more queries than the map's memory allows.
+struct task_shape {
+  bool all_heads = false;
+  index_t most_queries = queries_at_once;
+};
+template <class Problem>
+task_shape shape_of_tasks(const Problem& p) noexcept {
+  if constexpr (requires { p.map; })
+    return p.map.tasks(p.k.extents[2]);
+  else
+    return {};
+}
+
 template <class Problem>
 void run_forward(const cpu& exec, const Problem& p) {
   const auto kernels = select_forward<typename Problem::value_type, Problem>();
@@ -51,29 +64,41 @@ void run_forward(const cpu& exec, const Problem& p) {
   }
   if (most == 0 || heads == 0) return;
   const cpu limited = limit_threads(exec, work * static_cast<double>(heads) * static_cast<double>(p.d + p.d_v + 16));
-  const index_t rows = rows_of_task(most, heads * p.sequences, kernels.sliver, concurrency(limited));
-  const index_t parts = ceil_div(most, rows), tasks = parts * heads * p.sequences;
+  const task_shape wanted = shape_of_tasks(p);
+  const index_t heads_of_task = wanted.all_heads ? heads : 1, task_heads = heads / heads_of_task;
+  const index_t rows = std::min(rows_of_task(most, task_heads * p.sequences, kernels.sliver, concurrency(limited)),
+                                std::max(kernels.sliver, wanted.most_queries / kernels.sliver * kernels.sliver));
+  const index_t parts = ceil_div(most, rows), tasks = parts * task_heads * p.sequences;
   parallel_ranges(limited, tasks, [&](index_t begin, index_t end) {
     const workspace<std::byte> scratch(kernels.scratch_bytes(p, rows));
     for (index_t at = begin; at < end; ++at) {
       // Later queries see more keys under a causal mask: each thread gets them from both ends.
       const index_t task = at % 2 == 0 ? at / 2 : tasks - 1 - at / 2;
-      const index_t head = task / parts, first = task % parts * rows, b = head / heads;
+      const index_t head = task / parts, first = task % parts * rows, b = head / task_heads;
       const index_t count = std::min(rows, p.queries(b) - first);
-      if (count > 0) kernels.run(p, b, head % heads, first, count, scratch.data());
+      for (index_t h = 0; count > 0 && h < heads_of_task; ++h)
+        kernels.run(p, b, head % task_heads + h, first, count, scratch.data());
     }
   });
 }
 
-template <class T, class Out, class A, class... Stages>
-void forward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_view<const T, 4>& k,
-             const tensor_view<const T, 4>& v, const scores<Stages...>& given, const tensor_view<Out, 4>& out,
-             const tensor_view<A, 3>& lse, const sequences* packed) {
+// A problem, and the map that its probabilities go to.
+template <class Problem, class Map>
+struct with_map : Problem {
+  Map map;
+};
+
+struct no_map {};
+
+template <class T, class Out, class A, class... Stages, class Map = no_map>
+void forward(std::string_view function, const cpu& exec, const tensor_view<const T, 4>& q,
+             const tensor_view<const T, 4>& k, const tensor_view<const T, 4>& v, const scores<Stages...>& given,
+             const tensor_view<Out, 4>& out, const tensor_view<A, 3>& lse, const sequences* packed,
+             const Map& map = {}) {
   static_assert(std::is_same_v<T, double> == std::is_same_v<Out, double>,
                 "attention: f64 goes with f64 alone: q, k, v and out are all f64, or none is");
   static_assert(std::is_same_v<A, accumulator_t<T>>,
                 "attention: lse is of the type of sums: f64 for f64, f32 for all others");
-  constexpr std::string_view function = "attention::forward";
   arguments call(function, exec);
   check_tensors(function, q, k, v, out);
   const bool with_lse = lse.data || !lse.empty();
@@ -86,7 +111,13 @@ void forward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vie
   name_scores(call, pipeline);
   call.writes("out", out);
   if (with_lse) call.writes("lse", lse);
-  run_forward(exec, p);
+  if constexpr (std::is_same_v<Map, no_map>) {
+    run_forward(exec, p);
+  } else {
+    map.check(call, function, p);
+    if (q.extent(1) == 0) map.clear();
+    run_forward(exec, with_map<std::remove_const_t<decltype(p)>, Map>{p, map});
+  }
 }
 
 }  // namespace detail
@@ -108,7 +139,7 @@ template <executor Executor, viewable<4> Q, viewable<4> K, viewable<4> V, class.
 void forward(const Executor& exec, const Q& q, const K& k, const V& v, const scores<Stages...>& s, Out&& out) {
   using T = element_t<const Q>;
   detail::check_one_type<T, K, V>();
-  detail::forward(exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
+  detail::forward("attention::forward", exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
                   tensor_view<const T, 4>(as_view(v)), s, as_view(out), tensor_view<accumulator_t<T>, 3>{}, nullptr);
 }
 
@@ -120,7 +151,7 @@ void forward(const Executor& exec, const Q& q, const K& k, const V& v, const sco
              Lse&& lse) {
   using T = element_t<const Q>;
   detail::check_one_type<T, K, V>();
-  detail::forward(exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
+  detail::forward("attention::forward", exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
                   tensor_view<const T, 4>(as_view(v)), s, as_view(out), as_view(lse), nullptr);
 }
 
@@ -136,9 +167,9 @@ void forward(const Executor& exec, const Q& q, const K& k, const V& v, const seq
   using T = element_t<const Q>;
   detail::check_one_type<T, K, V>();
   using View = tensor_view<const T, 3>;
-  detail::forward(exec, detail::packed_heads(View(as_view(q))), detail::packed_heads(View(as_view(k))),
-                  detail::packed_heads(View(as_view(v))), s, detail::packed_heads(as_view(out)),
-                  detail::packed_lse(as_view(lse)), &packed);
+  detail::forward("attention::forward", exec, detail::packed_heads(View(as_view(q))),
+                  detail::packed_heads(View(as_view(k))), detail::packed_heads(View(as_view(v))), s,
+                  detail::packed_heads(as_view(out)), detail::packed_lse(as_view(lse)), &packed);
 }
 
 /// softmax(q k^T / sqrt(d)) v.

@@ -81,7 +81,7 @@ struct attend_backward : attend<Element> {
     all.take(s.dq, slivers_of_block * dq_size(p));
     all.take(s.level, block_queries);
     all.take(s.delta, block_queries);
-    all.take(s.turned, sliver * std::max(block_keys, index_t{256}));
+    all.take(s.turned, sliver * std::max(block_keys, base::keys_at_once));
     all.take(s.bias, has_bias ? base::bias_size : 0);
     all.take(s.dbias, has_bias ? block_keys * sliver : 0);
     all.take(s.pack, pack_scratch<Element>);
@@ -472,20 +472,8 @@ struct attend_backward : attend<Element> {
 
   static void write_dq(const Problem& p, index_t b, index_t h, index_t first, index_t count, const parts& s) noexcept {
     const auto to = p.dq_rows(b, h);
-    constexpr index_t columns = 256;
     each_sliver(count, [&](index_t at, index_t m, index_t lanes) {
-      for (index_t c = 0; c < p.d; c += columns) {
-        const index_t n = std::min(columns, p.d - c);
-        transpose(s.dq + at / sliver * dq_size(p) + c * lanes, lanes, n, lanes, s.turned, n);
-        for (index_t i = 0; i < m; ++i) {
-          auto* y = to.data + (first + at + i) * to.row_stride + c * to.col_stride;
-          using Out = std::remove_cvref_t<decltype(*y)>;
-          if (to.col_stride == 1)
-            decode_run(set_tag{}, dense_source<sum>{s.turned + i * n, 1, n, n, 1}, 0, 0, n, y);
-          else
-            for (index_t l = 0; l < n; ++l) y[l * to.col_stride] = static_cast<Out>(s.turned[i * n + l]);
-        }
-      }
+      base::write_turned(s.dq + at / sliver * dq_size(p), lanes, m, to, first + at, s.turned);
     });
   }
 };

@@ -1,5 +1,14 @@
 // Attention forward on tiles: for a block of keys, S^T = K Q^T, an online softmax down its columns, O^T += V^T P^T.
 
+// What a problem that asks for maps keeps of the probabilities (cpu/maps-inl.hpp); others ask for none, and keep
+// nothing.
+template <class Element, class Problem>
+struct kept_map {
+  static constexpr bool captures = false;
+  template <class... Any>
+  void lay_out(const Any&...) noexcept {}
+};
+
 // Forward for the queries [first, first + rows) of one head.
 template <class Element, class Problem>
 struct attend_forward : attend<Element> {
@@ -26,11 +35,13 @@ struct attend_forward : attend<Element> {
     sum* bias;            // of a sliver, [keys][lanes]
     Element* pack;
     sum scale;  // what scores are yet to be multiplied by
+    kept_map<Element, Problem> map;
   };
   static constexpr bool own_probabilities = !std::is_same_v<Element, sum>;
   static constexpr bool drops = attention::detail::any_dropout<typename Problem::scores_type>;
   static constexpr bool only_scaled = attention::detail::only_scaled<typename Problem::scores_type>;
   static constexpr bool has_bias = attention::detail::any_bias<typename Problem::scores_type>;
+  static constexpr bool captures = kept_map<Element, Problem>::captures;
 
   static index_t query_words(const Problem& p) noexcept {
     return sliver * (words<Element>(p.d) + base::depth_blocks(p.d));
@@ -53,6 +64,7 @@ struct attend_forward : attend<Element> {
     all.take(s.total, slivers * sliver);
     all.take(s.bias, has_bias ? base::bias_size : 0);
     all.take(s.pack, pack_scratch<Element>);
+    s.map.lay_out(p, rows, all);
     return all.bytes();
   }
   static index_t scratch_bytes(const Problem& p, index_t rows) noexcept {
@@ -81,6 +93,8 @@ struct attend_forward : attend<Element> {
     });
     std::fill_n(s.out, ceil_div(rows, sliver) * out_size(p), sum{});
     start(p, h, rows, s);
+    if constexpr (captures) s.map.start(rows);
+    sum* const block_scores = s.scores;
 
     for (index_t j = 0; j < keys; j += keys_at_once) {
       const index_t n = std::min(keys_at_once, keys - j);
@@ -94,6 +108,10 @@ struct attend_forward : attend<Element> {
       each_sliver(rows, [&](index_t at, index_t count, index_t lanes) {
         const block_plan plan = base::plan_block(p, shape, b, h, first + at, first + at + count, j, j + n);
         if (!plan.any) return;
+        if constexpr (captures) {
+          s.scores = s.map.scores(at, j, lanes, block_scores);
+          if constexpr (!own_probabilities) s.probabilities = reinterpret_cast<word*>(s.scores);
+        }
         const word* queries = s.queries + at / sliver * query_words(p);
         plan.each_run(n, [&](index_t from, index_t to) {
           const word *left = s.keys, *right = queries;
@@ -111,6 +129,7 @@ struct attend_forward : attend<Element> {
         const score_run place{b, h, first + at, j, 0, bias};
         sum* out = s.out + at / sliver * out_size(p);
         for (index_t l = 0; l < lanes; l += 4 * width) softmax(p, shape, place, at, l, count, lanes, n, plan, out, s);
+        if constexpr (captures) s.map.keep(p, b, at, j, n, lanes, plan, s.scores, s.level + at);
         plan.each_run(n, [&](index_t from, index_t to) {
           constexpr index_t per_word = compute<Element>::elements_per_word;
           base::multiply(words<Element>(to - from), s.values + from / per_word, p.d_v,
@@ -118,7 +137,10 @@ struct attend_forward : attend<Element> {
         });
       });
     }
+    s.scores = block_scores;
     each_sliver(rows, [&](index_t at, index_t count, index_t lanes) {
+      if constexpr (captures)
+        s.map.finish(p, b, h, first, at, count, lanes, keys, s.scale, s.level + at, s.total + at, s.scores);
       finish(p, b, h, first, at, count, lanes, s.out + at / sliver * out_size(p), s);
     });
   }
@@ -233,6 +255,13 @@ struct attend_forward : attend<Element> {
           MLKIT_UNROLL
           for (int c = 0; c < Vectors; ++c) high[c] = V::zero();
           if (j + 1 < to) row(j + 1, x + lanes, high);
+          if constexpr (captures) {
+            MLKIT_UNROLL
+            for (int c = 0; c < Vectors; ++c) {
+              low[c].store(x + c * width);
+              if (j + 1 < to) high[c].store(x + lanes + c * width);
+            }
+          }
           MLKIT_UNROLL
           for (int c = 0; c < Vectors; ++c) base::pair(low[c], high[c], y + c * width);
         }
@@ -273,24 +302,7 @@ struct attend_forward : attend<Element> {
         (V::load(x) * inverse).store(x);
       }
     }
-    using Out = std::remove_cvref_t<decltype(*to.data)>;
-    constexpr index_t columns = keys_at_once / width * width;  // of a query that are turned at once, into the scores
-    for (index_t c = 0; c < p.d_v; c += columns) {
-      const index_t n = std::min(columns, p.d_v - c);
-      if constexpr (std::is_same_v<Out, sum>)
-        if (to.col_stride == 1) {
-          transpose(out + c * lanes, lanes, n, count, to.data + (first + at) * to.row_stride + c, to.row_stride);
-          continue;
-        }
-      transpose(out + c * lanes, lanes, n, lanes, s.scores, n);
-      for (index_t i = 0; i < count; ++i) {
-        auto* y = to.data + (first + at + i) * to.row_stride + c * to.col_stride;
-        if (to.col_stride == 1)
-          decode_run(set_tag{}, dense_source<sum>{s.scores + i * n, 1, n, n, 1}, 0, 0, n, y);
-        else
-          for (index_t l = 0; l < n; ++l) y[l * to.col_stride] = static_cast<Out>(s.scores[i * n + l]);
-      }
-    }
+    base::write_turned(out, lanes, count, to, first + at, s.scores);
     if (!p.lse.data) return;
     // In f64, as exponents of backward are relative to what this rounds to. log(0) = -inf.
     using wide = vec<double>;
