@@ -196,6 +196,24 @@ void add_all(const problem& p) {
   add_backward<Kind, bf16>(p);
 }
 
+// Attention that also writes the mean of its heads' maps, of all keys or of three words among them.
+template <class T>
+void add_map(const std::string& name, const problem& p, bool words) {
+  const index_t columns = words ? 3 : p.keys;
+  const double elements = static_cast<double>(p.batch * p.queries * columns);
+  bench::work work = forward_work<plain, T>(p);
+  work.bytes += elements * sizeof(T);
+  add<T>(name, p.shape(), false, work, [=](mlkit::cpu exec) {
+    const operands<T> m(name, p);
+    const mlkit::tensor_view<T, 3> map(operand<T>("map " + name, p.batch * p.queries, columns).data(),
+                                       {p.batch, p.queries, columns});
+    return [=, keys = std::vector<std::int32_t>{1, 4, 5}] {
+      attention::forward(exec, m.q, m.k, m.v, attention::scores<>{}, m.out,
+                         words ? attention::averaged_map{map, keys} : attention::averaged_map{map});
+    };
+  });
+}
+
 // One query of each sequence against its cache of keys and values.
 template <class T>
 void add_decode(const problem& p) {
@@ -343,6 +361,11 @@ int main(int argc, char** argv) {
   }
 
   add_layer({cross_40});
+  for (const problem& p : {cross_40, cross_80, self}) {
+    add_map<float>("attention_map", p, false);
+    add_map<bf16>("attention_map", p, false);
+  }
+  add_map<float>("attention_words", cross_40, true);
 
   // What masks save, and what a stage of the user's costs.
   const problem long_head{1, 1, 1, 8192, 8192, 64};

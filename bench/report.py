@@ -34,6 +34,7 @@ NAMES = {"gemm": "GEMM", SMALL: "GEMM", "linear": "linear", "plain": "plain line
          "attention_alibi": "ALiBi attention", "attention_alibi_functor": "ALiBi functor attention",
          "attention_bias": "biased attention", "attention_bias_training": "trained bias attention",
          "attention_backward": "attention backward", "attention_causal_backward": "causal backward",
+         "attention_map": "attention with averaged map", "attention_words": "attention with map of 3 words",
          "attention_bias_backward": "trained bias backward", "decode": "decoding",
          "attention_layer": "cross-attention layer", "attention_layer_lora": "cross-attention layer, LoRA",
          "attention_layer_parts": "its four linears and attention",
@@ -213,6 +214,8 @@ def measured(table, row, measure):
         other = table.time("lora", row["dtype"], row["shape"], row["threads"], "mlkit")
     elif measure == "unmasked":
         other = table.time("attention_backward" if key[0].endswith("_backward") else "attention", *key[1:], "mlkit")
+    elif measure == "attention":
+        other = table.time("attention", *key[1:], "mlkit")
     elif measure == "builtin":
         other = table.time(key[0].removesuffix("_functor"), *key[1:], "mlkit")
     elif measure == "fewest_keys":
@@ -269,7 +272,7 @@ def wording(target):
     text = f"{sign} {amount(target, float(target['value']))}"
     measure = target["measure"]
     return {"ceiling": f"{text} of ceiling", "plain": f"{text} plain", "lora": f"{text} LoRA", "scaling": f"{text} scaling",
-            "unmasked": f"{text} without a mask", "builtin": f"{text} the built-in", "fewest_keys": f"{text} that of the fewest keys",
+            "unmasked": f"{text} without a mask", "attention": f"{text} attention alone", "builtin": f"{text} the built-in", "fewest_keys": f"{text} that of the fewest keys",
             "seconds": text, "memory": text}.get(measure, f"{text} {PEERS.get(measure, measure)}")
 
 

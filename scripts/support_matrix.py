@@ -82,6 +82,10 @@ OPERATIONS = [
         ("forward, packed sequences",
          "attention::forward(exec, batch, batch, batch, attention::sequences(starts), attention::scores<>{}, batch,"
          " packed_lse);"),
+        ("forward, with a map",
+         "attention::forward(exec, images, images, images, attention::scores<>{}, images, attention::averaged_map{batch});"
+         " attention::forward(exec, images, images, images, attention::scores<>{}, images, attention::head_maps{images, starts});"),
+        ("maps alone", "attention::maps(exec, images, images, attention::scores{attention::causal{}}, attention::averaged_map{batch, starts});"),
         ("backward", "attention::backward(exec, images, images, images, attention::scores<>{}, images, lse, images,"
          " attention::gradients{images, images, images});"),
         ("backward, with the gradient of a bias",

@@ -168,6 +168,8 @@ TEMPLATE_TEST_CASE("the error of a map is at most twice that of loops in the sam
                    mlkit::bf16, mlkit::f16) {
   using T = TestType;
   constexpr double rounding = std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, mlkit::bf16> ? 0x1p-8 : 0x1p-11;
+  // Over all shapes: errors of single probabilities are those of their scores' sums, which are a matter of luck.
+  double ours = 0, wide = 0, loops = 0, size = 0;
   for (const auto& [n, m, d] : std::vector<std::array<index_t, 3>>{{70, 77, 40}, {129, 241, 64}, {33, 700, 80}}) {
     problem<T> p(2, 4, 2, n, m, d, 5);
     const double scale = 1 / std::sqrt(static_cast<double>(d));
@@ -175,17 +177,18 @@ TEMPLATE_TEST_CASE("the error of a map is at most twice that of loops in the sam
     const auto meant = masked(scale, [=](index_t, index_t, index_t i, index_t j) { return j <= i + shift; });
     const attention::scores pipeline{attention::scale{scale}, attention::causal{attention::align::bottom_right}};
     const stored_maps want = naive_maps<double, double>(p.q, p.k, meant);
-    stored_maps loops = naive_maps<float, T>(p.q, p.k, meant);
-    double most = 0, size = 0;
+    const stored_maps same_dtype = naive_maps<float, T>(p.q, p.k, meant);
     for (std::size_t i = 0; i < want.of.size(); ++i) {
-      most = std::max(most, std::fabs(want.of[i] - loops.of[i]));
+      loops = std::max(loops, std::fabs(want.of[i] - same_dtype.of[i]));
       size = std::max(size, want.of[i]);
     }
-    // One rounding is of the map; the other of the scale times log2(e), which are one factor of f32.
-    CHECK(all_maps<T>(p, pipeline).error(want) <= 2 * most + (rounding + 0x1p-24) * size);
-    // Maps may be wider than what they are of; then they are not rounded.
-    CHECK(all_maps<T, float>(p, pipeline).error(want) <= 2 * most + 2 * 0x1p-24 * size);
+    ours = std::max(ours, all_maps<T>(p, pipeline).error(want));
+    wide = std::max(wide, all_maps<T, float>(p, pipeline).error(want));
   }
+  CHECK(ours <= 2 * loops + rounding * size);
+  // Maps may be wider than what they are of; then they are not rounded.
+  CHECK(wide <= 2 * loops);
+  if (!std::is_same_v<T, float>) CHECK(wide < 0.01 * loops);
 }
 
 TEST_CASE("maps have the same bits for any number of threads, and alone or in a batch", "[attention][maps]") {
