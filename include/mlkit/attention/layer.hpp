@@ -265,7 +265,7 @@ void run_layer(std::string_view function, const cpu& exec, const Layer& layer, c
     layer.k(exec, from_context, by_token(k));
     layer.v(exec, from_context, by_token(v));
     rotate_heads(exec, layer, by_head(q), by_head(k), false);
-    forward(exec, tensor_view<const T, 4>(by_head(q)), tensor_view<const T, 4>(by_head(k)),
+    forward(function, exec, tensor_view<const T, 4>(by_head(q)), tensor_view<const T, 4>(by_head(k)),
             tensor_view<const T, 4>(by_head(v)), given, by_head(out), lse, nullptr);
     layer.out(exec, matrix_view<const T>(by_token(out)), all_tokens(function, "y", y));
   };
