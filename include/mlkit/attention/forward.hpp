@@ -82,19 +82,19 @@ void run_forward(const cpu& exec, const Problem& p) {
   });
 }
 
-// A problem, and the map that its probabilities go to.
-template <class Problem, class Map>
-struct with_map : Problem {
-  Map map;
+struct run_plain {
+  template <class Problem>
+  void operator()(arguments&, const cpu& exec, const Problem& p) const {
+    run_forward(exec, p);
+  }
 };
 
-struct no_map {};
-
-template <class T, class Out, class A, class... Stages, class Map = no_map>
+// Checks what forward is given, and runs it: run(call, exec, problem) may check more, and ask for more.
+template <class T, class Out, class A, class... Stages, class Run = run_plain>
 void forward(std::string_view function, const cpu& exec, const tensor_view<const T, 4>& q,
              const tensor_view<const T, 4>& k, const tensor_view<const T, 4>& v, const scores<Stages...>& given,
              const tensor_view<Out, 4>& out, const tensor_view<A, 3>& lse, const sequences* packed,
-             const Map& map = {}) {
+             const Run& run = {}) {
   static_assert(std::is_same_v<T, double> == std::is_same_v<Out, double>,
                 "attention: f64 goes with f64 alone: q, k, v and out are all f64, or none is");
   static_assert(std::is_same_v<A, accumulator_t<T>>,
@@ -111,13 +111,7 @@ void forward(std::string_view function, const cpu& exec, const tensor_view<const
   name_scores(call, pipeline);
   call.writes("out", out);
   if (with_lse) call.writes("lse", lse);
-  if constexpr (std::is_same_v<Map, no_map>) {
-    run_forward(exec, p);
-  } else {
-    map.check(call, function, p);
-    if (q.extent(1) == 0) map.clear();
-    run_forward(exec, with_map<std::remove_const_t<decltype(p)>, Map>{p, map});
-  }
+  run(call, exec, p);
 }
 
 }  // namespace detail

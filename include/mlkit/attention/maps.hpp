@@ -70,6 +70,24 @@ struct kept_probabilities {
   }
 };
 
+// A problem, and the map that its probabilities go to.
+template <class Problem, class Map>
+struct with_map : Problem {
+  Map map;
+};
+
+template <class Map>
+struct run_with_map {
+  std::string_view function;
+  Map map;
+  template <class Problem>
+  void operator()(arguments& call, const cpu& exec, const Problem& p) const {
+    map.check(call, function, p);
+    if (p.q.extent(1) == 0) map.clear();
+    run_forward(exec, with_map<Problem, Map>{p, map});
+  }
+};
+
 template <class M>
 kept_probabilities<M> kept_of(const tensor_view<M, 4>& values, const map_keys& keys, bool averaged) noexcept {
   kept_probabilities<M> kept{values, keys.chosen, keys.every, averaged};
@@ -138,7 +156,7 @@ void forward(const Executor& exec, const Q& q, const K& k, const V& v, const sco
   detail::check_one_type<T, K, V>();
   detail::forward("attention::forward", exec, tensor_view<const T, 4>(as_view(q)), tensor_view<const T, 4>(as_view(k)),
                   tensor_view<const T, 4>(as_view(v)), s, as_view(out), tensor_view<accumulator_t<T>, 3>{}, nullptr,
-                  map.kept());
+                  detail::run_with_map<decltype(map.kept())>{"attention::forward", map.kept()});
 }
 
 /// The map alone: no v, no out.
@@ -154,7 +172,7 @@ void maps(const Executor& exec, const Q& q, const K& k, const scores<Stages...>&
   tensor_view<T, 4> out(nullptr, queries.extents);
   out.extents[3] = 0;
   detail::forward("attention::maps", exec, queries, keys, values, s, out, tensor_view<accumulator_t<T>, 3>{}, nullptr,
-                  map.kept());
+                  detail::run_with_map<decltype(map.kept())>{"attention::maps", map.kept()});
 }
 
 }  // namespace MLKIT_NAMESPACE::attention

@@ -157,21 +157,23 @@ struct attend {
     return result;
   }
 
-  // Rows [first, first + count) of to = turned^T, where turned is [to.cols][lanes]; `memory` holds
+  // Rows [first, first + count) of to = turned^T, or are added to it; where turned is [to.cols][lanes]; `memory` holds
   // [keys_at_once][lanes].
-  template <class Out>
+  template <class Out, class Add = std::false_type>
   static void write_turned(const sum* turned, index_t lanes, index_t count, const attention::detail::head_rows<Out>& to,
-                           index_t first, sum* memory) noexcept {
+                           index_t first, sum* memory, Add add = {}) noexcept {
     for (index_t c = 0; c < to.cols; c += keys_at_once) {
       const index_t n = std::min(keys_at_once, to.cols - c);
       if constexpr (std::is_same_v<Out, sum>)
-        if (to.col_stride == 1) {
+        if (to.col_stride == 1 && !add) {
           transpose(turned + c * lanes, lanes, n, count, to.data + first * to.row_stride + c, to.row_stride);
           continue;
         }
       transpose(turned + c * lanes, lanes, n, lanes, memory, n);
       for (index_t i = 0; i < count; ++i) {
         Out* y = to.data + (first + i) * to.row_stride + c * to.col_stride;
+        if (add)
+          for (index_t l = 0; l < n; ++l) memory[i * n + l] += static_cast<sum>(y[l * to.col_stride]);
         if (to.col_stride == 1)
           decode_run(set_tag{}, dense_source<sum>{memory + i * n, 1, n, n, 1}, 0, 0, n, y);
         else

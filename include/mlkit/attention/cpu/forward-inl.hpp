@@ -293,7 +293,6 @@ struct attend_forward : attend<Element> {
   // O = O^T transposed, over the sums.
   static void finish(const Problem& p, index_t b, index_t h, index_t first, index_t at, index_t count, index_t lanes,
                      sum* out, const parts& s) noexcept {
-    const auto to = p.out_rows(b, h);
     for (index_t l = 0; l < lanes; l += width) {
       const V total = V::load(s.total + at + l);
       const V inverse = V::select(total == V::zero(), V::zero(), V(sum{1}) / total);
@@ -302,7 +301,10 @@ struct attend_forward : attend<Element> {
         (V::load(x) * inverse).store(x);
       }
     }
-    base::write_turned(out, lanes, count, to, first + at, s.scores);
+    p.each_out(b, h, [&](const auto& to, const auto add) {
+      base::write_turned(out, lanes, count, to, first + at, s.scores, add);
+      out += to.cols * lanes;
+    });
     if (!p.lse.data) return;
     // In f64, as exponents of backward are relative to what this rounds to. log(0) = -inf.
     using wide = vec<double>;
