@@ -3,6 +3,7 @@
 #include <map>
 #include <mlkit/attention.hpp>
 #include <mlkit/lora.hpp>
+#include <numeric>
 
 #include "harness.hpp"
 
@@ -214,6 +215,35 @@ void add_map(const std::string& name, const problem& p, bool words) {
   });
 }
 
+// Prompt-to-Prompt: a source prompt and an edit of it, of which a word in the middle is new, halfway through the steps
+// of editing; once with a local blend.
+template <class T>
+void add_edit(const std::string& name, const problem& p, bool blended) {
+  add<T>(name, p.shape(), false, forward_work<plain, T>(p), [=](mlkit::cpu exec) {
+    std::vector<std::int32_t> source(9), target(10);
+    std::iota(source.begin(), source.end(), 0);
+    std::iota(target.begin(), target.end(), 0);
+    std::rotate(target.begin() + 4, target.end() - 1, target.end());
+    const attention::edit_plan plan({}, {{.words = attention::align_refined(source, target, p.keys)}});
+    const attention::local_blend blend({.height = p.queries, .width = 1}, p.keys, {{3}, {3, 4}});
+    return [=, m = operands<T>(name, p), blend = std::make_shared<attention::local_blend>(blend)] {
+      if (blended)
+        attention::edited_cross(exec, m.q, m.k, m.v, attention::scores<>{}, plan, 20, m.out, *blend);
+      else
+        attention::edited_cross(exec, m.q, m.k, m.v, attention::scores<>{}, plan, 20, m.out);
+    };
+  });
+}
+template <class T>
+void add_self_edit(const problem& p) {
+  add<T>("attention_edit_self", p.shape(), false, forward_work<plain, T>(p), [=](mlkit::cpu exec) {
+    const attention::edit_plan plan({}, {{.words = attention::align_same(77)}});
+    return [=, m = operands<T>("attention_edit_self", p)] {
+      attention::edited_self(exec, m.q, m.k, m.v, attention::scores<>{}, plan, 10, m.out);
+    };
+  });
+}
+
 // One query of each sequence against its cache of keys and values.
 template <class T>
 void add_decode(const problem& p) {
@@ -366,6 +396,14 @@ int main(int argc, char** argv) {
     add_map<bf16>("attention_map", p, false);
   }
   add_map<float>("attention_words", cross_40, true);
+  const problem self_80{2, 8, 8, 1024, 1024, 80};
+  add_forward<plain, float>(self_80);
+  add_self_edit<float>(self_80);
+  for (const problem& p : {cross_40, cross_80}) {
+    add_edit<float>("attention_edit", p, false);
+    add_edit<bf16>("attention_edit", p, false);
+  }
+  add_edit<float>("attention_edit_blend", cross_40, true);
 
   // What masks save, and what a stage of the user's costs.
   const problem long_head{1, 1, 1, 8192, 8192, 64};

@@ -35,6 +35,8 @@ NAMES = {"gemm": "GEMM", SMALL: "GEMM", "linear": "linear", "plain": "plain line
          "attention_bias": "biased attention", "attention_bias_training": "trained bias attention",
          "attention_backward": "attention backward", "attention_causal_backward": "causal backward",
          "attention_map": "attention with averaged map", "attention_words": "attention with map of 3 words",
+         "attention_edit": "Prompt-to-Prompt", "attention_edit_blend": "Prompt-to-Prompt with local blend",
+         "attention_edit_self": "Prompt-to-Prompt self-attention",
          "attention_bias_backward": "trained bias backward", "decode": "decoding",
          "attention_layer": "cross-attention layer", "attention_layer_lora": "cross-attention layer, LoRA",
          "attention_layer_parts": "its four linears and attention",

@@ -86,6 +86,11 @@ OPERATIONS = [
          "attention::forward(exec, images, images, images, attention::scores<>{}, images, attention::averaged_map{batch});"
          " attention::forward(exec, images, images, images, attention::scores<>{}, images, attention::head_maps{images, starts});"),
         ("maps alone", "attention::maps(exec, images, images, attention::scores{attention::causal{}}, attention::averaged_map{batch, starts});"),
+        ("edited cross-attention, with a local blend",
+         "attention::local_blend blend({}, 1, {{0}, {0}}); attention::edited_cross(exec, images, images, images, attention::scores<>{},"
+         " attention::edit_plan({}, {{.words = attention::align_same(1)}}), 0, images, blend); blend.apply(exec, 0, images);"),
+        ("edited self-attention", "attention::edited_self(exec, images, images, images, attention::scores<>{},"
+         " attention::edit_plan({}, {{.words = attention::align_same(1)}}), 0, images);"),
         ("backward", "attention::backward(exec, images, images, images, attention::scores<>{}, images, lse, images,"
          " attention::gradients{images, images, images});"),
         ("backward, with the gradient of a bias",

@@ -85,6 +85,16 @@ struct naive_edit {
   }
 };
 
+template <class F>
+std::string refusal(const F& f) {
+  try {
+    f();
+  } catch (const mlkit::error& e) {
+    return e.what();
+  }
+  return "no error";
+}
+
 double difference(const std::vector<double>& want, const auto& tensor_or_view) {
   const auto have = mlkit::as_view(tensor_or_view);
   double most = 0;
@@ -215,6 +225,32 @@ TEST_CASE("edits behind masks, over more keys than a block, and where an edit is
     const naive_edit<double, double, double> want(p, m, edits, everywhere(edits), 4, step, lengths);
     CHECK(difference(want.out, p.out) < tight);
   }
+}
+
+TEST_CASE("sequences before the source are attended to as usual", "[attention][edit]") {
+  problem<double> all(6, 4, 2, 70, 13, 5, 7);
+  const auto rest = [](auto& t) {
+    return tensor_view<double, 4>(&t(2, 0, 0, 0), {4, t.extent(1), t.extent(2), t.extent(3)});
+  };
+  const auto edits = three_edits(13);
+  const attention::edit_plan plan({.steps = 8, .unedited = 2}, edits), without({.steps = 8}, edits);
+  const attention::scores<> pipeline;
+  attention::local_blend blend({.height = 7, .width = 10}, 13, {{1}, {2}, {3}, {4}}), other = blend;
+  tensor<double, 4> want(all.out.extents());
+  const auto same = [&] {
+    return std::memcmp(want.data(), all.out.data(), static_cast<std::size_t>(want.size()) * 8) == 0;
+  };
+  attention::forward(cpu{}, all.q, all.k, all.v, pipeline, want);
+  attention::edited_cross(cpu{}, rest(all.q), rest(all.k), rest(all.v), pipeline, without, 3, rest(want), other);
+  attention::edited_cross(cpu{}, all.q, all.k, all.v, pipeline, plan, 3, all.out, blend);
+  CHECK(same());
+  CHECK(std::memcmp(blend.sums().data, other.sums().data, 4 * 70 * 8) == 0);
+  CHECK(refusal([&] {
+          attention::edited_cross(cpu{}, rest(all.q), rest(all.k), rest(all.v), pipeline, plan, 3, rest(want));
+        }) == "mlkit::shape_error: attention::edited_cross: q has 4 batches, but plan has 6");
+  attention::edited_self(cpu{}, rest(all.q), rest(all.k), rest(all.v), pipeline, without, 1, rest(want));
+  attention::edited_self(cpu{}, all.q, all.k, all.v, pipeline, plan, 1, all.out);
+  CHECK(same());
 }
 
 TEST_CASE("self-attention of the source, in its steps and up to so many queries", "[attention][edit]") {
@@ -373,20 +409,6 @@ TEST_CASE("edits of nothing", "[attention][edit]") {
   CHECK(call(2, 3, 4, 0));
 }
 
-namespace {
-
-template <class F>
-std::string refusal(const F& f) {
-  try {
-    f();
-  } catch (const mlkit::error& e) {
-    return e.what();
-  }
-  return "no error";
-}
-
-}  // namespace
-
 TEST_CASE("alignments that are none are refused", "[attention][edit][bad input]") {
   const std::string replaced = "_error: attention::align_replaced: ";
   const auto replace = [](const ids& x, const ids& xw, const ids& y, const ids& yw, index_t length) {
@@ -422,6 +444,7 @@ TEST_CASE("plans that are none are refused", "[attention][edit][bad input]") {
                     shape = "mlkit::shape_error: attention::edit_plan: ";
   CHECK(plan({}, as_is) == "no error");
   CHECK(plan({.steps = 0}, as_is) == value + "steps = 0 is not positive");
+  CHECK(plan({.unedited = -1}, as_is) == value + "unedited = -1 is negative");
   CHECK(plan({.self_queries = -1}, as_is) == value + "self_queries = -1 is negative");
   CHECK(plan({.self = {0.5, 0.4}}, as_is) == value + "self = [0.5, 0.4) is no part of [0, 1]");
   CHECK(plan({.self = {0, NAN}}, as_is).rfind(value + "self = [0, ", 0) == 0);

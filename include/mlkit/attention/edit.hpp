@@ -35,6 +35,7 @@ struct edit_options {
   index_t steps = 50;           ///< of the generation
   step_range self{0, 0.4};      ///< of self-attention
   index_t self_queries = 1024;  ///< self-attention of more tokens is left alone: details are the edit's own
+  index_t unedited = 0;         ///< sequences of a batch before the source, such as guidance's negative prompts
 };
 
 namespace detail {
@@ -62,13 +63,14 @@ inline bool contains(const step_range& s, index_t steps, index_t step) noexcept 
 
 }  // namespace detail
 
-/// The edits of a batch [source, edit, edit, ...] over the steps of a generation. Throws shape_error where an edit's
-/// parts are not of one length, and value_error for ranges, tokens and weights that are none.
+/// The edits of a batch [unedited..., source, edit, edit, ...] over the steps of a generation. Throws shape_error where
+/// an edit's parts are not of one length, and value_error for ranges, tokens and weights that are none.
 class edit_plan {
  public:
   edit_plan(const edit_options& o, std::vector<prompt_edit> edits) : options_(o), edits_(std::move(edits)) {
     constexpr std::string_view function = "attention::edit_plan";
     if (o.steps < 1) detail::fail_value(function, ": steps = ", o.steps, " is not positive");
+    if (o.unedited < 0) detail::fail_value(function, ": unedited = ", o.unedited, " is negative");
     if (o.self_queries < 0) detail::fail_value(function, ": self_queries = ", o.self_queries, " is negative");
     detail::check_steps(function, "self", o.self);
     if (edits_.empty()) detail::fail_value(function, ": there is no edit");
@@ -97,7 +99,9 @@ class edit_plan {
     }
   }
 
+  /// The source and its edits.
   index_t prompts() const noexcept { return 1 + static_cast<index_t>(edits_.size()); }
+  index_t batch() const noexcept { return options_.unedited + prompts(); }
   index_t length() const noexcept { return edits_.front().words.length; }  ///< tokens of a prompt
   const edit_options& options() const noexcept { return options_; }
   const std::vector<prompt_edit>& edits() const noexcept { return edits_; }
@@ -260,9 +264,10 @@ template <class Problem>
 struct edit_problem : Problem {
   using sum = accumulator_t<typename Problem::value_type>;
   struct target {
-    index_t item;
+    index_t item;  // 0 is the source, 1 its first edit
     bool of_words, add;
   };
+  index_t source = 0;  // where in the batch it is
   std::vector<target> targets{};
   tensor_view<sum, 3> attention{};  // [items, heads, queries]
 
@@ -272,7 +277,7 @@ struct edit_problem : Problem {
       if (t.of_words)
         f(head_rows<sum>{&attention(t.item, h, 0), attention.extent(2), 1, 1, 1}, t.add);
       else
-        f(head(this->out, t.item, h), t.add);
+        f(head(this->out, source + t.item, h), t.add);
   }
 };
 
@@ -283,8 +288,11 @@ class edited_attention {
   using edited = edit_problem<Problem>;
 
  public:
-  edited_attention(const cpu& exec, const Problem& p, const std::vector<edit_recipe>& recipes, local_blend* blend)
+  // The source is sequence `first` of the batch, and its edits follow.
+  edited_attention(const cpu& exec, const Problem& p, index_t first, const std::vector<edit_recipe>& recipes,
+                   local_blend* blend)
       : p_(p),
+        source_(first),
         recipes_(recipes),
         blend_(blend),
         exec_(limit_threads(exec, static_cast<double>(p.q.extents[0] * p.q.extents[1]) *
@@ -293,13 +301,13 @@ class edited_attention {
 
   void run() {
     if (p_.q.extents[0] == 0 || p_.q.extents[1] == 0 || queries() == 0) return;
-    const index_t items = p_.q.extents[0], heads = p_.q.extents[1];
-    const workspace<sum> attention(blend_ ? items * heads * queries() : 0);
-    if (blend_) attention_ = {attention.data(), {items, heads, queries()}};
+    const index_t heads = p_.q.extents[1];
+    const workspace<sum> attention(blend_ ? items() * heads * queries() : 0);
+    if (blend_) attention_ = {attention.data(), {items(), heads, queries()}};
 
     // The source's probabilities meet the values of all that they are taken for; what an edit has of its own is added.
     std::vector<edited> runs{source()};
-    std::vector<index_t> of{0};
+    std::vector<index_t> of{source_};
     const workspace<T> values(kv_heads() * keys() * runs[0].d_v);
     fill_source(runs[0], values.data());
     std::deque<workspace<T>> own;
@@ -307,12 +315,18 @@ class edited_attention {
       if (recipes_[e].own.empty()) continue;
       const auto item = static_cast<index_t>(e) + 1;
       runs.push_back(of_its_own(item));
-      of.push_back(item);
+      of.push_back(source_ + item);
       const bool as_it_is =
           !blend_ && std::all_of(recipes_[e].own.begin(), recipes_[e].own.end(), [](double x) { return x == 1; });
       if (as_it_is) continue;
       own.emplace_back(kv_heads() * keys() * runs.back().d_v);
       fill_own(runs.back(), item, own.back().data());
+    }
+
+    for (index_t b = 0; b < source_; ++b) {
+      runs.push_back(over({{b - source_, false, false}}));
+      runs.back().v = p_.v;
+      of.push_back(b);
     }
 
     const auto kernels = select_forward<T, edited>();
@@ -335,11 +349,12 @@ class edited_attention {
   index_t queries() const noexcept { return p_.q.extents[2]; }
   index_t keys() const noexcept { return p_.k.extents[2]; }
   index_t kv_heads() const noexcept { return p_.k.extents[1]; }
-  index_t limit(index_t item) const noexcept { return key_limit(*p_.scores, item, keys()); }
+  index_t items() const noexcept { return static_cast<index_t>(recipes_.size()) + 1; }
+  index_t limit(index_t item) const noexcept { return key_limit(*p_.scores, source_ + item, keys()); }
 
   // The problem over values of its own, which all items share.
   edited over(const std::vector<typename edited::target>& targets) const {
-    edited r{p_, targets, attention_};
+    edited r{p_, source_, targets, attention_};
     r.d_v = 0;
     for (const auto& t : targets) r.d_v += t.of_words ? 1 : p_.d_v;
     return r;
@@ -387,7 +402,7 @@ class edited_attention {
               to[0] += static_cast<sum>(weight * blend_->weights()(item, t));
             else
               for (index_t c = 0; c < d_v; ++c)
-                to[c] += static_cast<sum>(weight) * static_cast<sum>(p_.v(item, kv, t, c));
+                to[c] += static_cast<sum>(weight) * static_cast<sum>(p_.v(source_ + item, kv, t, c));
           };
           if (s < there) {
             if (item == 0 || recipes_[static_cast<std::size_t>(item - 1)].whole) {
@@ -415,24 +430,25 @@ class edited_attention {
       const double factor = factors[static_cast<std::size_t>(t)];
       for (index_t c = 0; c < p_.d_v; ++c)
         to[c] = t < there && factor != 0
-                    ? static_cast<T>(static_cast<sum>(factor) * static_cast<sum>(p_.v(item, kv, t, c)))
+                    ? static_cast<T>(static_cast<sum>(factor) * static_cast<sum>(p_.v(source_ + item, kv, t, c)))
                     : T{};
       if (blend_) to[p_.d_v] = static_cast<T>(static_cast<sum>(factor * blend_->weights()(item, t)));
     });
   }
 
   void add_to_blend() const {
-    const index_t items = p_.q.extents[0], heads = p_.q.extents[1];
-    const workspace<sum> mean(items * queries());
-    parallel_for(exec_, items * queries(), [&](index_t at) {
+    const index_t heads = p_.q.extents[1];
+    const workspace<sum> mean(items() * queries());
+    parallel_for(exec_, items() * queries(), [&](index_t at) {
       sum total = 0;
       for (index_t h = 0; h < heads; ++h) total += attention_(at / queries(), h, at % queries());
       mean.data()[at] = total / static_cast<sum>(heads);
     });
-    blend_->add(matrix_view<const sum>(mean.data(), {items, queries()}));
+    blend_->add(matrix_view<const sum>(mean.data(), {items(), queries()}));
   }
 
   const Problem& p_;
+  index_t source_;
   const std::vector<edit_recipe>& recipes_;
   local_blend* blend_;
   cpu exec_;
@@ -446,7 +462,7 @@ struct run_edited_cross {
   local_blend* blend;
   template <class Problem>
   void operator()(arguments&, const cpu& exec, const Problem& p) const {
-    check_extent(function, "q", "batches", p.q.extent(0), "plan", plan.prompts());
+    check_extent(function, "q", "batches", p.q.extent(0), "plan", plan.batch());
     check_extent(function, "k", "keys", p.k.extent(2), "plan", plan.length());
     plan.check_step(function, step);
     if (blend) {
@@ -454,7 +470,8 @@ struct run_edited_cross {
       check_extent(function, "blend", "tokens", blend->length(), "plan", plan.length());
     }
     const bool counts = blend && p.q.extent(2) == blend->options().height * blend->options().width;
-    edited_attention<Problem>(exec, p, plan.cross_recipes(step), counts ? blend : nullptr).run();
+    edited_attention<Problem>(exec, p, plan.options().unedited, plan.cross_recipes(step), counts ? blend : nullptr)
+        .run();
   }
 };
 
@@ -464,13 +481,13 @@ struct run_edited_self {
   index_t step;
   template <class Problem>
   void operator()(arguments&, const cpu& exec, const Problem& p) const {
-    check_extent(function, "q", "batches", p.q.extent(0), "plan", plan.prompts());
+    check_extent(function, "q", "batches", p.q.extent(0), "plan", plan.batch());
     plan.check_step(function, step);
     if (!plan.replaces_self(step, p.q.extent(2))) return run_forward(exec, p);
     edit_recipe whole;
     whole.whole = true;
     const std::vector<edit_recipe> recipes(plan.edits().size(), whole);
-    edited_attention<Problem>(exec, p, recipes, nullptr).run();
+    edited_attention<Problem>(exec, p, plan.options().unedited, recipes, nullptr).run();
   }
 };
 
@@ -484,9 +501,10 @@ void forward_edited(const cpu& exec, const Q& q, const K& k, const V& v, const S
 
 }  // namespace detail
 
-/// forward for a batch [source, edit, edit, ...] of one generation, in which the attention that each edit pays to the
-/// words of its prompt is what `plan` makes of the source's and its own in this step (see prompt_edit). k and v are of
-/// prompts of plan.length() tokens. Tokens beyond key_lengths get nothing; masks are those of whose attention it is.
+/// forward for a batch [unedited..., source, edit, edit, ...] of one generation, in which the attention that each edit
+/// pays to the words of its prompt is what `plan` makes of the source's and its own in this step (see prompt_edit). k
+/// and v are of prompts of plan.length() tokens. Tokens beyond key_lengths get nothing; masks are those of whose
+/// attention it is.
 ///
 /// An edit is linear in P: out = P_source (M diag(a) v) + P (diag(b) v). No map is stored, the source's scores are
 /// computed once for all edits, and what has no weight in this step is not computed at all. The same dtypes as forward;
