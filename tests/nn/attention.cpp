@@ -1,5 +1,6 @@
 // Multi-head attention on a tape against loops in f64; its gradients are checked with all others.
 #include <mlkit/nn.hpp>
+#include <mlkit/nn/edited_attention.hpp>
 
 #include <catch2/catch.hpp>
 
@@ -95,4 +96,50 @@ TEST_CASE("multi-head attention refuses what does not fit", "[nn]") {
   CHECK_THROWS_WITH(nn::multi_head_attention(q, x({1, 3, 8}), x({1, 3, 8}), 2), Contains("batches"));
   CHECK_THROWS_WITH(nn::multi_head_attention(q, x({2, 4, 8}), x({2, 5, 8}), 2), Contains("keys"));
   CHECK_THROWS_WITH(nn::multi_head_attention(x({2, 3, 12}), x({2, 3, 8}), x({2, 3, 8}), 3), Contains("heads"));
+}
+
+TEST_CASE("edited attention on a tape is attention::edited_cross and edited_self in each head", "[nn]") {
+  const std::vector<std::int32_t> source{1, 4, 5, 2}, target{1, 4, 6, 5, 2};
+  const attention::edit_plan plan({.steps = 4, .unedited = 1},
+                                  {{.words = attention::align_refined(source, target, 5)}});
+  nn::tape<double> t(mlkit::cpu{.threads = 2}, {.record = false});
+  const auto q = noise(t, {3, 6, 8}, 1), k = noise(t, {3, 5, 4}, 2), v = noise(t, {3, 5, 6}, 3),
+             own_k = noise(t, {3, 6, 4}, 4), own_v = noise(t, {3, 6, 6}, 5);
+  // Heads of two columns of q and k and of three of v, side by side.
+  const auto heads = [](const nn::var<double>& x, mlkit::index_t d) {
+    const mlkit::index_t n = x.shape()[1], columns = x.columns();
+    return mlkit::tensor_view<double, 4>(x.data(), {3, columns / d, n, d}, {n * columns, d, columns, 1});
+  };
+  const attention::scores pipeline{attention::scale{0.5}};
+  attention::local_blend blend({.height = 2, .width = 3}, 5, {{1}, {2}}), same = blend;
+  mlkit::tensor<double, 4> want({3, 4, 6, 3});
+  const auto check = [&](const nn::var<double>& y) {
+    REQUIRE(y.shape() == nn::shape{3, 6, 12});
+    double most = 0;
+    for (mlkit::index_t b = 0; b < 3; ++b)
+      for (mlkit::index_t h = 0; h < 4; ++h)
+        for (mlkit::index_t i = 0; i < 6; ++i)
+          for (mlkit::index_t c = 0; c < 3; ++c)
+            most = std::max(most, std::abs(heads(y, 3)(b, h, i, c) - want(b, h, i, c)));
+    CHECK(most == 0);
+  };
+  attention::edited_cross(mlkit::cpu{}, heads(q, 2), heads(k, 2), heads(v, 3), pipeline, plan, 1, want, same);
+  check(nn::edited_cross_attention(q, k, v, 4, pipeline, plan, 1, &blend));
+  check(nn::edited_cross_attention(q, k, v, 4, pipeline, plan, 1));
+  for (mlkit::index_t i = 0; i < 12; ++i) CHECK(blend.sums().data[i] == same.sums().data[i]);
+  attention::edited_self(mlkit::cpu{}, heads(q, 2), heads(own_k, 2), heads(own_v, 3), pipeline, plan, 0, want);
+  check(nn::edited_self_attention(q, own_k, own_v, 4, pipeline, plan, 0));
+
+  CHECK_THROWS_WITH(nn::edited_cross_attention(q, k, v, 3, pipeline, plan, 1),
+                    "mlkit::shape_error: nn::edited_cross_attention: 3 heads do not divide the 8 columns of q");
+  CHECK_THROWS_WITH(nn::edited_cross_attention(q, own_k, own_v, 4, pipeline, plan, 1),
+                    "mlkit::shape_error: attention::edited_cross: k has 6 keys, but plan has 5");
+  nn::parameters<double> store(1);
+  auto& parameter = store.add("p", {3, 6, 8}, nn::normal{1});
+  nn::tape<double> recording;
+  const nn::var<double> x = recording.use(parameter);
+  CHECK_THROWS_WITH(
+      nn::edited_self_attention(x, x, x, 4, pipeline, plan, 0),
+      "mlkit::value_error: nn::edited_self_attention: edited attention has no gradient; its tape must not "
+      "record");
 }

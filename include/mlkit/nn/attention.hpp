@@ -16,6 +16,23 @@ tensor_view<T, 4> heads_of(T* data, const shape& s, index_t heads) noexcept {
   return {data, {s[0], heads, s[1], d}, {s[1] * s[2], d, s[2], 1}};
 }
 
+// The heads of k and v, where q's are as many; throws shape_error where columns are no whole heads.
+template <class T>
+index_t kv_heads_of(std::string_view name, const var<T>& q, const var<T>& k, const var<T>& v, index_t heads) {
+  const auto check = [&](std::string_view what, const var<T>& x) {
+    if (x.shape().rank() != 3)
+      fail_shape(name, ": ", what, " has shape ", x.shape().text(), ", but must be [batch, tokens, columns]");
+  };
+  check("q", q), check("k", k), check("v", v);
+  if (heads < 1 || q.columns() % heads || q.columns() == 0)
+    fail_shape(name, ": ", heads, " heads do not divide the ", q.columns(), " columns of q");
+  const index_t d = q.columns() / heads, kv_heads = k.columns() / d;
+  if (kv_heads < 1 || k.columns() % d)
+    fail_shape(name, ": k has ", k.columns(), " columns, which are not whole heads of ", d);
+  if (v.columns() % kv_heads) fail_shape(name, ": v has ", v.columns(), " columns, but k has ", kv_heads, " heads");
+  return kv_heads;
+}
+
 }  // namespace detail
 
 /// softmax(scores(q k^T)) v in each of `heads` heads, which lie side by side in the columns: q [batch, queries,
@@ -32,18 +49,7 @@ template <real T, class... Stages>
 var<T> multi_head_attention(var<T> q, var<T> k, var<T> v, index_t heads,
                             const attention::scores<Stages...>& stages = {}) {
   constexpr std::string_view name = "nn::multi_head_attention";
-  const auto check = [&](std::string_view what, const var<T>& x) {
-    if (x.shape().rank() != 3)
-      detail::fail_shape(name, ": ", what, " has shape ", x.shape().text(), ", but must be [batch, tokens, columns]");
-  };
-  check("q", q), check("k", k), check("v", v);
-  if (heads < 1 || q.columns() % heads || q.columns() == 0)
-    detail::fail_shape(name, ": ", heads, " heads do not divide the ", q.columns(), " columns of q");
-  const index_t d = q.columns() / heads, kv_heads = k.columns() / d;
-  if (kv_heads < 1 || k.columns() % d)
-    detail::fail_shape(name, ": k has ", k.columns(), " columns, which are not whole heads of ", d);
-  if (v.columns() % kv_heads)
-    detail::fail_shape(name, ": v has ", v.columns(), " columns, but k has ", kv_heads, " heads");
+  const index_t kv_heads = detail::kv_heads_of(name, q, k, v, heads);
   tape<T>& t = q.on();
   const index_t batch = q.shape()[0], queries = q.shape()[1];
   const var<T> y = t.make({batch, queries, heads * (v.columns() / kv_heads)}, {q, k, v});
