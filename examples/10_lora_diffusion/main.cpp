@@ -74,14 +74,24 @@ struct pupil {
   }
 };
 
+// A base and an adapter from their files.
+template <class Subject>
+struct taught {
+  typename Subject::model model;
+  nn::parameters<float> adapters;
+
+  taught(const laboratory<Subject>& lab, const std::filesystem::path& base, const std::filesystem::path& adapter)
+      : model(lab.subject.shape) {
+    nn::load(base.string(), model.store());
+    nn::load_adapters(adapter.string(), model, adapters);
+  }
+};
+
 // --sample-from: a process that is given two files and a seed, and nothing else.
 template <class Subject>
 int sample_only(const app& app, const laboratory<Subject>& lab) {
-  typename Subject::model model(lab.subject.shape);
-  nn::load(lab.chosen.base.string(), model.store());
-  nn::parameters<float> adapters;
-  nn::load_adapters(lab.chosen.sample_from.string(), model, adapters);
-  const image_set images = lab.draw(model, lab.subject.fresh_labels, app.seed);
+  const taught<Subject> loaded(lab, lab.chosen.base, lab.chosen.sample_from);
+  const image_set images = lab.draw(loaded.model, lab.subject.fresh_labels, app.seed);
   mlkit::io::write_safetensors((app.out / "samples.safetensors").string(), {mlkit::io::named("images", images.pixels)});
   return 0;
 }
@@ -197,6 +207,9 @@ int demonstrate(const app& app, laboratory<Subject>& lab) {
   report.at_most("merged and unmerged predictions differ by", merge_difference, 1e-3);
   report.at_least("base file / adapter file", static_cast<double>(untouched.bytes) / static_cast<double>(lora.bytes),
                   8);
+  if constexpr (laboratory<Subject>::has_words)
+    subject.edit_prompts(exec, taught(lab, lab.base_file, app.out / methods[0].folder).model, lab.noise_seed(0), report,
+                         app.out);
   real_sizes(exec, app.out, report);
   outcomes.insert(outcomes.begin(), std::move(untouched));
   tell(app.out, outcomes);

@@ -6,9 +6,6 @@
 
 using namespace examples;
 
-namespace {
-
-// Captions in which the rare word stands for the shape.
 std::vector<std::string> rare_captions(std::vector<sprite> wanted) {
   std::vector<std::string> texts;
   for (sprite& s : wanted) {
@@ -17,6 +14,8 @@ std::vector<std::string> rare_captions(std::vector<sprite> wanted) {
   }
   return texts;
 }
+
+namespace {
 
 constexpr int shown_colours = 3;  // of the new shape's training images
 
@@ -85,11 +84,10 @@ double crowns::old(const mlkit::cpu& exec, const image_set& images) const {
   return recognised(exec, *probe_, images, old_)[0];
 }
 
-void crowns::sheet(const std::filesystem::path& path, const std::string& title, const std::vector<sheet_row>& rows,
-                   bool of_fresh) const {
+void write_some(const std::filesystem::path& path, const std::string& title, const std::vector<std::string>& captions,
+                const std::vector<sheet_row>& rows) {
   std::vector<std::string> texts;
-  for (int i = 0; i < columns; ++i)
-    texts.push_back(of_fresh ? rare_captions(fresh_)[place(i)] : caption(old_[place(i)]));
+  for (int i = 0; i < columns; ++i) texts.push_back(captions[place(i)]);
   sprite_rows sheet(title, texts);
   for (const sheet_row& row : rows) {
     mlkit::matrix<float> some({columns, sprite_pixels});
@@ -98,6 +96,10 @@ void crowns::sheet(const std::filesystem::path& path, const std::string& title, 
     sheet.add(row.label, some);
   }
   sheet.write(path);
+}
+void crowns::sheet(const std::filesystem::path& path, const std::string& title, const std::vector<sheet_row>& rows,
+                   bool of_fresh) const {
+  write_some(path, title, of_fresh ? rare_captions(fresh_) : captions(old_), rows);
 }
 
 digit::digit(const settings& s, std::uint64_t seed)

@@ -31,6 +31,12 @@ struct teaching {
   double most_drift = 1.15;
 };
 
+/// Captions in which the rare word stands for the shape.
+std::vector<std::string> rare_captions(std::vector<examples::sprite> wanted);
+/// Twelve of 36 sprites in each row, some of each kind, each column with its caption.
+void write_some(const std::filesystem::path& path, const std::string& title, const std::vector<std::string>& captions,
+                const std::vector<examples::sheet_row>& rows);
+
 /// Crowns. The base draws six other shapes; crowns in three colours are shown to it as "... sks" and asked for in six.
 class crowns : public teaching {
  public:
@@ -52,6 +58,9 @@ class crowns : public teaching {
   double old(const mlkit::cpu& exec, const examples::image_set& images) const;
   void sheet(const std::filesystem::path& path, const std::string& title, const std::vector<examples::sheet_row>& rows,
              bool of_fresh) const;
+  /// Edits the prompts of crowns, as the model that was taught draws them, by Prompt-to-Prompt (editing.cpp).
+  void edit_prompts(const mlkit::cpu& exec, const model& taught, std::uint64_t seed, examples::report& report,
+                    const std::filesystem::path& out) const;
   /// What this subject adds to the command line of a process of its own.
   std::string arguments() const { return {}; }
 
