@@ -205,6 +205,10 @@ int demonstrate(const app& app, const settings& chosen) {
 int paint_only(const app& app, const settings& chosen) {
   game_art art(app.seed);
   nn::load((app.out / "base.safetensors").string(), art.model.store());
+  for (const std::string& text : chosen.prompts)
+    for (const std::string& word : nn::word_tokenizer::split(text))
+      if (art.words.id(word) == nn::word_tokenizer::unknown)
+        throw mlkit::value_error("--prompt: \"" + word + "\" is no word of a caption; words.txt lists them");
   sampling o{.steps = chosen.steps, .guidance = chosen.guidance, .seed = app.seed};
   o.negative = art.ids(std::vector{chosen.negative});
   const image_set images = sample(app.exec(), art.model, art.schedule, art.ids(chosen.prompts), o, nn::dpm_solver{});

@@ -32,6 +32,7 @@ void write_captioned(const std::filesystem::path& path, const std::string& title
   constexpr int zoom = 6, side = zoom * static_cast<int>(sprite_side), width = side + 3 * gap,
                 height = side + 2 * line + 2 * gap;
   const auto count = static_cast<int>(captions.size());
+  columns = std::min(columns, std::max(1, count));
   const int top = margin + 36, rows = (count + columns - 1) / columns;
   picture p(std::max(columns * width - 3 * gap, picture::text_width(title, 2)) + 2 * margin,
             top + rows * height + margin - gap);
