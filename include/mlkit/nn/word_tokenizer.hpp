@@ -41,6 +41,7 @@ class word_tokenizer {
     for (const std::string& text : texts)
       for (std::string& word : split(text)) ++uses[std::move(word)];
     std::vector<std::string> words;
+    words.reserve(uses.size());
     for (const auto& use : uses) words.push_back(use.first);
     std::stable_sort(words.begin(), words.end(),
                      [&](const std::string& a, const std::string& b) { return uses[a] > uses[b]; });
