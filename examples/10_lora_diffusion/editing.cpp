@@ -9,7 +9,7 @@ namespace attention = mlkit::attention;
 
 namespace {
 
-using words = std::vector<std::int32_t>;
+using token_ids = std::vector<std::int32_t>;
 
 // What the denoiser attends to in one step: the edit's words and patches follow those of the source.
 struct edited_attention {
@@ -34,17 +34,12 @@ struct edited_denoiser {
   mutable index_t step = 0;
 
   index_t pixels() const { return model.pixels(); }
-  words hidden() const { return model.hidden(); }
+  token_ids hidden() const { return model.hidden(); }
   nn::var<float> operator()(nn::var<float> x, std::span<const std::int32_t> t,
                             std::span<const std::int32_t> ids) const {
     return model(x, t, ids, edited_attention{plan, step++});
   }
 };
-
-words without_padding(words ids) {
-  std::erase(ids, nn::word_tokenizer::padding);
-  return ids;
-}
 
 // Sources, what the edited prompts give by themselves from the same noise, and under Prompt-to-Prompt.
 struct edits {
@@ -53,7 +48,7 @@ struct edits {
 
 template <class Align>
 edits edit_all(const mlkit::cpu& exec, const crowns& subject, const crowns::model& model,
-               const std::vector<words>& source, const std::vector<words>& target, const Align& align,
+               const std::vector<std::string>& source, const std::vector<std::string>& target, const Align& align,
                std::uint64_t seed) {
   const auto n = static_cast<index_t>(source.size()), d = model.pixels();
   const index_t length = model.options().length;
@@ -61,13 +56,13 @@ edits edit_all(const mlkit::cpu& exec, const crowns& subject, const crowns::mode
   edits all{room(), room(), room()};
   const sampling& o = subject.sampling;
   for (index_t i = 0; i < n; ++i) {
-    const words &from = source[static_cast<std::size_t>(i)], &to = target[static_cast<std::size_t>(i)];
+    const std::string &from = source[static_cast<std::size_t>(i)], &to = target[static_cast<std::size_t>(i)];
+    const nn::word_tokenizer& words = subject.art.words;
     // Guidance puts two rows without a caption before the source and its edit.
     const attention::edit_plan plan(
-        {.steps = o.steps, .self = {0, 0.5}, .unedited = 2},
-        {{.words = align(without_padding(from), without_padding(to), length), .cross = {0, 0.8}}});
-    words both = from;
-    both.insert(both.end(), to.begin(), to.end());
+        {.steps = o.steps, .self = {0, 0.8}, .unedited = 2},
+        {{.words = align(words.encode(from), words.encode(to), length), .cross = {0, 0.8}}});
+    const std::vector<std::int32_t> both = subject.art.ids(std::vector{from, to});
     const auto draw = [&](const auto& denoiser, image_set& second) {
       mlkit::matrix<float> x({2, d});  // from the same noise
       for (index_t c = 0; c < d; ++c)
@@ -87,37 +82,31 @@ edits edit_all(const mlkit::cpu& exec, const crowns& subject, const crowns::mode
 
 void crowns::edit_prompts(const mlkit::cpu& exec, const model& taught, std::uint64_t seed, report& report,
                           const std::filesystem::path& out) const {
-  const auto one = [&](const std::string& name, const std::string& file, auto change, auto open, int attribute,
-                       const auto& align, double most_distance) {
-    std::vector<sprite> wanted = fresh_, before = fresh_;
-    for (std::size_t i = 0; i < wanted.size(); ++i) change(wanted[i], static_cast<int>(i)), open(before[i]);
-    const auto ids = [&](const std::vector<sprite>& sprites) {
-      std::vector<words> each;
-      for (const std::string& text : rare_captions(sprites)) each.push_back(art.words.encode(text));
-      return each;
-    };
-    const edits all = edit_all(exec, *this, taught, ids(before), ids(wanted), align, seed);
-    const auto follows = [&](const image_set& images) {
-      return recognised(exec, *probe_, images, wanted)[static_cast<std::size_t>(attribute)];
-    };
-    const double apart = distance(all.edited.pixels, all.sources.pixels),
-                 alone = distance(all.alone.pixels, all.sources.pixels);
-    report.at_least("Prompt-to-Prompt, " + name + ": as asked", follows(all.edited), 0.7);
-    report.measured("    by the edited prompt alone", follows(all.alone));
-    report.at_most("    distance to the source, over that of the edited prompt alone", apart / alone, most_distance);
+  // Edits the prompts of `before` to those of `wanted`, which differ in one attribute. Returns how far images are from
+  // their sources, over how far they are without Prompt-to-Prompt.
+  const auto edit = [&](const std::string& name, const std::string& file, const std::vector<sprite>& before,
+                        const std::vector<sprite>& wanted, std::size_t attribute, const auto& align) {
+    const edits all = edit_all(exec, *this, taught, rare_captions(before), rare_captions(wanted), align, seed);
+    report.at_least("Prompt-to-Prompt, " + name + ": as asked",
+                    recognised(exec, *probe_, all.edited, wanted)[attribute], 0.7);
+    report.measured("    by the edited prompt alone", recognised(exec, *probe_, all.alone, wanted)[attribute]);
     write_some(out / file, "Prompt-to-Prompt, " + name + ": from the same noise", rare_captions(wanted),
                {{"source", all.sources.pixels}, {"alone", all.alone.pixels}, {"edited", all.edited.pixels}});
+    return distance(all.edited.pixels, all.sources.pixels) / distance(all.alone.pixels, all.sources.pixels);
   };
-  one(
-      "another colour", "edited_colours.png", [](sprite& s, int) { s.colour = (s.colour + 2) % values_of(1); },
-      [](sprite&) {}, 1,
-      [](const words& from, const words& to, index_t length) {
-        return attention::align_replaced({from}, {to}, length);
-      },
-      0.95);
-  one(
-      "a new word", "edited_patterns.png", [](sprite& s, int i) { s.pattern = 1 + i % 2; },
-      [](sprite& s) { s.pattern = -1; }, 2,
-      [](const words& from, const words& to, index_t length) { return attention::align_refined(from, to, length); },
-      0.95);
+
+  std::vector<sprite> others = fresh_, open = fresh_, patterned = fresh_;
+  for (std::size_t i = 0; i < fresh_.size(); ++i) {
+    others[i].colour = (fresh_[i].colour + 2) % values_of(1);
+    open[i].pattern = -1;
+    patterned[i].pattern = 1 + static_cast<int>(i) % 2;
+  }
+  // Most of this distance is the colour itself.
+  report.measured("    distance to the source, over that of the edited prompt alone",
+                  edit("another colour", "edited_colours.png", fresh_, others, 1,
+                       [](const token_ids& from, const token_ids& to, index_t length) {
+                         return attention::align_replaced({from}, {to}, length);
+                       }));
+  report.at_most("    distance to the source, over that of the edited prompt alone",
+                 edit("a new word", "edited_patterns.png", open, patterned, 2, attention::align_refined), 0.95);
 }
