@@ -31,6 +31,7 @@ struct prompt_edit {
   std::vector<token_steps> of_tokens{};  ///< the same for single tokens, in order
 };
 
+/// What edits of a generation have in common.
 struct edit_options {
   index_t steps = 50;           ///< of the generation
   step_range self{0, 0.4};      ///< of self-attention
@@ -154,6 +155,7 @@ class edit_plan {
   std::vector<prompt_edit> edits_;
 };
 
+/// Where and when a local blend keeps what is not edited.
 struct blend_options {
   index_t height = 16, width = 16;  ///< of the maps: cross-attention of height * width queries counts
   double threshold = 0.3;           ///< of the largest attention

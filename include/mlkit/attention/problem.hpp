@@ -33,7 +33,7 @@ struct sequences {
 
 namespace MLKIT_NAMESPACE::attention::detail {
 
-// One head of a tensor, [rows, cols].
+// One head of a tensor, [rows, cols]; null without columns.
 template <class T>
 struct head_rows {
   T* data;
@@ -42,7 +42,8 @@ struct head_rows {
 
 template <class T>
 head_rows<T> head(const tensor_view<T, 4>& v, index_t b, index_t h) noexcept {
-  return {v.data + b * v.strides[0] + h * v.strides[1], v.extents[2], v.extents[3], v.strides[2], v.strides[3]};
+  return {v.data ? v.data + b * v.strides[0] + h * v.strides[1] : nullptr, v.extents[2], v.extents[3], v.strides[2],
+          v.strides[3]};
 }
 
 /// What the kernels are given: q [batch, heads, queries, d], k [batch, kv heads, keys, d], v [batch, kv heads, keys,
