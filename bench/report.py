@@ -720,8 +720,8 @@ def readme(path, tables):
         return
     text = markdown(["2 threads" if facts["cores"] == 2 else f"{facts['cores']} threads", "mlkit", "rate", "of ceiling", "peer", "its time",
                      "mlkit is faster"], rows, left=(0, 4))
-    text += (f"\nMeasured in one run on {count(facts['cores'], 'core')} of {'a virtual ' if facts['virtual'] else ''}{facts['cpu']} "
-             f"({facts['isa']}), {facts['date']}; every case, its ceilings and its targets, met and missed, are in "
+    text += (f"\nEach family was measured in one run with its peers on {count(facts['cores'], 'core')} of {'a virtual ' if facts['virtual'] else ''}{facts['cpu']} "
+             f"({facts['isa']}), the last {facts['date']}; every case, its ceilings and its targets, met and missed, are in "
              "[docs/performance](docs/performance/index.md).\n")
     with open(path) as file:
         page_text = file.read()
