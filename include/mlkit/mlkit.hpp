@@ -9,6 +9,7 @@
 #include "lora.hpp"
 #include "matmul.hpp"
 #include "nn.hpp"
+#include "rl.hpp"
 #include "simd/math.hpp"
 
 #if __has_include(<nlohmann/json.hpp>)
