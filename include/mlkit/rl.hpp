@@ -3,3 +3,6 @@
 
 #include "core/cpu.hpp"
 #include "core/tensor.hpp"
+#include "rl/moments.hpp"
+#include "rl/running_stats.hpp"
+#include "rl/whiten.hpp"

@@ -1,0 +1,110 @@
+// Whitening: mean 0 and deviation 1 over what a mask keeps, on one rank or over all.
+#pragma once
+
+#include "moments.hpp"
+
+namespace MLKIT_NAMESPACE::rl {
+
+/// How whiten divides.
+struct whiten_options {
+  double epsilon = 1e-8;                       ///< added to the standard deviation
+  double variance_epsilon = 0;                 ///< added to the variance, as TRL's masked_whiten has it (1e-8)
+  variance_of variance = variance_of::sample;  ///< as torch.std and TRL have it; population is NumPy's default
+  bool shift_mean = true;                      ///< false: the mean is added again, and only the deviation becomes 1
+  merge_over_ranks over_ranks = {};            ///< none: the elements of this rank alone
+};
+
+namespace detail {
+
+template <class T, class Out>
+struct whiten_problem {
+  plane_shape shape;
+  plane<const T> x;
+  plane<Out> out;
+  plane<const std::uint8_t> mask;  // null where all count
+  // y = ((x - mean) - mean_rest) factor + shift; the mean in two parts, so that f32 does not round it.
+  accumulator_t<T> mean, mean_rest, factor, shift;
+};
+
+}  // namespace detail
+}  // namespace MLKIT_NAMESPACE::rl
+
+#define MLKIT_FOREACH "../rl/cpu/whiten-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+
+namespace MLKIT_NAMESPACE::rl {
+namespace detail {
+
+template <class T, class Out, int Rank>
+moments whiten(const cpu& exec, const tensor_view<const T, Rank>& x, const mask_view<Rank>& mask,
+               const whiten_options& o, const tensor_view<Out, Rank>& out) {
+  constexpr std::string_view function = "rl::whiten";
+  using A = accumulator_t<T>;
+  arguments call(function, exec);
+  check_view(function, "values", x);
+  check_output(function, "out", out);
+  check_same_shape<Rank>(function, "out", out.extents, "values", x.extents);
+  check_mask(call, function, mask, "values", x.extents);
+  for (const auto& [name, value] : {std::pair{"epsilon", o.epsilon}, {"variance_epsilon", o.variance_epsilon}})
+    if (!(std::isfinite(value) && value >= 0))
+      fail_value(function, ": ", name, " = ", value, " is negative or not finite");
+  const bool in_place =
+      static_cast<const void*>(x.data) == out.data && x.strides == out.strides && sizeof(T) == sizeof(Out);
+  if (!in_place) call.reads("values", x);
+  call.writes("out", out);
+  const moments m = checked_moments(exec, function, "values", x, mask, o.over_ranks);
+  if (x.empty()) return m;
+  const double divisor = std::sqrt(m.variance(o.variance) + o.variance_epsilon) + o.epsilon;
+  whiten_problem<T, Out> p{};
+  p.shape = shape_of_planes(x, out, mask.values);
+  p.x = plane_of(x, p.shape);
+  p.out = plane_of(out, p.shape);
+  p.mask = plane_of(mask.values, p.shape);
+  p.mean = static_cast<A>(m.mean);
+  p.mean_rest = static_cast<A>(m.mean - static_cast<double>(p.mean));
+  p.factor = divisor > 0 ? static_cast<A>(1 / divisor) : A{};
+  p.shift = o.shift_mean ? A{} : static_cast<A>(m.mean);
+  const auto kernel = MLKIT_SELECT_WITHOUT_BF16(whiten_elements<T, Out>);
+  const index_t n = p.shape.rows * p.shape.cols, chunks = ceil_div(n, chunk_elements);
+  parallel_ranges(threads_for(exec, n), chunks, [&](index_t begin, index_t end) {
+    kernel(p, begin * chunk_elements, std::min(n, end * chunk_elements));
+  });
+  return m;
+}
+
+}  // namespace detail
+
+/// values = (values - mean) / (deviation + epsilon), over the elements of [n] or [batch, time] that the mask keeps; the
+/// others are left as they are. Returns the moments that it used.
+///
+/// No element, and nothing happens. Where the deviation is 0 (elements of one value; one element, whose sample variance
+/// is taken as 0), the result is 0, also with an epsilon of 0. With `over_ranks` mean and deviation are those of all
+/// ranks. f32, f64, bf16 and f16; the moments as find_moments has them; the same bits for any number of threads. Throws
+/// shape_error where the mask has another shape, value_error for an epsilon that is negative and for an element that
+/// counts and is not finite, named by its index, before anything is written; on every rank, if one has such an element.
+/// Reads values twice and writes them once. Of advantages in PPO: Andrychowicz et al.: "What matters in on-policy
+/// reinforcement learning?", 2020, C67; of rewards and advantages in RLHF: TRL's masked_whiten.
+template <executor Executor, class X>
+  requires viewable<X, 1> || viewable<X, 2> moments
+  whiten(const Executor& exec, X&& values,
+         const mask_view<std::remove_cvref_t<decltype(as_view(std::declval<X&>()))>::rank>& mask = {},
+         const whiten_options& o = {}) {
+    const auto v = as_view(values);
+    constexpr int rank = std::remove_cvref_t<decltype(v)>::rank;
+    using T = element_t<std::remove_reference_t<X>>;
+    return detail::whiten<T, T, rank>(exec, v, mask, o, v);
+  }
+
+/// The same into `out`, whose elements that do not count are left as they are.
+template <executor Executor, class X, class Out>
+  requires viewable<X, 1> || viewable<X, 2> moments
+  whiten(const Executor& exec, const X& values,
+         const mask_view<decltype(as_view(std::declval<const X&>()))::rank>& mask, const whiten_options& o, Out&& out) {
+    constexpr int rank = decltype(as_view(values))::rank;
+    static_assert(viewable<Out, rank>, "rl: values and out of whiten have the same rank");
+    using T = element_t<const X>;
+    using O = element_t<std::remove_reference_t<Out>>;
+    return detail::whiten<T, O, rank>(exec, as_view(values), mask, o, as_view(out));
+  }
+
+}  // namespace MLKIT_NAMESPACE::rl
