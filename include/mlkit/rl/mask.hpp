@@ -34,9 +34,16 @@ struct mask_view {
   }
 };
 
+/// What rl's elementwise functions take: [n], or [batch, time].
+template <class X>
+concept batch_viewable = viewable<X, 1> || viewable<X, 2>;
+
 namespace detail {
 
 using namespace mlkit::detail;
+
+template <class X>
+inline constexpr int rank_of = std::remove_cvref_t<decltype(as_view(std::declval<X&>()))>::rank;
 
 template <int Rank>
 void check_same_shape(std::string_view function, std::string_view name, const extents_t<Rank>& have,

@@ -139,19 +139,16 @@ moments checked_moments(const cpu& exec, std::string_view function, std::string_
 /// of 4096 elements in f32 (f64 for f64) about the mean of the part, the parts in f64 in order: the same bits for any
 /// number of threads. Elements of one value have m2 = 0 exactly. Throws shape_error where the mask has another shape;
 /// what is not finite gives moments that are not. Reads x once.
-template <executor Executor, class X>
-  requires viewable<X, 1> || viewable<X, 2> moments find_moments(
-      const Executor& exec, const X& x, const mask_view<decltype(as_view(std::declval<const X&>()))::rank>& mask = {}) {
-    constexpr std::string_view function = "rl::find_moments";
-    using T = element_t<const X>;
-    constexpr int rank = decltype(as_view(x))::rank;
-    const tensor_view<const T, rank> v = as_view(x);
-    detail::check_executor(exec);
-    detail::check_view(function, "x", v);
-    detail::arguments call(function, exec);
-    detail::check_mask(call, function, mask, "x", v.extents);
-    if (v.empty()) return {};
-    return detail::find_moments(exec, detail::plan_moments(v, mask));
-  }
+template <executor Executor, batch_viewable X>
+moments find_moments(const Executor& exec, const X& x, const mask_view<detail::rank_of<const X>>& mask = {}) {
+  constexpr std::string_view function = "rl::find_moments";
+  using T = element_t<const X>;
+  const tensor_view<const T, detail::rank_of<const X>> v = as_view(x);
+  detail::arguments call(function, exec);
+  detail::check_view(function, "x", v);
+  detail::check_mask(call, function, mask, "x", v.extents);
+  if (v.empty()) return {};
+  return detail::find_moments(exec, detail::plan_moments(v, mask));
+}
 
 }  // namespace MLKIT_NAMESPACE::rl

@@ -54,7 +54,8 @@ moments whiten(const cpu& exec, const tensor_view<const T, Rank>& x, const mask_
   call.writes("out", out);
   const moments m = checked_moments(exec, function, "values", x, mask, o.over_ranks);
   if (x.empty()) return m;
-  const double divisor = std::sqrt(m.variance(o.variance) + o.variance_epsilon) + o.epsilon;
+  const double variance = m.variance(o.variance);
+  const double factor = variance > 0 ? 1 / (std::sqrt(variance + o.variance_epsilon) + o.epsilon) : 0;
   whiten_problem<T, Out> p{};
   p.shape = shape_of_planes(x, out, mask.values);
   p.x = plane_of(x, p.shape);
@@ -62,7 +63,7 @@ moments whiten(const cpu& exec, const tensor_view<const T, Rank>& x, const mask_
   p.mask = plane_of(mask.values, p.shape);
   p.mean = static_cast<A>(m.mean);
   p.mean_rest = static_cast<A>(m.mean - static_cast<double>(p.mean));
-  p.factor = divisor > 0 ? static_cast<A>(1 / divisor) : A{};
+  p.factor = static_cast<A>(std::min(factor, static_cast<double>(std::numeric_limits<A>::max())));
   p.shift = o.shift_mean ? A{} : static_cast<A>(m.mean);
   const auto kernel = MLKIT_SELECT_WITHOUT_BF16(whiten_elements<T, Out>);
   const index_t n = p.shape.rows * p.shape.cols, chunks = ceil_div(n, chunk_elements);
@@ -84,27 +85,22 @@ moments whiten(const cpu& exec, const tensor_view<const T, Rank>& x, const mask_
 /// counts and is not finite, named by its index, before anything is written; on every rank, if one has such an element.
 /// Reads values twice and writes them once. Of advantages in PPO: Andrychowicz et al.: "What matters in on-policy
 /// reinforcement learning?", 2020, C67; of rewards and advantages in RLHF: TRL's masked_whiten.
-template <executor Executor, class X>
-  requires viewable<X, 1> || viewable<X, 2> moments
-  whiten(const Executor& exec, X&& values,
-         const mask_view<std::remove_cvref_t<decltype(as_view(std::declval<X&>()))>::rank>& mask = {},
-         const whiten_options& o = {}) {
-    const auto v = as_view(values);
-    constexpr int rank = std::remove_cvref_t<decltype(v)>::rank;
-    using T = element_t<std::remove_reference_t<X>>;
-    return detail::whiten<T, T, rank>(exec, v, mask, o, v);
-  }
+template <executor Executor, batch_viewable X>
+moments whiten(const Executor& exec, X&& values, const mask_view<detail::rank_of<X>>& mask = {},
+               const whiten_options& o = {}) {
+  using T = element_t<std::remove_reference_t<X>>;
+  const tensor_view<T, detail::rank_of<X>> v = as_view(values);
+  return detail::whiten<T, T, detail::rank_of<X>>(exec, v, mask, o, v);
+}
 
 /// The same into `out`, whose elements that do not count are left as they are.
-template <executor Executor, class X, class Out>
-  requires viewable<X, 1> || viewable<X, 2> moments
-  whiten(const Executor& exec, const X& values,
-         const mask_view<decltype(as_view(std::declval<const X&>()))::rank>& mask, const whiten_options& o, Out&& out) {
-    constexpr int rank = decltype(as_view(values))::rank;
-    static_assert(viewable<Out, rank>, "rl: values and out of whiten have the same rank");
-    using T = element_t<const X>;
-    using O = element_t<std::remove_reference_t<Out>>;
-    return detail::whiten<T, O, rank>(exec, as_view(values), mask, o, as_view(out));
-  }
+template <executor Executor, batch_viewable X, batch_viewable Out>
+moments whiten(const Executor& exec, const X& values, const mask_view<detail::rank_of<const X>>& mask,
+               const whiten_options& o, Out&& out) {
+  static_assert(detail::rank_of<const X> == detail::rank_of<Out>, "rl: values and out of whiten have the same rank");
+  using T = element_t<const X>;
+  using O = element_t<std::remove_reference_t<Out>>;
+  return detail::whiten<T, O, detail::rank_of<const X>>(exec, as_view(values), mask, o, as_view(out));
+}
 
 }  // namespace MLKIT_NAMESPACE::rl
