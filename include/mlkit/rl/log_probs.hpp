@@ -93,13 +93,29 @@ struct logits_problem {
   A inverse_temperature = 1;
   bool with_entropy = false;
 
+  struct place {
+    index_t b, t;
+  };
+  // A division, which rows of a few classes would feel, only where there is more than one sequence.
+  place at(index_t i) const noexcept { return batch == 1 ? place{0, i} : place{i / time, i % time}; }
+
   index_t rows() const noexcept { return batch * time; }
-  const T* row(index_t i) const noexcept { return logits + i / time * batch_stride + i % time * time_stride; }
-  T* gradient_row(index_t i) const noexcept {
-    return gradient + i / time * gradient_batch_stride + i % time * gradient_time_stride;
+  const T* row(index_t i) const noexcept {
+    const place r = at(i);
+    return logits + r.b * batch_stride + r.t * time_stride;
   }
-  index_t token(index_t i) const noexcept { return tokens(i / time, i % time); }
-  bool keeps(index_t i) const noexcept { return !mask || mask.values(i / time, i % time) != 0; }
+  T* gradient_row(index_t i) const noexcept {
+    const place r = at(i);
+    return gradient + r.b * gradient_batch_stride + r.t * gradient_time_stride;
+  }
+  index_t token(index_t i) const noexcept {
+    const place r = at(i);
+    return tokens(r.b, r.t);
+  }
+  bool keeps(index_t i) const noexcept {
+    const place r = at(i);
+    return !mask || mask.values(r.b, r.t) != 0;
+  }
 };
 
 template <class T>
@@ -317,7 +333,7 @@ struct row_outputs {
     check_row_output(call, function, "lse", out.lse, shape);
   }
   void set(index_t row, A l, A h, A s) const noexcept {
-    const index_t b = row / time, t = row % time;
+    const index_t b = row < time ? 0 : row / time, t = row - b * time;
     if (logp.data) logp(b, t) = l;
     if (entropy.data) entropy(b, t) = h;
     if (lse.data) lse(b, t) = s;
@@ -468,7 +484,7 @@ void log_probs_backward(
   const matrix_view<const A> dlogp = detail::as_rows(gradients.dlogp), dentropy = detail::as_rows(gradients.dentropy);
   p.with_entropy = dentropy.data != nullptr;
   detail::run_logits(exec, p, [&](index_t row, A, A, A) {
-    const index_t b = row / p.time, t = row % p.time;
+    const auto [b, t] = p.at(row);
     return token_gradient<A>{dlogp.data ? dlogp(b, t) : A{}, dentropy.data ? dentropy(b, t) : A{}};
   });
 }

@@ -1,27 +1,85 @@
 // Rows of logits: maxima and sums of exponentials by chunks, and the gradient of what they give.
 
-// 2^x for x <= 0 within 1.5 units in the last place, 0 from where the result is no longer normal, NaN of NaN. f64:
-// simd/math.hpp's.
+// The least exponent of which powers are taken: 2^x is 0 there and 0 times the exponent too. Powers that are subnormal
+// would take many times as long, and logits of -inf are common.
+template <class A>
+inline constexpr A least_exponent = sizeof(A) == 4 ? A(-126) : A(-1022);
+
+// 2^x for least_exponent <= x <= 0, within 1.5 units in the last place; NaN of NaN.
 template <class V>
 MLKIT_ALWAYS_INLINE V exp2_of_nonpositive(V x) noexcept {
-  if constexpr (sizeof(typename V::value_type) == 8) {
-    return exp2(x);
+  using A = typename V::value_type;
+  V y;
+  if constexpr (sizeof(A) == 8) {
+    y = exp2(x);
   } else {
     // Minimax fit of (2^f - 1) / f for |f| <= 1/2, of the error relative to 2^f.
     constexpr float fit[] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba16p-10f};
 #if MLKIT_SET_AVX512
-    x = at_least(x, -200.0f);
     const V n = typename V::native(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     const V f = x - n;
-    return typename V::native(_mm512_scalef_ps(fma(horner(f, fit), f, V(1.0f)).v, n.v));
+    y = typename V::native(_mm512_scalef_ps(fma(horner(f, fit), f, V(1.0f)).v, n.v));
 #else
-    x = at_least(x, -127.0f);
     const V n = round_to_integer(x), f = x - n;
-    const V y = fma(horner(f, fit), f, V(1.0f)) * power_of_two(n);
-    return V::select(x <= V(-126.5f), V::zero(), y);
+    y = fma(horner(f, fit), f, V(1.0f)) * power_of_two(n);
 #endif
   }
+  return V::select(x <= V(least_exponent<A>), V::zero(), y);
 }
+
+// All lanes by op(a, b) of two registers of one size, halves of x until one lane is left: vec::sum's order, without its
+// way through memory, which rows of a few classes would feel.
+template <class T, class Op>
+MLKIT_ALWAYS_INLINE T across(vec<T> x, const Op& op) noexcept {
+#if MLKIT_X86
+  if constexpr (sizeof(T) == 4) {
+#if MLKIT_SET_AVX512
+    const __m256 h = (__m256)op(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+#elif MLKIT_SET_AVX2
+    const __m256 h = x.v;
+#endif
+#if MLKIT_SET_AVX2
+    __m128 q = (__m128)op(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+#else
+    __m128 q = x.v;
+#endif
+    q = (__m128)op(q, _mm_movehl_ps(q, q));
+    q = (__m128)op(q, _mm_shuffle_ps(q, q, 1));
+    return _mm_cvtss_f32(q);
+  } else {
+#if MLKIT_SET_AVX512
+    const __m256d h = (__m256d)op(_mm512_castpd512_pd256(x.v), _mm512_extractf64x4_pd(x.v, 1));
+#elif MLKIT_SET_AVX2
+    const __m256d h = x.v;
+#endif
+#if MLKIT_SET_AVX2
+    __m128d q = (__m128d)op(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
+#else
+    __m128d q = x.v;
+#endif
+    q = (__m128d)op(q, _mm_unpackhi_pd(q, q));
+    return _mm_cvtsd_f64(q);
+  }
+#else
+  T lanes[vec<T>::width];
+  x.store(lanes);
+  for (int half = vec<T>::width / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = op(lanes[i], lanes[i + half]);
+  return lanes[0];
+#endif
+}
+struct sum_of_two {
+  template <class X>
+  MLKIT_ALWAYS_INLINE X operator()(X a, X b) const noexcept {
+    return a + b;
+  }
+};
+struct larger_of_two {
+  template <class X>
+  MLKIT_ALWAYS_INLINE X operator()(X a, X b) const noexcept {
+    return a > b ? a : b;
+  }
+};
 
 template <class T>
 struct logit_rows {
@@ -34,8 +92,6 @@ struct logit_rows {
   static constexpr int unrolled = 4;  // registers whose sums do not wait for each other
   static constexpr index_t chunk = rl::detail::chunk_classes;
   static constexpr A infinity = math_table<A>::infinity, ln2 = math_table<A>::ln2;
-  // Exponents below this are 0 and must not become 0 times minus infinity.
-  static constexpr A least_exponent = sizeof(A) == 4 ? A(-200) : A(-1100);
 
   // The states of chunks [first, last) of a row.
   static void scan(const problem& p, index_t row, index_t first, index_t last, chunk_state* states) noexcept {
@@ -60,7 +116,7 @@ struct logit_rows {
     chunk_state r{a.top > b.top ? a.top : b.top, 0, 0};
     for (const chunk_state* s : {&a, &b}) {
       const A down = (s->top - r.top) * p.scale;
-      const A exponent = down < least_exponent ? least_exponent : down;
+      const A exponent = down < least_exponent<A> ? least_exponent<A> : down;
       A lanes[V::width];
       exp2_of_nonpositive(V(exponent)).store(lanes);
       r.sum += lanes[0] * s->sum;
@@ -162,13 +218,13 @@ struct logit_rows {
       const int some = static_cast<int>(std::min<index_t>(width, n - j));
       top[0] = max(top[0], first_lanes(V::load(z + j, some), some, -infinity));
     }
-    const A highest = max(max(top[0], top[1]), max(top[2], top[3])).largest();
+    const A highest = across(max(max(top[0], top[1]), max(top[2], top[3])), larger_of_two{});
     const V level(highest == -infinity ? A{} : highest), scale(p.scale);
     V sum[unrolled], weighted[unrolled];
     MLKIT_UNROLL
     for (int u = 0; u < unrolled; ++u) sum[u] = weighted[u] = V::zero();
     const auto add = [&](V x, int u) {
-      x = at_least((x - level) * scale, least_exponent);
+      x = at_least((x - level) * scale, least_exponent<A>);
       const V e = exp2_of_nonpositive(x);
       sum[u] += e;
       if constexpr (Entropy) weighted[u] = fma(e, x, weighted[u]);
@@ -184,14 +240,14 @@ struct logit_rows {
       const int some = static_cast<int>(std::min<index_t>(width, n - j));
       add(first_lanes(V::load(z + j, some), some, -infinity), 0);
     }
-    return {highest, ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum(),
-            Entropy ? ((weighted[0] + weighted[1]) + (weighted[2] + weighted[3])).sum() : A{}};
+    const auto total = [](const V* x) { return across((x[0] + x[1]) + (x[2] + x[3]), sum_of_two{}); };
+    return {highest, total(sum), Entropy ? total(weighted) : A{}};
   }
 
   static void differentiate_chunk(const problem& p, const T* z, index_t n, const curve& c, T* out) noexcept {
     const V level(c.top), scale(p.scale), constant(c.constant), slope(c.slope);
     const auto at = [&](V x) {
-      x = at_least((x - level) * scale, least_exponent);
+      x = at_least((x - level) * scale, least_exponent<A>);
       return exp2_of_nonpositive(x) * fma(x, slope, constant);
     };
     index_t j = 0;
