@@ -1,0 +1,291 @@
+// Rows of logits: maxima and sums of exponentials by chunks, and the gradient of what they give.
+
+// The least exponent of which powers are taken: 2^x is 0 there and 0 times the exponent too. Powers that are subnormal
+// would take many times as long, and logits of -inf are common.
+template <class A>
+inline constexpr A least_exponent = sizeof(A) == 4 ? A(-126) : A(-1022);
+
+// 2^x for least_exponent <= x <= 0, within 1.5 units in the last place; NaN of NaN.
+template <class V>
+MLKIT_ALWAYS_INLINE V exp2_of_nonpositive(V x) noexcept {
+  using A = typename V::value_type;
+  V y;
+  if constexpr (sizeof(A) == 8) {
+    y = exp2(x);
+  } else {
+    // Minimax fit of (2^f - 1) / f for |f| <= 1/2, of the error relative to 2^f.
+    constexpr float fit[] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba16p-10f};
+#if MLKIT_SET_AVX512
+    const V n = typename V::native(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    const V f = x - n;
+    y = typename V::native(_mm512_scalef_ps(fma(horner(f, fit), f, V(1.0f)).v, n.v));
+#else
+    const V n = round_to_integer(x), f = x - n;
+    y = fma(horner(f, fit), f, V(1.0f)) * power_of_two(n);
+#endif
+  }
+  return V::select(x <= V(least_exponent<A>), V::zero(), y);
+}
+
+// All lanes by op(a, b) of two registers of one size, halves of x until one lane is left: vec::sum's order, without its
+// way through memory, which rows of a few classes would feel.
+template <class T, class Op>
+MLKIT_ALWAYS_INLINE T across(vec<T> x, const Op& op) noexcept {
+#if MLKIT_X86
+  if constexpr (sizeof(T) == 4) {
+#if MLKIT_SET_AVX512
+    const __m256 h = (__m256)op(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+#elif MLKIT_SET_AVX2
+    const __m256 h = x.v;
+#endif
+#if MLKIT_SET_AVX2
+    __m128 q = (__m128)op(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+#else
+    __m128 q = x.v;
+#endif
+    q = (__m128)op(q, _mm_movehl_ps(q, q));
+    q = (__m128)op(q, _mm_shuffle_ps(q, q, 1));
+    return _mm_cvtss_f32(q);
+  } else {
+#if MLKIT_SET_AVX512
+    const __m256d h = (__m256d)op(_mm512_castpd512_pd256(x.v), _mm512_extractf64x4_pd(x.v, 1));
+#elif MLKIT_SET_AVX2
+    const __m256d h = x.v;
+#endif
+#if MLKIT_SET_AVX2
+    __m128d q = (__m128d)op(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
+#else
+    __m128d q = x.v;
+#endif
+    q = (__m128d)op(q, _mm_unpackhi_pd(q, q));
+    return _mm_cvtsd_f64(q);
+  }
+#else
+  T lanes[vec<T>::width];
+  x.store(lanes);
+  for (int half = vec<T>::width / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = op(lanes[i], lanes[i + half]);
+  return lanes[0];
+#endif
+}
+struct sum_of_two {
+  template <class X>
+  MLKIT_ALWAYS_INLINE X operator()(X a, X b) const noexcept {
+    return a + b;
+  }
+};
+struct larger_of_two {
+  template <class X>
+  MLKIT_ALWAYS_INLINE X operator()(X a, X b) const noexcept {
+    return a > b ? a : b;
+  }
+};
+
+template <class T>
+struct logit_rows {
+  using A = accumulator_t<T>;
+  using V = vec<A>;
+  using problem = rl::detail::logits_problem<T>;
+  using chunk_state = rl::detail::chunk_state<A>;
+  using row_block = rl::detail::row_block<A>;
+  static constexpr int width = V::width;
+  static constexpr int unrolled = 4;  // registers whose sums do not wait for each other
+  static constexpr index_t chunk = rl::detail::chunk_classes;
+  static constexpr A infinity = math_table<A>::infinity, ln2 = math_table<A>::ln2;
+
+  // The states of chunks [first, last) of a row.
+  static void scan(const problem& p, index_t row, index_t first, index_t last, chunk_state* states) noexcept {
+    const T* logits = p.row(row);
+    for (index_t c = first; c < last; ++c) {
+      const index_t begin = c * chunk, n = std::min(chunk, p.classes - begin);
+      const T* at = logits + begin * p.class_stride;
+      if (p.class_stride == 1) {
+        states[c - first] = p.with_entropy ? scan_chunk<true>(p, at, n) : scan_chunk<false>(p, at, n);
+      } else {
+        alignas(64) T gathered[chunk];
+        for (index_t i = 0; i < n; ++i) gathered[i] = at[i * p.class_stride];
+        states[c - first] = p.with_entropy ? scan_chunk<true>(p, gathered, n) : scan_chunk<false>(p, gathered, n);
+      }
+    }
+  }
+
+  // The state of two stretches of a row, in the order of the row.
+  static chunk_state merge(const problem& p, const chunk_state& a, const chunk_state& b) noexcept {
+    if (b.sum == 0) return a;  // false of NaN
+    if (a.sum == 0) return b;
+    chunk_state r{a.top > b.top ? a.top : b.top, 0, 0};
+    for (const chunk_state* s : {&a, &b}) {
+      const A down = (s->top - r.top) * p.scale;
+      const A exponent = down < least_exponent<A> ? least_exponent<A> : down;
+      A lanes[V::width];
+      exp2_of_nonpositive(V(exponent)).store(lanes);
+      r.sum += lanes[0] * s->sum;
+      r.weighted += lanes[0] * (s->weighted + exponent * s->sum);
+    }
+    return r;
+  }
+
+  // rows[0, count), whole: their states and what follows from them.
+  static void measure(const problem& p, const index_t* rows, index_t count, row_block& block) noexcept {
+    for (index_t i = 0; i < count; ++i) {
+      chunk_state all{-infinity, 0, 0};
+      for (index_t c = 0; c * chunk < p.classes; ++c) {
+        chunk_state one;
+        scan(p, rows[i], c, c + 1, &one);
+        all = c == 0 ? one : merge(p, all, one);
+      }
+      block.set(i, all);
+    }
+    finish(p, rows, count, block);
+  }
+
+  // rows[0, count) from the states of their chunks, those of a row one after another.
+  static void collect(const problem& p, const index_t* rows, index_t count, const chunk_state* states,
+                      row_block& block) noexcept {
+    const index_t chunks = ceil_div(p.classes, chunk);
+    for (index_t i = 0; i < count; ++i) {
+      chunk_state all = states[i * chunks];
+      for (index_t c = 1; c < chunks; ++c) all = merge(p, all, states[i * chunks + c]);
+      block.set(i, all);
+    }
+    finish(p, rows, count, block);
+  }
+
+  // Classes [begin, end) of dz_j = 1/tau [dlogp (1[j = y] - p_j) - dentropy p_j (log p_j + H)] for the row that is at
+  // `i` in the block. begin is a multiple of a chunk.
+  static void differentiate(const problem& p, index_t row, index_t begin, index_t end, const row_block& block,
+                            index_t i, A dlogp, A dentropy) noexcept {
+    T* out = p.gradient_row(row);
+    const bool nothing = (dlogp == 0 && dentropy == 0) || block.sum[i] == 0;
+    const T* in = nothing ? nullptr : p.row(row);
+    curve c{};
+    if (!nothing) {
+      const A factor = -p.inverse_temperature / block.sum[i];
+      c = {block.top[i], factor * (dlogp + dentropy * (block.entropy[i] - block.log_sum[i])), factor * dentropy * ln2};
+    }
+    for (index_t at = begin; at < end; at += chunk) {
+      const index_t n = std::min(chunk, end - at);
+      T* to = out + at * p.gradient_class_stride;
+      if (nothing) {
+        for (index_t j = 0; j < n; ++j) to[j * p.gradient_class_stride] = T{};
+        continue;
+      }
+      const T* from = in + at * p.class_stride;
+      if (p.class_stride == 1 && p.gradient_class_stride == 1) {
+        differentiate_chunk(p, from, n, c, to);
+      } else {
+        alignas(64) T gathered[chunk];
+        for (index_t j = 0; j < n; ++j) gathered[j] = from[j * p.class_stride];
+        differentiate_chunk(p, gathered, n, c, gathered);
+        for (index_t j = 0; j < n; ++j) to[j * p.gradient_class_stride] = gathered[j];
+      }
+    }
+    const index_t y = p.token(row);
+    if (nothing || y < begin || y >= end) return;
+    const A logp = block.logp[i], probability = std::exp(logp);
+    A dz = dlogp * -std::expm1(logp);
+    if (dentropy != 0 && probability > 0) dz -= dentropy * probability * (logp + block.entropy[i]);
+    out[y * p.gradient_class_stride] = static_cast<T>(p.inverse_temperature * dz);
+  }
+
+ private:
+  // dz = 2^x (constant + slope x), x = (z - top) scale.
+  struct curve {
+    A top, constant, slope;
+  };
+
+  // The first n lanes of x, and `rest` in the others.
+  static MLKIT_ALWAYS_INLINE V first_lanes(V x, int n, A rest) noexcept {
+    typename V::native_int lane{};
+    MLKIT_UNROLL
+    for (int l = 0; l < width; ++l) lane[l] = static_cast<typename V::int_type>(l);
+    return V::select(lane < (typename V::native_int{} + static_cast<typename V::int_type>(n)), x, V(rest));
+  }
+
+  template <bool Entropy>
+  static chunk_state scan_chunk(const problem& p, const T* z, index_t n) noexcept {
+    constexpr index_t step = unrolled * width;
+    V top[unrolled];
+    MLKIT_UNROLL
+    for (int u = 0; u < unrolled; ++u) top[u] = V(-infinity);
+    index_t j = 0;
+    for (; j + step <= n; j += step) {
+      MLKIT_UNROLL
+      for (int u = 0; u < unrolled; ++u) top[u] = max(top[u], V::load(z + j + u * width));
+    }
+    const index_t whole = j;
+    for (; j < n; j += width) {
+      const int some = static_cast<int>(std::min<index_t>(width, n - j));
+      top[0] = max(top[0], first_lanes(V::load(z + j, some), some, -infinity));
+    }
+    const A highest = across(max(max(top[0], top[1]), max(top[2], top[3])), larger_of_two{});
+    const V level(highest == -infinity ? A{} : highest), scale(p.scale);
+    V sum[unrolled], weighted[unrolled];
+    MLKIT_UNROLL
+    for (int u = 0; u < unrolled; ++u) sum[u] = weighted[u] = V::zero();
+    const auto add = [&](V x, int u) {
+      x = at_least((x - level) * scale, least_exponent<A>);
+      const V e = exp2_of_nonpositive(x);
+      sum[u] += e;
+      if constexpr (Entropy) weighted[u] = fma(e, x, weighted[u]);
+    };
+    for (j = 0; j < whole; j += step) {
+      MLKIT_UNROLL
+      for (int u = 0; u < unrolled; ++u) {
+        __builtin_prefetch(z + chunk + j + u * width, 0, 3);
+        add(V::load(z + j + u * width), u);
+      }
+    }
+    for (; j < n; j += width) {
+      const int some = static_cast<int>(std::min<index_t>(width, n - j));
+      add(first_lanes(V::load(z + j, some), some, -infinity), 0);
+    }
+    const auto total = [](const V* x) { return across((x[0] + x[1]) + (x[2] + x[3]), sum_of_two{}); };
+    return {highest, total(sum), Entropy ? total(weighted) : A{}};
+  }
+
+  static void differentiate_chunk(const problem& p, const T* z, index_t n, const curve& c, T* out) noexcept {
+    const V level(c.top), scale(p.scale), constant(c.constant), slope(c.slope);
+    const auto at = [&](V x) {
+      x = at_least((x - level) * scale, least_exponent<A>);
+      return exp2_of_nonpositive(x) * fma(x, slope, constant);
+    };
+    index_t j = 0;
+    constexpr index_t step = unrolled * width;
+    for (; j + step <= n; j += step) {
+      V dz[unrolled];
+      MLKIT_UNROLL
+      for (int u = 0; u < unrolled; ++u) dz[u] = at(V::load(z + j + u * width));
+      MLKIT_UNROLL
+      for (int u = 0; u < unrolled; ++u) dz[u].store(out + j + u * width);
+    }
+    for (; j < n; j += width) {
+      const int some = static_cast<int>(std::min<index_t>(width, n - j));
+      at(V::load(z + j, some)).store(out + j, some);
+    }
+  }
+
+  // log-probabilities, entropies and the logarithms of sums, lanes along rows.
+  static void finish(const problem& p, const index_t* rows, index_t count, row_block& block) noexcept {
+    for (index_t i = 0; i < count; ++i)
+      block.logp[i] = static_cast<A>(p.row(rows[i])[p.token(rows[i]) * p.class_stride]);
+    const V nothing = V::zero();
+    for (index_t i = 0; i < count; i += width) {  // the block is a multiple of a register long
+      const V top = V::load(block.top + i), sum = V::load(block.sum + i), token = V::load(block.logp + i);
+      const auto impossible = sum == nothing;
+      const V log_sum = log(sum);
+      const V logp = (token - top) * p.inverse_temperature - log_sum;
+      V::select(impossible, V(-infinity), logp).store(block.logp + i);
+      log_sum.store(block.log_sum + i);
+      V::select(impossible, V(-infinity), fma(top, V(p.inverse_temperature), log_sum)).store(block.lse + i);
+      const V entropy = log_sum - V::load(block.weighted + i) * ln2 / sum;
+      V::select(impossible, nothing, entropy).store(block.entropy + i);
+    }
+  }
+};
+
+template <class T>
+rl::detail::logits_kernels<T> logits_entry() noexcept {
+  using rows = logit_rows<T>;
+  return {&rows::scan, &rows::measure, &rows::collect, &rows::differentiate};
+}
