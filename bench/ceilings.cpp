@@ -15,7 +15,7 @@ namespace {
 using mlkit::index_t;
 
 constexpr index_t rounds = 200'000;                   // about a millisecond
-constexpr index_t stream_bytes = index_t{256} << 20;  // of each array of triad and Adam
+constexpr index_t stream_bytes = index_t{256} << 20;  // of each array of the largest triad and of Adam
 
 // f(begin, end) in ranges of whole cache lines.
 template <class F>
@@ -40,11 +40,27 @@ void add_peak(int threads, const std::string& by, mlkit::isa set) {
   });
 }
 
-float* stream(int i) { return operand<float>("stream" + std::to_string(i), stream_bytes / 4096, 1024).data(); }
+// Streams that start at the same place of a page would make loads wait for stores of others.
+float* stream(int i, index_t bytes = stream_bytes) {
+  constexpr index_t page = 1024, apart = 208;
+  return operand<float>("stream" + std::to_string(i), bytes / 4096 + 1, page).data() + i * apart;
+}
+
+// Three arrays of so many bytes, a multiple of 4096, each.
+void add_triad(int threads, index_t bytes) {
+  const bool whole = bytes % (1 << 20) == 0;
+  const std::string shape = "3x" + bench::shape(bytes >> (whole ? 20 : 10)) + (whole ? "MiB" : "KiB");
+  add({"triad", "f32", shape, threads, "ceiling"}, {.bytes = 3.0 * static_cast<double>(bytes)}, [=] {
+    return [=, a = stream(0, bytes), b = stream(1, bytes), c = stream(2, bytes)] {
+      const auto loop = MLKIT_SELECT(triad_loop<float>);
+      in_parts(threads, bytes / 4, [&](index_t i, index_t e) { loop(a + i, b + i, c + i, 3.0f, e - i); });
+    };
+  });
+}
 
 }  // namespace
 
-void add_ceilings(const std::vector<double>& read_bytes) {
+void add_ceilings(const std::vector<double>& read_bytes, const std::vector<double>& triad_bytes) {
   for (const int threads : thread_counts()) {
     for (int i = 0; i < mlkit::isa_count; ++i) {
       const auto set = static_cast<mlkit::isa>(i);
@@ -66,13 +82,9 @@ void add_ceilings(const std::vector<double>& read_bytes) {
         };
       });
     }
+    add_triad(threads, stream_bytes);
+    for (const double bytes : triad_bytes) add_triad(threads, static_cast<index_t>(bytes / 3) / 4096 * 4096);
     constexpr index_t n = stream_bytes / 4;
-    add({"triad", "f32", "3x256MiB", threads, "ceiling"}, {.bytes = 3.0 * stream_bytes}, [=] {
-      return [=, a = stream(0), b = stream(1), c = stream(2)] {
-        const auto loop = MLKIT_SELECT(triad_loop<float>);
-        in_parts(threads, n, [&](index_t i, index_t e) { loop(a + i, b + i, c + i, 3.0f, e - i); });
-      };
-    });
     add({"adam_shaped", "f32", "4x256MiB", threads, "ceiling"}, {.bytes = 7.0 * stream_bytes}, [=] {
       return [=, p = stream(0), m = stream(1), v = stream(2), g = stream(3)] {
         const auto loop = MLKIT_SELECT(adam_shaped_loop<float>);

@@ -47,6 +47,7 @@ benchmark::internal::Benchmark* add_case(const label& l, const work& w, std::fun
       if (!once) p.run();
     state.counters["flop"] = w.flop;
     state.counters["bytes"] = w.bytes;
+    if (w.written > 0) state.counters["written"] = w.written;
     if (w.weights > 0) state.counters["weights"] = w.weights;
     if (is_mlkit) state.counters["workspace"] = p.workspace;
     mlkit::set_isa(chosen);

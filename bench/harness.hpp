@@ -16,10 +16,11 @@ struct label {
   std::string by;
 };
 
-/// What one call does: the useful flops, and the bytes that have to move at least once; `weights` are the bytes that a
-/// quantised base takes. `calls`: the function to time makes that many calls in a row; the times are those of one.
+/// What one call does: the useful flops, and the bytes that have to move at least once, of which `written` are written;
+/// `weights` are the bytes that a quantised base takes. `calls`: the function to time makes that many calls in a row; the
+/// times are those of one.
 struct work {
-  double flop = 0, bytes = 0, weights = 0;
+  double flop = 0, bytes = 0, written = 0, weights = 0;
   int calls = 1;
 };
 
@@ -36,8 +37,9 @@ void add_memory(label label, const work& work, std::function<std::function<void(
 /// 1, 2 and all threads of the machine, each once.
 const std::vector<int>& thread_counts();
 
-/// FMA peaks of every set and dtype, and the bandwidths; `read_bytes` are the footprints that the family streams.
-void add_ceilings(const std::vector<double>& read_bytes);
+/// FMA peaks of every set and dtype, and the bandwidths; `read_bytes` are the footprints that the family reads, and
+/// `triad_bytes` those of what it reads and writes, beside a triad that no cache holds.
+void add_ceilings(const std::vector<double>& read_bytes, const std::vector<double>& triad_bytes = {});
 
 /// "512x4096x4096"
 template <class... I>

@@ -21,10 +21,11 @@ from datetime import date
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FIELDS = ["case", "dtype", "shape", "threads", "by", "best_ns", "median_ns", "samples", "flop", "bytes", "workspace", "memory",
-          "weights"]
+          "weights", "written"]
+BYTES = {"f32": 4, "f64": 8, "bf16": 2}
 SETS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 PEERS = {"torch": "PyTorch", "peft": "PEFT", "bitsandbytes": "bitsandbytes", "onednn": "oneDNN", "openblas": "OpenBLAS",
-         "eigen": "Eigen"}
+         "eigen": "Eigen", "torchrl": "TorchRL loop", "torchrl_vec": "TorchRL vectorised", "numpy": "NumPy loop"}
 SMALL = "small_gemm"  # shown in a table of its own
 ODD = ("300x", "3x5")  # how shapes begin that no tile divides; they stand last
 NAMES = {"gemm": "GEMM", SMALL: "GEMM", "linear": "linear", "plain": "plain linear", "lora": "LoRA forward", "dora": "DoRA forward", "dora_frozen": "DoRA forward, norms kept,",
@@ -40,7 +41,15 @@ NAMES = {"gemm": "GEMM", SMALL: "GEMM", "linear": "linear", "plain": "plain line
          "attention_bias_backward": "trained bias backward", "decode": "decoding",
          "attention_layer": "cross-attention layer", "attention_layer_lora": "cross-attention layer, LoRA",
          "attention_layer_parts": "its four linears and attention",
-         "attention_layer_lora_training": "cross-attention layer, LoRA forward + backward"}
+         "attention_layer_lora_training": "cross-attention layer, LoRA forward + backward",
+         "gae": "GAE", "gae_time_major": "GAE, time-major,", "td_lambda": "TD(λ) returns", "vtrace": "V-trace",
+         "log_prob": "token log-prob", "log_prob_entropy": "token log-prob + entropy",
+         "log_prob_training": "token log-prob + gradient", "lm_head_gemm": "GEMM to the logits",
+         "lm_head": "LM head + cross-entropy", "lm_head_training_gemm": "the three GEMMs",
+         "lm_head_training": "LM head + cross-entropy + gradients", "ppo_loss": "PPO loss + gradients", "whiten": "whitening",
+         **{loss: f"{name} loss + gradients" for loss, name in (
+             ("bradley_terry", "Bradley-Terry"), ("dpo", "DPO"), ("ipo", "IPO"), ("kto", "KTO"), ("orpo", "ORPO"), ("simpo", "SimPO"))}}
+RL = set(list(NAMES)[list(NAMES).index("gae"):])
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -114,7 +123,7 @@ def load(out, family):
         return None
     for row in rows:
         for field in FIELDS[3:4] + FIELDS[5:]:
-            row[field] = float(row[field]) if row[field] else 0.0
+            row[field] = float(row[field]) if row.get(field) else 0.0
         row["threads"] = int(row["threads"])
     return Table(rows, facts)
 
@@ -149,21 +158,20 @@ class Table:
                 for d in ((dtype, "f32") if dtype == "bf16" else (dtype,))]
         return max((r["flop"] / r["best_ns"] for r in rows if r), default=None)
 
-    def bandwidth(self, footprint, threads):
-        """Bytes per ns that a loop reads from a footprint of about that size."""
-        rows = [r for r in self.rows if r["case"] == "read" and r["threads"] == threads and r["by"] == "ceiling"]
+    def bandwidth(self, footprint, threads, loop="read"):
+        """Bytes per ns that a loop reads from a footprint of about that size, or, as triad, reads and writes."""
+        rows = [r for r in self.rows if r["case"] == loop and r["threads"] == threads and r["by"] == "ceiling"]
         nearest = min(rows, key=lambda r: abs(math.log(r["bytes"] / footprint)), default=None)
         return nearest["bytes"] / nearest["best_ns"] if nearest else None
 
     def ceiling(self, row, suffix=""):
         """The share of what the machine can do, and which limit binds: arithmetic or memory."""
-        peak, read = self.peak(row["dtype"], row["threads"], suffix), None
-        if row["bytes"]:
-            read = self.bandwidth(row["bytes"], row["threads"])
-        if not peak or not row["flop"]:
+        peak = self.peak(row["dtype"], row["threads"], suffix)
+        memory = self.bandwidth(row["bytes"], row["threads"], "triad" if row["written"] else "read") if row["bytes"] else None
+        compute, moving = row["flop"] / peak if peak else 0, row["bytes"] / memory if memory else 0
+        if not (compute or moving):
             return None, ""
-        compute, memory = row["flop"] / peak, row["bytes"] / read if read else 0
-        return max(compute, memory) / row["best_ns"], "memory" if memory > compute else "arithmetic"
+        return max(compute, moving) / row["best_ns"], "memory" if moving > compute else "arithmetic"
 
 
 def order(key):
@@ -194,6 +202,11 @@ def extents(shape):
     return [int(n) for n in re.findall(r"\d+", shape)]
 
 
+def best_peer(table, *key):
+    """The fastest peer of a case and its time."""
+    return min(((p, t) for p in table.peers if (t := table.time(*key, p))), key=lambda pair: pair[1], default=("", None))
+
+
 def memory_rows(table, case):
     return [table.get(*key, table.threads[-1], "memory") for key in table.keys(table.threads[-1], "memory") if key[0] == case]
 
@@ -220,6 +233,14 @@ def measured(table, row, measure):
         other = table.time("attention", *key[1:], "mlkit")
     elif measure == "builtin":
         other = table.time(key[0].removesuffix("_functor"), *key[1:], "mlkit")
+    elif measure == "gemm":
+        other = table.time(key[0] + "_gemm", *key[1:], "mlkit")
+    elif measure == "best":
+        other = best_peer(table, *key)[1]
+        return other / row["best_ns"] if other else None
+    elif measure == "logits":
+        tokens, vocabulary, _ = extents(row["shape"])
+        return row["workspace"] / (tokens * vocabulary * BYTES[row["dtype"]])
     elif measure == "fewest_keys":
         fewest = min(memory_rows(table, key[0]), key=lambda r: extents(r["shape"])[3], default=None)
         return row["workspace"] / fewest["workspace"] if fewest else None
@@ -263,7 +284,7 @@ def amount(target, value):
     if measure == "ceiling":
         return f"{100 * value:.{int(near)}f} %"
     if measure == "seconds":
-        return f"{value:.{1 + near}f} s"
+        return f"{value:.{1 + near}f} s" if value > 0.1 else duration(1e9 * value)
     if measure == "memory":
         return f"{value / 1e9:.{2 + near}f} GB"
     return f"{value:.{2 + near}f}×"
@@ -275,7 +296,7 @@ def wording(target):
     measure = target["measure"]
     return {"ceiling": f"{text} of ceiling", "plain": f"{text} plain", "lora": f"{text} LoRA", "scaling": f"{text} scaling",
             "unmasked": f"{text} without a mask", "attention": f"{text} attention alone", "builtin": f"{text} the built-in", "fewest_keys": f"{text} that of the fewest keys",
-            "seconds": text, "memory": text}.get(measure, f"{text} {PEERS.get(measure, measure)}")
+            "gemm": f"{text} the bare GEMMs", "best": f"{text} the best peer", "logits": f"{text} the logits' memory", "seconds": text, "memory": text}.get(measure, f"{text} {PEERS.get(measure, measure)}")
 
 
 # ---------------------------------------------------------------------------------------------------------- text
@@ -304,6 +325,10 @@ def title(case, dtype, shape):
                        shape)
         keys = f"{numbers[-2]} keys" if case == "decode" else f"{numbers[-3]}×{numbers[-2]}"
         return f"{name} {dtype} {heads}, {keys}, d={numbers[-1]}"
+    if case in RL:
+        extents = {1: f"{numbers[0]} pairs", 2: f"[{', '.join(numbers)}]"}.get(len(numbers)) or \
+            f"{numbers[0]} tokens, {numbers[2]}→{numbers[1]}"
+        return f"{name} {dtype} {extents}"
     if case in ("gemm", SMALL):
         extents = f"{numbers[0]}³" if len(set(numbers)) == 1 else f"M={numbers[0]} N={numbers[1]} K={numbers[2]}"
     else:
@@ -314,6 +339,8 @@ def title(case, dtype, shape):
 
 def rate(table, row):
     share, limit = table.ceiling(row)
+    if not share and not row["flop"]:
+        return "", ""
     speed = f"{row['bytes'] / row['best_ns']:.1f} GB/s" if limit == "memory" else f"{row['flop'] / row['best_ns']:.0f} GFLOP/s"
     return speed, f"{100 * share:.0f} %" if share else ""
 
@@ -442,6 +469,24 @@ def keys_table(table, targets, score):
     return markdown(header, rows, left=(0, 4, 5)) if rows else ""
 
 
+def head_table(table):
+    """The memory of the language model's head, beside the logits that it does without and what PyTorch takes."""
+    rows = []
+    for key in table.keys(table.threads[-1]):
+        row, peer = table.get(*key, table.threads[-1], "mlkit"), table.get(*key, table.threads[-1], "torch")
+        if key[0] in ("lm_head", "lm_head_training") and row["workspace"] >= 1:
+            tokens, vocabulary, width = extents(row["shape"])
+            logits = tokens * vocabulary * BYTES[row["dtype"]]
+            rows.append([title(*key), size(row["workspace"]), size(logits), f"1/{logits / row['workspace']:.0f}",
+                         size(peer["memory"]) if peer and peer["memory"] else "", size(vocabulary * width * BYTES[row["dtype"]])])
+    header = ["case", "workspace at its peak", "the logits, which are not stored", "share", "PyTorch beside its operands", "the weight"]
+    return markdown(header, rows) if rows else ""
+
+
+def ceiling_rows(table, loop, threads):
+    return sorted((r for r in table.rows if r["case"] == loop and r["threads"] == threads), key=lambda r: r["bytes"])
+
+
 def ceiling_table(table):
     rows = []
     for threads in table.threads:
@@ -449,15 +494,16 @@ def ceiling_table(table):
         for dtype in ("f32", "f64", "bf16"):
             row = table.get("peak", dtype, "registers", threads, "ceiling")
             cells.append(f"{row['flop'] / row['best_ns']:.0f}" if row else "")
-        for row in sorted((r for r in table.rows if r["case"] == "read" and r["threads"] == threads), key=lambda r: r["bytes"]):
+        for row in ceiling_rows(table, "read", threads):
             cells.append(f"{row['bytes'] / row['best_ns']:.1f}")
-        for case in ("triad", "adam_shaped"):
-            found = [r for r in table.rows if r["case"] == case and r["threads"] == threads]
-            cells.append(f"{found[0]['bytes'] / found[0]['best_ns']:.1f}" if found else "")
+        for row in ceiling_rows(table, "triad", threads):
+            cells.append(f"{row['bytes'] / row['best_ns']:.1f}")
+        found = ceiling_rows(table, "adam_shaped", threads)
+        cells.append(f"{found[0]['bytes'] / found[0]['best_ns']:.1f}" if found else "")
         rows.append(cells)
-    reads = [f"read {r['shape']}" for r in sorted((r for r in table.rows if r["case"] == "read" and r["threads"] == table.threads[-1]),
-                                                  key=lambda r: r["bytes"])]
-    text = markdown(["", "f32", "f64", "bf16", *reads, "triad", "Adam-shaped"], rows)
+    reads, triads = ([f"{loop} {r['shape'].replace('x', '×')}" for r in ceiling_rows(table, loop, table.threads[-1])]
+                     for loop in ("read", "triad"))
+    text = markdown(["", "f32", "f64", "bf16", *reads, *(["triad"] if len(triads) == 1 else triads), "Adam-shaped"], rows)
     sets = []
     for name in SETS:
         suffix = "" if name == table.facts.get("isa") else f":{name}"
@@ -534,7 +580,7 @@ set xtics font ',10'
 set grid xtics lc rgb '#e4e4e4' lt 1
 set xlabel '{xlabel}' font ',10' offset 0, 0.6 tc rgb '#404040'
 set yrange [{below}:0.9]
-{f"set logscale x 2; set xrange [0.25:{1.6 * top}]" if log else f"set xrange [0:{1.12 * top}]"}
+{f"set logscale x {10 if top > 500 else 2}; set xrange [0.25:{1.6 * top}]" if log else f"set xrange [0:{1.12 * top}]"}
 {rule}
 """ + "\n".join(blocks) + "\nplot " + ", ".join(plots) + "\n"
     if not shutil.which("gnuplot"):
@@ -564,11 +610,12 @@ def plot_ceiling(table, path, keys, threads, heading):
 
 
 def plot_ratio(table, path, keys, threads, heading, targets, peers, xlabel):
-    pairs = [(k, p) for k in keys for p in peers if table.get(*k, threads, p)]
+    """How many times faster mlkit is than each of the peers, or, without any, than the best one of each case."""
+    pairs = [(k, p) for k in keys for p in peers or [best_peer(table, *k, threads)[0]] if table.get(*k, threads, p)]
     if not pairs:
         return False
     values = [table.time(*k, threads, p) / table.time(*k, threads, "mlkit") for k, p in pairs]
-    marks = [(i, float(t["value"])) for i, (k, p) in enumerate(pairs) for t in targets.of(*k, p)]
+    marks = [(i, float(t["value"])) for i, (k, p) in enumerate(pairs) for t in targets.of(*k, p, *(() if peers else ("best",)))]
     return bars(path, heading, xlabel, [k for k, _ in pairs],
                 [("mlkit", COLORS["mlkit"], values)], "%.2f×", line=1, log=True, marks=marks)
 
@@ -594,8 +641,8 @@ def facts_text(facts):
         lines.append("- **The machine was not idle: these numbers are worth little**")
     if "isa" in facts:
         lines.append(f"- **mlkit**: instruction set chosen at run time: {facts['isa']}; compiled by {facts['compiler']} at plain `-O2`")
-    peers = [f"{PEERS.get(p, p)} {re.sub(r' NO_LAPACKE| DYNAMIC_ARCH| NO_AFFINITY|OpenBLAS ', '', facts[p])}"
-             for p in (*PEERS, "numpy") if p in facts]
+    peers = [f"{PEERS[p].removesuffix(' loop')} {re.sub(r' NO_LAPACKE| DYNAMIC_ARCH| NO_AFFINITY|OpenBLAS ', '', facts[p])}"
+             for p in PEERS if p in facts]
     if peers:
         without = "; bitsandbytes without the optional package `kernels`, which fetches others from the network"
         lines.append(f"- **Peers**: {', '.join(peers)}" + (without if "bitsandbytes" in facts else ""))
@@ -605,7 +652,8 @@ def facts_text(facts):
 def page(out, tables, targets):
     score = Score()
     sections = []
-    for family, heading in (("matmul", "Matrix products"), ("lora", "LoRA"), ("attention", "Attention")):
+    for family, heading in (("matmul", "Matrix products"), ("lora", "LoRA"), ("attention", "Attention"),
+                            ("rl", "Advantages, log-probabilities and losses")):
         table = tables.get(family)
         if not table:
             continue
@@ -626,6 +674,11 @@ def page(out, tables, targets):
                                 ("torch",), "times faster than PyTorch") and "attention.svg",
                      plot_ceiling(table, f"{out}/attention_ceiling.svg", [k for k in keys if k[1] == "f32"], threads,
                                   f"Attention in f32, {count(threads, 'thread')}") and "attention_ceiling.svg"]
+        elif family == "rl":
+            plots = [plot_ratio(table, f"{out}/rl.svg", keys, threads, f"Against the best peer, {count(threads, 'thread')}", targets,
+                                (), "times faster than the best of PyTorch, TorchRL and NumPy") and "rl.svg",
+                     plot_ceiling(table, f"{out}/rl_ceiling.svg", [k for k in keys if table.ceiling(table.get(*k, threads, "mlkit"))[0]],
+                                  threads, f"Share of the memory bandwidth, {count(threads, 'thread')}") and "rl_ceiling.svg"]
         else:
             adapted = [k for k in keys if k[0] != "plain"]
             plots = [plot_ratio(table, f"{out}/lora.svg", adapted, threads,
@@ -656,6 +709,8 @@ def page(out, tables, targets):
         if family == "attention":
             text += ["### Memory\n", "The most scratch memory that one call of forward holds, over all threads.\n",
                      keys_table(table, targets, score)]
+        if family == "rl":
+            text += ["### Memory\n", "The most scratch memory that one call holds, over all threads.\n", head_table(table)]
         text += ["### Ceilings in this run\n",
                  "GFLOP/s of independent FMA chains in registers (for bf16 its dot instruction, where the set has it); GB/s of loops over memory (a footprint that fits the cache is read from "
                  "there; triad counts its three streams, the Adam-shaped loop its seven).\n", ceiling_table(table)]
@@ -689,6 +744,8 @@ def page(out, tables, targets):
               "- Attention is called `batch×heads`, or `batch×heads/kv heads`, then `queries×keys` and the width of a head, `d`; its flops are those "
               "of the pairs that a mask leaves. Backward is timed alone. A **trained** bias is one whose gradient is wanted: PyTorch then "
               "stores the scores, also in forward. Decoding is one query of each sequence.",
+              "- Advantages are called `[sequences, steps]`, and losses too; log-probabilities `[tokens, vocabulary]`; a kernel that writes "
+              "as much as it reads is held against the triad. Losses of preferences are those of so many pairs.",
               "- Threads are bound to cores. Eigen chooses its instruction set when compiled: it alone is built with `-march=native`; OpenBLAS "
               "runs with `OPENBLAS_CORETYPE=SkylakeX` where there is AVX-512, as it may not know the CPU.\n"]
     with open(os.path.join(out, "index.md"), "w") as file:
@@ -700,29 +757,37 @@ HEADLINES = [("gemm", "f32", "1024x1024x1024"), ("gemm", "bf16", "1024x1024x1024
              ("dora", "f32", "32x4096x4096r16"), ("nf4", "f32", "1x4096x4096"), ("nf4", "f32", "512x4096x4096"),
              ("attention", "f32", "1x8x1024x1024x64"), ("attention_backward", "f32", "1x8x1024x1024x64"),
              ("attention_causal", "bf16", "1x8x2048x2048x64"), ("attention", "f32", "2x8x4096x77x40"),
-             ("decode", "bf16", "8x32kv8x2048x128")]
+             ("decode", "bf16", "8x32kv8x2048x128"),
+             ("gae", "f32", "1024x1024"), ("log_prob", "f32", "256x50257"), ("log_prob_training", "bf16", "256x50257"),
+             ("lm_head_training", "f32", "512x50257x768"), ("ppo_loss", "f32", "256x512")]
 
 
 def readme(path, tables):
     """The headline rows, between the README's marks."""
-    rows, facts = [], {}
+    rows, measured_on = [], {}
     for key in HEADLINES:
-        for table in tables.values():
+        for family, table in tables.items():
             row = table.get(*key, table.threads[-1], "mlkit")
-            peer = next((p for p in ("peft", "bitsandbytes", "torch") if row and table.get(*key, row["threads"], p)), None)
+            peer = next((p for p in ("peft", "bitsandbytes", "torch", best_peer(table, *key, table.threads[-1])[0])
+                         if row and table.get(*key, row["threads"], p)), None)
             if not peer:
                 continue
             facts = table.facts
+            machine_text = (f"{count(facts['cores'], 'core')} of {'a virtual ' if facts['virtual'] else ''}{facts['cpu']} "
+                            f"({facts['isa']})")
+            measured_on.setdefault(machine_text, {})[family] = facts["date"]
             time = table.time(*key, row["threads"], peer)
             rows.append([title(*key), f"**{duration(row['best_ns'])}**", *rate(table, row), PEERS[peer], duration(time),
                          f"**{time / row['best_ns']:.2f}×**"])
     if not rows:
         return
-    text = markdown(["2 threads" if facts["cores"] == 2 else f"{facts['cores']} threads", "mlkit", "rate", "of ceiling", "peer", "its time",
+    threads = {count(table.threads[-1], "thread") for family, table in tables.items() if any(family in m for m in measured_on.values())}
+    text = markdown([" or ".join(sorted(threads)), "mlkit", "rate", "of ceiling", "peer", "its time",
                      "mlkit is faster"], rows, left=(0, 4))
-    text += (f"\nEach family was measured in one run with its peers on {count(facts['cores'], 'core')} of {'a virtual ' if facts['virtual'] else ''}{facts['cpu']} "
-             f"({facts['isa']}), the last {facts['date']}; every case, its ceilings and its targets, met and missed, are in "
-             "[docs/performance](docs/performance/index.md).\n")
+    where = "; ".join((f"{', '.join(dates)}: " if len(measured_on) > 1 else "") + f"on {machine_text}, the last {max(dates.values())}"
+                      for machine_text, dates in measured_on.items())
+    text += (f"\nEach family was measured in one run with its peers, {where}; times of different machines do not compare, ratios within a "
+             "run do. Every case, its ceilings and its targets, met and missed, are in [docs/performance](docs/performance/index.md).\n")
     with open(path) as file:
         page_text = file.read()
     begin, end = "<!-- performance:begin -->\n", "<!-- performance:end -->"
@@ -738,7 +803,7 @@ def main():
     parser.add_argument("--readme", help="put the headline rows between this file's marks")
     parser.add_argument("--other-load", type=float, help="percent of the CPU time of the run that other processes used")
     options = parser.parse_args()
-    families = ("matmul", "lora", "attention", "compile")
+    families = ("matmul", "lora", "attention", "rl", "compile")
     os.makedirs(options.out, exist_ok=True)
     for family in families:
         joined = join(options.results, family) if options.results else None

@@ -12,6 +12,7 @@ import csv
 import datetime
 import html
 import json
+import math
 import os
 import pathlib
 import platform
@@ -280,19 +281,30 @@ def benchmark_rows(folder):
 
 
 def benchmark_cases(folder):
-    """One (case, type, shape, threads, seconds, GFLOP/s, share of the peak or None) for each case of mlkit's."""
+    """One (case, type, shape, threads, seconds, rate, share of the ceiling or None) for each case of mlkit's: arithmetic beside the
+    multiply-add peak, what only moves memory beside the loop over memory of the nearest footprint."""
     rows = benchmark_rows(folder)
-    rate = {}
+    seconds = {key: entry["real_time"] * {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1}[entry["time_unit"]] for key, entry in rows.items()}
+    peaks, loops = {}, {}
     for key, entry in rows.items():
-        seconds = entry["real_time"] * {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1}[entry["time_unit"]]
-        rate[key] = (seconds, entry.get("flop", 0) / seconds / 1e9)
-    peak = {(dtype, threads): gflops for (_, dtype, _, threads, by), (_, gflops) in rate.items() if by == "ceiling"}
+        case, dtype, _, threads, by = key
+        if by == "ceiling" and case == "peak":
+            peaks[dtype, threads] = entry["flop"] / seconds[key]
+        elif by == "ceiling":
+            loops.setdefault((case, threads), []).append((entry["bytes"], entry["bytes"] / seconds[key]))
     cases = []
-    for (name, dtype, shape, threads, by), (seconds, gflops) in rate.items():
-        if by == "mlkit":
-            ceiling = peak.get((dtype, threads))
-            share = min(gflops / ceiling, 1) if ceiling else None
-            cases.append((name, dtype, shape, threads[1:], seconds, gflops, share))
+    for key, entry in rows.items():
+        name, dtype, shape, threads, by = key
+        if by != "mlkit":
+            continue
+        amount, unit, ceiling = entry.get("flop", 0), "GFLOP/s", peaks.get((dtype, threads))
+        if not amount:
+            amount, unit = entry.get("bytes", 0), "GB/s"
+            near = loops.get(("triad" if entry.get("written") else "read", threads), [])
+            ceiling = min(near, key=lambda loop: abs(math.log(loop[0] / amount)))[1] if near and amount else None
+        rate = amount / seconds[key]
+        cases.append((name, dtype, shape, threads[1:], seconds[key], f"{rate / 1e9:.0f} {unit}" if amount else "",
+                      min(rate / ceiling, 1) if ceiling else None))
     return cases
 
 
@@ -301,10 +313,10 @@ def time_text(seconds):
 
 
 def benchmark_text(folder):
-    lines = [f"{'case':20}{'type':6}{'shape':20}{'threads':>8}{'time':>11}{'GFLOP/s':>10}{'of the peak':>13}"]
-    for name, dtype, shape, threads, seconds, gflops, share in benchmark_cases(folder):
-        of_peak = f"{100 * share:.0f} %" if share else ""
-        lines.append(f"{name:20}{dtype:6}{shape:20}{threads:>8}{time_text(seconds):>11}{gflops:10.0f}{of_peak:>13}")
+    lines = [f"{'case':20}{'type':6}{'shape':20}{'threads':>8}{'time':>11}{'rate':>13}{'of the ceiling':>16}"]
+    for name, dtype, shape, threads, seconds, rate, share in benchmark_cases(folder):
+        of_ceiling = f"{100 * share:.0f} %" if share else ""
+        lines.append(f"{name:20}{dtype:6}{shape:20}{threads:>8}{time_text(seconds):>11}{rate:>13}{of_ceiling:>16}")
     return "\n".join(lines)
 
 
@@ -312,14 +324,14 @@ def benchmark_part(folder):
     cases = benchmark_cases(folder)
     if not cases:
         return None
-    parts = ['<section id="benchmark"><h2>A short benchmark of this machine</h2><div class="said"><p>Each case beside the '
-             "multiply-add peak that was measured in the same run. <code>./benchmark</code> measures every family in full, "
+    parts = ['<section id="benchmark"><h2>A short benchmark of this machine</h2><div class="said"><p>Each case beside what '
+             "this machine can do, multiply-adds or bytes moved, measured in the same run. <code>./benchmark</code> measures every family in full, "
              "against other libraries.</p></div>", '<div class="scroll"><table><tr><th>case</th><th>type</th><th>shape</th>'
-             '<th class=number>threads</th><th class=number>time</th><th class=number>GFLOP/s</th><th>of the peak</th></tr>']
-    for name, dtype, shape, threads, seconds, gflops, share in cases:
+             '<th class=number>threads</th><th class=number>time</th><th class=number>rate</th><th>of the ceiling</th></tr>']
+    for name, dtype, shape, threads, seconds, rate, share in cases:
         bar = f'<span class="bar"><i style="width:{100 * share:.0f}%"></i></span>{100 * share:.0f} %' if share else ""
         parts.append(f"<tr><td>{escape(name)}</td><td>{escape(dtype)}</td><td>{escape(shape)}</td><td class=number>"
-                     f"{escape(threads)}</td><td class=number>{time_text(seconds)}</td><td class=number>{gflops:.0f}</td>"
+                     f"{escape(threads)}</td><td class=number>{time_text(seconds)}</td><td class=number>{rate}</td>"
                      f"<td>{bar}</td></tr>")
     parts.append("</table></div><h3>Run it again</h3><pre><code>./benchmark</code></pre></section>")
     return "\n".join(parts)
