@@ -3,6 +3,9 @@
 
 #include "core/cpu.hpp"
 #include "core/tensor.hpp"
+#include "rl/advantages.hpp"
+#include "rl/log_probs.hpp"
 #include "rl/moments.hpp"
 #include "rl/running_stats.hpp"
+#include "rl/scan.hpp"
 #include "rl/whiten.hpp"
