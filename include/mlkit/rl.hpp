@@ -4,6 +4,7 @@
 #include "core/cpu.hpp"
 #include "core/tensor.hpp"
 #include "rl/advantages.hpp"
+#include "rl/kl.hpp"
 #include "rl/log_probs.hpp"
 #include "rl/moments.hpp"
 #include "rl/running_stats.hpp"

@@ -14,10 +14,38 @@ namespace MLKIT_NAMESPACE::rl::detail {
 
 using namespace mlkit::detail;
 
-#if !defined(__CUDA_ARCH__)
-
 template <class T>
 using bits_of = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+
+/// condition ? a : b, of bits: of the operator, GCC makes a branch where it can compute what follows on one side.
+template <std::floating_point T>
+MLKIT_RL_INLINE T choose(bool condition, T a, T b) noexcept {
+#if defined(__CUDA_ARCH__)
+  return condition ? a : b;
+#else
+  using U = std::make_unsigned_t<bits_of<T>>;
+  const U mask = U{} - static_cast<U>(condition);
+  return mlkit::detail::bit_cast<T>(
+      static_cast<U>((mlkit::detail::bit_cast<U>(a) & mask) | (mlkit::detail::bit_cast<U>(b) & ~mask)));
+#endif
+}
+
+/// x within [low, high]; NaN stays.
+template <std::floating_point T>
+MLKIT_RL_INLINE T bounded(T x, T low, T high) noexcept {
+  return choose(x > high, high, choose(x < low, low, x));
+}
+
+#if !defined(__CUDA_ARCH__)
+
+// coefficients[I] + x (coefficients[I + 1] + ...), without the loop that would be one within a loop.
+template <std::size_t I = 0, class T, std::size_t N>
+MLKIT_ALWAYS_INLINE T horner(T x, const T (&coefficients)[N]) noexcept {
+  if constexpr (I + 1 == N)
+    return coefficients[I];
+  else
+    return horner<I + 1>(x, coefficients) * x + coefficients[I];
+}
 
 // 2^n for an integer n in the normal range.
 template <std::floating_point T>
@@ -40,20 +68,16 @@ struct exp_split {
 
   MLKIT_ALWAYS_INLINE explicit exp_split(T x) noexcept {
     using table = math_table<T>;
-    x = x < table::exp_min ? table::exp_min : x;
-    x = x > table::exp_max ? table::exp_max : x;
+    x = bounded(x, table::exp_min, table::exp_max);
     n = round_to_integer(x * table::log2_e);
     r = (x - n * table::ln2_high) - n * table::ln2_low;
-    T curve = table::exp[std::size(table::exp) - 1];
-    MLKIT_UNROLL
-    for (std::size_t i = std::size(table::exp) - 1; i > 0; --i) curve = curve * r + table::exp[i - 1];
-    rest_curve = r * r * curve;
+    rest_curve = r * r * horner(r, table::exp);
   }
   MLKIT_ALWAYS_INLINE T value() const noexcept {
     const T s = T(1) + r, mantissa = s + (rest_curve + (r - (s - T(1)))), half = round_to_integer(n * T(0.5));
     return mantissa * power_of_two(half) * power_of_two(n - half);
   }
-  // e^x - 1, for |x| below 1 or so.
+  // e^x - 1, where 2^n is in the normal range.
   MLKIT_ALWAYS_INLINE T minus_one() const noexcept {
     const T power = power_of_two(n);
     return (rest_curve + r) * power + (power - T(1));
@@ -74,10 +98,7 @@ MLKIT_ALWAYS_INLINE T log_of_normal(T u) noexcept {
               (table::integer_shift + static_cast<T>(table::bias));
   const T f = mlkit::detail::bit_cast<T>(static_cast<I>((above & mask) + table::sqrt_half)) - T(1);
   const T s = f / (f + T(2)), z = s * s, half_square = f * f * T(0.5);
-  T curve = table::log[std::size(table::log) - 1];
-  MLKIT_UNROLL
-  for (std::size_t i = std::size(table::log) - 1; i > 0; --i) curve = curve * z + table::log[i - 1];
-  const T r = s * (z * curve + half_square) + e * table::ln2_low;
+  const T r = s * (z * horner(z, table::log) + half_square) + e * table::ln2_low;
   return e * table::ln2_high + (f - (half_square - r));
 }
 
@@ -90,6 +111,16 @@ MLKIT_RL_INLINE T exp_of(T x) noexcept {
   return ::exp(x);
 #else
   return exp_split<T>(x).value();
+#endif
+}
+
+// e^x - 1 for |x| <= 80.
+template <std::floating_point T>
+MLKIT_RL_INLINE T expm1_of(T x) noexcept {
+#if defined(__CUDA_ARCH__)
+  return ::expm1(x);
+#else
+  return exp_split<T>(x).minus_one();
 #endif
 }
 
@@ -110,9 +141,10 @@ struct log_sigmoid {
   T value, derivative;
 
   MLKIT_RL_INLINE explicit log_sigmoid(T x) noexcept {
-    const T e = exp_of(x < 0 ? x : -x), inverse = T(1) / (T(1) + e);
-    value = (x < 0 ? x : T(0)) - log1p_of(e);
-    derivative = x < 0 ? inverse : e * inverse;
+    const bool negative = x < 0;
+    const T e = exp_of(choose(negative, x, -x)), inverse = T(1) / (T(1) + e);
+    value = choose(negative, x, T(0)) - log1p_of(e);
+    derivative = choose(negative, inverse, e * inverse);
   }
 };
 
@@ -128,10 +160,9 @@ struct log1mexp {
     value = x > T(-0.69314718055994530942) ? ::log(complement) : ::log1p(-::exp(x));
 #else
     const bool near_zero = x > T(-0.69314718055994530942);
-    const exp_split<T> near(x < T(-1) ? T(-1) : x);
     const T e = exp_of(x), u = T(1) - e;
-    complement = near_zero ? -near.minus_one() : u;
-    value = log_of_normal(complement) + (near_zero ? T(0) : ((T(1) - u) - e) / u);
+    complement = choose(near_zero, -expm1_of(choose(x < T(-1), T(-1), x)), u);
+    value = log_of_normal(complement) + choose(near_zero, T(0), ((T(1) - u) - e) / u);
 #endif
   }
 };

@@ -1,0 +1,340 @@
+// KL divergence between a policy and its reference from the log-probabilities of sampled tokens: estimators, rewards,
+// a loss, and controllers of its weight.
+#pragma once
+
+#include "functions.hpp"
+#include "sequences.hpp"
+
+namespace MLKIT_NAMESPACE::rl {
+
+/// What an estimator gives for d = log pi - log ref of a token: the estimate, and its derivative by log pi.
+template <std::floating_point T>
+struct kl_estimate {
+  T value, derivative;
+};
+
+/// d: unbiased, of large variance, and of either sign. Its derivative is 1, which as a loss averages to nothing: it is
+/// for rewards. Schulman: "Approximating KL divergence", 2020.
+struct k1 {
+  template <std::floating_point T>
+  MLKIT_RL_INLINE kl_estimate<T> operator()(T d) const noexcept {
+    return {d, T(1)};
+  }
+};
+
+/// d^2 / 2: biased and of small variance. Its derivative d is, over tokens that the policy itself sampled, the unbiased
+/// gradient of KL(pi || ref).
+struct k2 {
+  template <std::floating_point T>
+  MLKIT_RL_INLINE kl_estimate<T> operator()(T d) const noexcept {
+    return {T(0.5) * d * d, d};
+  }
+};
+
+/// e^-d - 1 + d: unbiased, of small variance, never negative; GRPO's. The exponent is held within +-20, in the value
+/// and in the derivative 1 - e^-d, which so stays bounded and points back to the reference however far away it is.
+struct k3 {
+  template <std::floating_point T>
+  MLKIT_RL_INLINE kl_estimate<T> operator()(T d) const noexcept {
+    constexpr T bound = 20;
+    const T e = detail::expm1_of(detail::bounded(-d, -bound, bound));
+    // Where d is small, e + d is the difference of what is nearly equal; its series is not.
+    const bool small = detail::choose(d < 0, -d, d) < T(sizeof(T) == 4 ? 0.02 : 1e-3);
+    const T series = T(0.5) * d * d * (T(1) - d * (T(1) / 3) * (T(1) - d * T(0.25) * (T(1) - d * T(0.2))));
+    return {detail::choose(small, series, e + d), -e};
+  }
+};
+
+/// The estimate of another, with the derivative of k2: the value has k3's variance, and the gradient, over tokens that
+/// the policy itself sampled, is that of KL(pi || ref), which the derivative of k3 (that of KL(ref || pi)) is not. Tang
+/// and Munos: "On a few pitfalls in KL divergence gradient estimation for RL", 2025.
+template <class Estimator = k3>
+struct with_kl_gradient {
+  Estimator estimator = {};
+  template <std::floating_point T>
+  MLKIT_RL_INLINE kl_estimate<T> operator()(T d) const noexcept {
+    return {estimator(d).value, d};
+  }
+};
+
+/// Gives a kl_estimate for d = log pi - log ref.
+template <class F>
+concept kl_estimator = requires(const F& f, float d) {
+  { f(d) } -> std::same_as<kl_estimate<float>>;
+};
+
+/// Log-probabilities of tokens under the policy and its reference: [batch, time], or with Rank 1 any [tokens]; what is
+/// stored time-major is given by its transposed view.
+template <storage T, int Rank = 2>
+struct kl_batch {
+  tensor_view<const T, Rank> log_probs = {};
+  tensor_view<const T, Rank> reference = {};
+  mask_view<Rank> mask = {};  ///< tokens that count; without it all do
+};
+template <storage T>
+using packed_kl_batch = kl_batch<T, 1>;
+
+/// The sum of the estimates of all tokens that count, and how many these are.
+struct kl_stats {
+  double total = 0;
+  index_t tokens = 0;
+  /// A token's; 0 where there is none.
+  double mean() const noexcept { return tokens == 0 ? 0 : total / static_cast<double>(tokens); }
+};
+
+namespace detail {
+
+inline constexpr index_t kl_chunk = 4096;  // tokens that are summed together, whatever the threads
+inline constexpr int kl_lanes = 16;
+
+// out = value_factor * value + derivative_factor * derivative for tokens that count, else 0.
+template <class T, class Estimator>
+struct kl_problem {
+  plane_shape shape;
+  plane<const T> log_probs, reference;
+  plane<const std::uint8_t> mask;
+  plane<T> out;  // null where none is wanted
+  T value_factor, derivative_factor;
+  const Estimator* estimator;
+};
+
+struct kl_part {
+  double total = 0;
+  index_t tokens = 0;
+};
+
+}  // namespace detail
+}  // namespace MLKIT_NAMESPACE::rl
+
+#define MLKIT_FOREACH "../rl/cpu/kl-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+
+namespace MLKIT_NAMESPACE::rl {
+namespace detail {
+
+template <class T, int Rank>
+void check_kl_batch(arguments& call, std::string_view function, const kl_batch<T, Rank>& in) {
+  static_assert(std::is_floating_point_v<T>, "rl: log-probabilities of a KL divergence are f32 or f64");
+  check_view(function, "log_probs", in.log_probs);
+  check_view(function, "reference", in.reference);
+  check_same_shape<Rank>(function, "reference", in.reference.extents, "log_probs", in.log_probs.extents);
+  check_mask(call, function, in.mask, "log_probs", in.log_probs.extents);
+  call.reads("log_probs", in.log_probs);
+  call.reads("reference", in.reference);
+}
+
+template <class T, int Rank, class Estimator>
+kl_stats run_kl(const cpu& exec, const kl_batch<T, Rank>& in, const Estimator& estimator, T value_factor,
+                T derivative_factor, const tensor_view<T, Rank>& out) {
+  if (in.log_probs.empty()) return {};
+  kl_problem<T, Estimator> p{};
+  p.shape = shape_of_planes(in.log_probs, in.reference, in.mask.values, out);
+  p.log_probs = plane_of(in.log_probs, p.shape);
+  p.reference = plane_of(in.reference, p.shape);
+  p.mask = plane_of(in.mask.values, p.shape);
+  p.out = plane_of(out, p.shape);
+  p.value_factor = value_factor;
+  p.derivative_factor = derivative_factor;
+  p.estimator = &estimator;
+  const index_t n = p.shape.rows * p.shape.cols, chunks = ceil_div(n, kl_chunk);
+  const auto kernel = MLKIT_SELECT_WITHOUT_BF16(kl_tokens<T, Estimator>);
+  const workspace<kl_part> parts(chunks);
+  parallel_ranges(threads_for(exec, n), chunks, [&](index_t begin, index_t end) {
+    for (index_t i = begin; i < end; ++i) parts.data()[i] = kernel(p, i * kl_chunk, std::min(n, (i + 1) * kl_chunk));
+  });
+  kl_stats all;
+  for (index_t i = 0; i < chunks; ++i) {
+    all.total += parts.data()[i].total;
+    all.tokens += parts.data()[i].tokens;
+  }
+  return all;
+}
+
+template <int Rank>
+index_t count_kept(const mask_view<Rank>& mask, const extents_t<Rank>& extents) noexcept {
+  if (!mask) return element_count<Rank>(extents);
+  const plane_shape s = shape_of_planes(mask.values);
+  const plane<const std::uint8_t> m = plane_of(mask.values, s);
+  index_t n = 0;
+  for (index_t i = 0; i < s.rows; ++i)
+    for (index_t j = 0; j < s.cols; ++j) n += *m.at(i, j) != 0;
+  return n;
+}
+
+}  // namespace detail
+
+/// out = the estimate of each token that counts, 0 for the others; returns their sum. out has log_probs' shape, or is
+/// left out: `rl::kl(exec, batch, rl::k3{})`. f32 and f64; sums in parts of 4096 tokens in T, the parts in f64 in
+/// order: the same bits for any number of threads. Throws shape_error where extents do not fit or out overlaps what is
+/// read. Log-probabilities that are not finite give estimates that are not. Reads both once.
+template <storage T = float, int Rank = 2, executor Executor, kl_estimator Estimator = k3>
+kl_stats kl(const Executor& exec, const kl_batch<T, Rank>& in, const Estimator& estimator = {},
+            const std::type_identity_t<tensor_view<T, Rank>>& out = {}) {
+  constexpr std::string_view function = "rl::kl";
+  detail::arguments call(function, exec);
+  detail::check_kl_batch(call, function, in);
+  if (out.data || out.extents != extents_t<Rank>{}) {
+    detail::check_same_shape<Rank>(function, "out", out.extents, "log_probs", in.log_probs.extents);
+    call.writes("out", out);
+  }
+  return detail::run_kl(exec, in, estimator, T(1), T(0), out);
+}
+
+/// What kl_loss may be told.
+struct kl_loss_options {
+  double coefficient = 1;
+  double normalizer = 0;  ///< what the sum is divided by, such as the tokens of all ranks; 0: the tokens that count
+};
+
+/// What kl_loss returns.
+struct kl_loss_stats : kl_stats {
+  double loss = 0;
+};
+
+/// loss = coefficient / normalizer sum of the estimates of tokens that count, and its gradient by log_probs, 0 for
+/// tokens that do not count. By what `estimator` names: k3 has the derivative of its own value, as GRPO has it;
+/// with_kl_gradient<k3> (the default) the unbiased gradient of KL(pi || ref) for tokens that the policy itself sampled.
+/// k1 is refused: its gradient averages to nothing. Without any token the loss is 0. As kl otherwise; also throws
+/// value_error for options that are not finite and a normalizer that is negative. Shao et al.: "DeepSeekMath", 2024,
+/// eq. 4 (k3).
+template <storage T = float, int Rank = 2, executor Executor, kl_estimator Estimator = with_kl_gradient<k3>>
+kl_loss_stats kl_loss(const Executor& exec, const kl_batch<T, Rank>& in, const kl_loss_options& o,
+                      const Estimator& estimator, const std::type_identity_t<tensor_view<T, Rank>>& gradient) {
+  static_assert(!std::is_same_v<Estimator, k1>,
+                "rl: the gradient of k1 as a loss averages to nothing; take with_kl_gradient<k1>, k2 or k3");
+  constexpr std::string_view function = "rl::kl_loss";
+  detail::arguments call(function, exec);
+  detail::check_kl_batch(call, function, in);
+  if (!std::isfinite(o.coefficient)) detail::fail_value(function, ": coefficient = ", o.coefficient, " is not finite");
+  if (!(std::isfinite(o.normalizer) && o.normalizer >= 0))
+    detail::fail_value(function, ": normalizer = ", o.normalizer, " is negative or not finite");
+  if (gradient.data || gradient.extents != extents_t<Rank>{}) {
+    detail::check_same_shape<Rank>(function, "gradient", gradient.extents, "log_probs", in.log_probs.extents);
+    call.writes("gradient", gradient);
+  }
+  const double n =
+      o.normalizer > 0 ? o.normalizer : static_cast<double>(detail::count_kept<Rank>(in.mask, in.log_probs.extents));
+  const double factor = n > 0 ? o.coefficient / n : 0;
+  kl_loss_stats all;
+  static_cast<kl_stats&>(all) = detail::run_kl(exec, in, estimator, T(0), static_cast<T>(factor), gradient);
+  all.loss = all.tokens == 0 ? 0 : factor * all.total;
+  return all;
+}
+template <storage T = float, int Rank = 2, executor Executor>
+kl_loss_stats kl_loss(const Executor& exec, const kl_batch<T, Rank>& in, const kl_loss_options& o,
+                      const std::type_identity_t<tensor_view<T, Rank>>& gradient) {
+  return kl_loss(exec, in, o, with_kl_gradient<k3>{}, gradient);
+}
+
+/// What kl_rewards are computed from: a kl_batch, a score of each sequence, and where the sequences of packed tokens
+/// are.
+template <storage T, int Rank = 2>
+struct kl_reward_batch {
+  tensor_view<const T, Rank> log_probs = {};
+  tensor_view<const T, Rank> reference = {};
+  vector_view<const T> scores = {};                 ///< [batch]; without them the rewards are KL alone
+  mask_view<Rank> mask = {};                        ///< tokens that count; without it all do
+  vector_view<const std::int32_t> cu_seqlens = {};  ///< with Rank 1: where each sequence starts, and the end
+};
+template <storage T>
+using packed_kl_reward_batch = kl_reward_batch<T, 1>;
+
+/// What kl_rewards may be told.
+struct kl_reward_options {
+  double beta = 0.05;  ///< weight of the divergence
+};
+
+/// What kl_rewards returns.
+struct kl_reward_stats : kl_stats {
+  index_t sequences = 0;  ///< those with a token that counts
+  /// A sequence's; 0 where there is none. What controllers are shown.
+  double per_sequence() const noexcept { return sequences == 0 ? 0 : total / static_cast<double>(sequences); }
+};
+
+/// rewards[b, t] = -beta kl[b, t], and the score of sequence b added on its last token that counts: the mask, not the
+/// last column, says which that is, so that a token behind the end of a sequence never has it. Tokens that do not count
+/// get 0. A sequence without any gets no score.
+///
+/// log_probs, reference and rewards [batch, time], or the [tokens] of packed sequences with cu_seqlens
+/// (packed_kl_reward_batch); scores [batch]. f32 and f64. As kl otherwise; also throws value_error for a beta that is
+/// not finite and for a score that is not finite and is wanted, named by its index, before rewards are touched. Ziegler
+/// et al.: "Fine-tuning language models from human preferences", 2019, eq. 2; Ouyang et al.: "Training language models
+/// to follow instructions with human feedback", 2022, eq. 2.
+template <storage T = float, int Rank = 2, executor Executor, kl_estimator Estimator>
+kl_reward_stats kl_rewards(const Executor& exec, const kl_reward_batch<T, Rank>& in, const kl_reward_options& o,
+                           const Estimator& estimator, const std::type_identity_t<tensor_view<T, Rank>>& rewards) {
+  constexpr std::string_view function = "rl::kl_rewards";
+  detail::arguments call(function, exec);
+  const kl_batch<T, Rank> batch{in.log_probs, in.reference, in.mask};
+  detail::check_kl_batch(call, function, batch);
+  const detail::sequence_places places =
+      detail::check_sequences(call, function, in.log_probs, "log_probs", in.cu_seqlens);
+  const bool scored = in.scores.data || in.scores.extent(0) != 0;
+  if (scored) {
+    detail::check_view(function, "scores", in.scores);
+    detail::check_extent(function, "scores", "elements", in.scores.extent(0), "the number of sequences",
+                         places.sequences);
+    call.reads("scores", in.scores);
+  }
+  if (!std::isfinite(o.beta)) detail::fail_value(function, ": beta = ", o.beta, " is not finite");
+  detail::check_view(function, "rewards", rewards);
+  detail::check_same_shape<Rank>(function, "rewards", rewards.extents, "log_probs", in.log_probs.extents);
+  call.writes("rewards", rewards);
+  const detail::workspace<index_t> last(places.sequences);  // the token that has the score, or -1
+  kl_reward_stats all;
+  for (index_t b = 0; b < places.sequences; ++b) {
+    const auto [row, begin, count] = places(b);
+    index_t t = begin + count - 1;
+    if (in.mask)
+      while (t >= begin && !detail::token(in.mask.values, row, t)) --t;
+    last.data()[b] = t < begin ? -1 : t;
+    all.sequences += t >= begin;
+    if (scored && t >= begin && !std::isfinite(in.scores(b)))
+      detail::fail_value(function, ": scores[", b, "] = ", in.scores(b), " is not finite");
+  }
+  static_cast<kl_stats&>(all) = detail::run_kl(exec, batch, estimator, static_cast<T>(-o.beta), T(0), rewards);
+  if (scored)
+    for (index_t b = 0; b < places.sequences; ++b)
+      if (last.data()[b] >= 0) detail::token(rewards, places(b).row, last.data()[b]) += in.scores(b);
+  return all;
+}
+template <storage T = float, int Rank = 2, executor Executor>
+kl_reward_stats kl_rewards(const Executor& exec, const kl_reward_batch<T, Rank>& in, const kl_reward_options& o,
+                           const std::type_identity_t<tensor_view<T, Rank>>& rewards) {
+  return kl_rewards(exec, in, o, k1{}, rewards);
+}
+
+/// A weight of the divergence that stays as it is.
+struct fixed_kl {
+  double beta = 0.05;
+  /// Nothing.
+  void update(double, index_t) noexcept {}
+};
+
+/// A weight of the divergence that is steered to a target:
+///   beta <- beta (1 + clip(kl / target - 1, +-0.2) n / horizon)
+/// after n sequences with a divergence of `kl` each. Ziegler et al., 2019, section 2.2.
+struct adaptive_kl {
+  double beta = 0.2;       ///< the weight now
+  double target = 6;       ///< the divergence of a sequence that is wanted
+  double horizon = 10000;  ///< sequences; after so many the weight changes by at most a fifth, to first order
+  double clip = 0.2;
+
+  /// Throws value_error for a divergence that is not finite, members out of range, and an n so large that beta could
+  /// become negative (n clip >= horizon); then beta stays.
+  void update(double kl, index_t n) {
+    constexpr std::string_view function = "rl::adaptive_kl::update";
+    using namespace mlkit::detail;
+    if (!(std::isfinite(beta) && beta >= 0)) fail_value(function, ": beta = ", beta, " is negative or not finite");
+    if (!(std::isfinite(target) && target > 0)) fail_value(function, ": target = ", target, " is not positive");
+    if (!(std::isfinite(horizon) && horizon > 0)) fail_value(function, ": horizon = ", horizon, " is not positive");
+    if (!(clip >= 0 && clip <= 1)) fail_value(function, ": clip = ", clip, " is outside [0, 1]");
+    if (!std::isfinite(kl)) fail_value(function, ": kl = ", kl, " is not finite");
+    if (n < 0 || clip * static_cast<double>(n) >= horizon)
+      fail_value(function, ": n = ", n, " is outside [0, horizon / clip) with horizon = ", horizon, ", clip = ", clip);
+    const double off = kl / target - 1, held = off < -clip ? -clip : off > clip ? clip : off;
+    beta *= 1 + held * static_cast<double>(n) / horizon;
+  }
+};
+
+}  // namespace MLKIT_NAMESPACE::rl

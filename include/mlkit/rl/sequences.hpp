@@ -1,0 +1,65 @@
+// Where the sequences of a batch lie: rows, or parts of packed tokens.
+#pragma once
+
+#include "mask.hpp"
+
+namespace MLKIT_NAMESPACE::rl::detail {
+
+// Starts of packed sequences, from 0 to `tokens`, [sequences + 1].
+inline void check_sequence_starts(arguments& call, std::string_view function, std::string_view name,
+                                  const vector_view<const std::int32_t>& starts, std::string_view of, index_t tokens) {
+  check_view(function, name, starts);
+  const index_t n = starts.extent(0);
+  if (n == 0) fail_shape(function, ": ", name, " is empty; it has one element more than there are sequences");
+  if (starts(0) != 0) fail_value(function, ": ", name, "[0] = ", starts(0), " is not 0");
+  for (index_t b = 1; b < n; ++b)
+    if (starts(b) < starts(b - 1))
+      fail_value(function, ": ", name, "[", b, "] = ", starts(b), " is less than ", name, "[", b - 1,
+                 "] = ", starts(b - 1));
+  if (starts(n - 1) != tokens)
+    fail_value(function, ": ", name, " ends with ", starts(n - 1), ", but ", of, " has ", tokens, " elements");
+  call.reads(name, starts);
+}
+
+/// The tokens of sequence b: `count` of them, the first in column `begin` of row `row`.
+struct sequence_place {
+  index_t row, begin, count;
+};
+
+/// [batch, time], or the [tokens] of packed sequences, which are one row.
+struct sequence_places {
+  index_t sequences = 0, time = 0;
+  vector_view<const std::int32_t> starts = {};
+
+  sequence_place operator()(index_t b) const noexcept {
+    if (!starts.data) return {b, 0, time};
+    return {0, starts(b), starts(b + 1) - starts(b)};
+  }
+};
+
+template <class T>
+sequence_places check_sequences(arguments& call, std::string_view function, const tensor_view<T, 2>& tokens,
+                                std::string_view, const vector_view<const std::int32_t>& starts) {
+  if (starts.data || starts.extent(0) > 0)
+    fail_shape(function, ": cu_seqlens go with packed tokens [tokens], not with [batch, time]");
+  (void)call;
+  return {tokens.extent(0), tokens.extent(1)};
+}
+template <class T>
+sequence_places check_sequences(arguments& call, std::string_view function, const tensor_view<T, 1>& tokens,
+                                std::string_view name, const vector_view<const std::int32_t>& starts) {
+  check_sequence_starts(call, function, "cu_seqlens", starts, name, tokens.extent(0));
+  return {starts.extent(0) - 1, 0, starts};
+}
+
+// Element `col` of row `row` of a view of rank 2, or of one of rank 1, which is one row.
+template <class T>
+T& token(const tensor_view<T, 1>& v, index_t, index_t col) noexcept {
+  return v(col);
+}
+template <class T>
+T& token(const tensor_view<T, 2>& v, index_t row, index_t col) noexcept {
+  return v(row, col);
+}
+
+}  // namespace MLKIT_NAMESPACE::rl::detail
