@@ -1,0 +1,607 @@
+// Policy and value losses with their gradients and statistics, in one pass over log-probabilities.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "../core/tensor.hpp"
+#include "../simd/math.hpp"
+#include "mask.hpp"
+#include "policy_terms.hpp"
+
+namespace MLKIT_NAMESPACE::rl {
+
+/// What a policy loss is computed from. All are of one shape: [batch, time], or, with Rank 1, the [tokens] of packed
+/// sequences. What was stored time-major is given by its transposed view. Views of any strides; the mask and cu_seqlens
+/// may stand together.
+template <storage T, int Rank = 2>
+struct policy_batch {
+  using value_type = T;
+  static constexpr int rank = Rank;
+
+  tensor_view<const T, Rank> log_probs = {};      ///< of the actions, under the policy that learns
+  tensor_view<const T, Rank> old_log_probs = {};  ///< under the policy that acted
+  tensor_view<const T, Rank> advantages = {};
+  tensor_view<const T, Rank> entropies = {};   ///< of the policy that learns; needed for a bonus
+  tensor_view<const T, Rank> values = {};      ///< if the critic is trained too
+  tensor_view<const T, Rank> old_values = {};  ///< needed for value_clip
+  tensor_view<const T, Rank> returns = {};     ///< what values should be
+  mask_view<Rank> mask = {};                   ///< tokens that count; without it all do
+  vector_view<const std::int32_t> cu_seqlens =
+      {};  ///< of packed sequences: where each starts, and the end [sequences + 1]
+};
+template <storage T>
+using packed_policy_batch = policy_batch<T, 1>;
+
+/// Where gradients of the loss go; what is left out is not written. All of policy_batch's shape. A token that does not
+/// count gets 0.
+template <storage T, int Rank = 2>
+struct policy_gradients {
+  tensor_view<T, Rank> log_probs = {};
+  tensor_view<T, Rank> values = {};
+  tensor_view<T, Rank> entropies = {};
+};
+
+/// How the parts of a loss are weighed: policy + value * value loss - entropy * entropy.
+struct loss_options {
+  double value_clip = 0;  ///< values are held within this of the old ones; 0: they are not
+  double value = 0.5;     ///< coefficient of the value loss, where there are values
+  double entropy = 0;     ///< coefficient of the entropy bonus
+};
+
+/// What ppo_loss may be told.
+struct ppo_options {
+  double clip = 0.2;      ///< ratios are held in [1 - clip, 1 + clip]; in [0, 1]
+  double clip_high = -1;  ///< ... or in [1 - clip, 1 + clip_high]; negative: as clip
+  double dual_clip = 0;   ///< above 1: the bound of dual_clip; 0: none
+  double value_clip = 0;  ///< values are held within this of the old ones; 0: they are not
+  double value = 0.5;     ///< coefficient of the value loss, where there are values
+  double entropy = 0;     ///< coefficient of the entropy bonus
+  double tokens = 0;      ///< what sums over tokens are divided by; 0: the tokens that count
+};
+
+/// What became of a batch. Losses and entropy are aggregated as the loss is; the rest are of the tokens that count,
+/// each alike. Of no tokens all are 0, and ratios 1.
+struct policy_stats {
+  double loss = 0;  ///< policy_loss + value coefficient * value_loss - entropy coefficient * entropy
+  double policy_loss = 0, value_loss = 0, entropy = 0;
+  double kl_k1 = 0;          ///< mean of logp_old - logp: an estimate of KL(old || new), which may be negative
+  double kl_k3 = 0;          ///< mean of r - 1 - log r: one that is not, and varies less
+  double clip_fraction = 0;  ///< of tokens whose policy loss a clip holds, which is where it takes the gradient away
+  double value_clip_fraction = 0;  ///< of tokens whose value loss is the clipped one
+  double explained_variance = 0;   ///< 1 - Var(R - v) / Var(R); NaN where Var(R) = 0 or there are no values
+  double ratio_min = 1, ratio_max = 1;
+  index_t tokens = 0, sequences = 0;  ///< that count, and that have such tokens
+};
+
+/// What a value loss is computed from; shapes as in policy_batch.
+template <storage T, int Rank = 2>
+struct value_batch {
+  using value_type = T;
+  static constexpr int rank = Rank;
+
+  tensor_view<const T, Rank> values = {};
+  tensor_view<const T, Rank> old_values = {};  ///< needed for clip
+  tensor_view<const T, Rank> returns = {};
+  mask_view<Rank> mask = {};
+  vector_view<const std::int32_t> cu_seqlens = {};
+};
+template <storage T>
+using packed_value_batch = value_batch<T, 1>;
+
+/// What value_loss may be told.
+struct value_options {
+  double clip = 0;  ///< values are held within this of the old ones; 0: they are not
+};
+
+/// What became of values; as in policy_stats.
+struct value_stats {
+  double loss = 0, clip_fraction = 0, explained_variance = 0;
+  index_t tokens = 0, sequences = 0;
+};
+
+namespace detail {
+
+template <class B>
+inline constexpr bool is_policy_batch = false;
+template <class T, int Rank>
+inline constexpr bool is_policy_batch<policy_batch<T, Rank>> = true;
+template <class B>
+inline constexpr bool is_value_batch = false;
+template <class T, int Rank>
+inline constexpr bool is_value_batch<value_batch<T, Rank>> = true;
+
+// The policy of a value loss alone.
+struct no_policy {};
+
+// Partial sums are those of so many tokens, whoever computes them.
+inline constexpr index_t tokens_of_block = 512;
+
+// Where sequences are in the order in which tokens are visited. Turned: token i is of sequence i mod sequences.
+struct token_sequences {
+  index_t sequences = 0, length = 0;
+  const std::int32_t* starts = nullptr;
+  bool turned = false;
+
+  index_t begin(index_t b) const noexcept { return starts ? starts[b] : b * length; }
+  index_t end(index_t b) const noexcept { return begin(b + 1); }
+  index_t at(index_t i) const noexcept {
+    return starts ? std::upper_bound(starts, starts + sequences + 1, i) - starts - 1 : i / length;
+  }
+};
+
+// Sums over the tokens of a block; those of losses are weighted.
+struct loss_sums {
+  double policy = 0, value = 0, entropy = 0, k1 = 0, k3 = 0, clipped = 0, value_clipped = 0;
+  double error = 0, square_error = 0, target = 0, square_target = 0;  // of R - v and R, less those of the first token
+  double ratio_min = std::numeric_limits<double>::infinity(), ratio_max = -ratio_min;
+};
+
+// What one thread works in.
+template <class T>
+struct policy_scratch {
+  using A = accumulator_t<T>;
+  alignas(64) A keep[tokens_of_block];
+  alignas(64) A weight[tokens_of_block];
+  alignas(64) A ratio[tokens_of_block];
+  alignas(64) A loss[tokens_of_block];
+  alignas(64) A slope[tokens_of_block];
+  alignas(64) A clipped[tokens_of_block];
+  alignas(64) T in[3][tokens_of_block];
+  alignas(64) T out[tokens_of_block];
+  alignas(64) std::uint8_t mask[tokens_of_block];
+};
+
+template <class T, class Policy>
+struct policy_loss_problem {
+  using value_type = T;
+  using policy_type = Policy;
+  using A = accumulator_t<T>;
+
+  plane_shape shape;
+  plane<const T> log_probs = {}, old_log_probs = {}, advantages = {}, entropies = {}, values = {}, old_values = {},
+                 returns = {};
+  plane<const std::uint8_t> mask = {};
+  plane<T> dlog_probs = {}, dvalues = {}, dentropies = {};
+  Policy policy = {};
+  clipped_value value = {};
+  A value_coefficient = 1, entropy_coefficient = 0;
+  A first_error = 0, first_return = 0;
+
+  token_sequences sequences = {};
+  bool weights_differ = false;
+  A weight = 0;                // of every token
+  const A* weights = nullptr;  // of the tokens of each sequence
+  A* sequence_ratios = nullptr;
+  A* sequence_slopes = nullptr;
+
+  // The same operands, sequence after sequence.
+  struct {
+    plane_shape shape = {};
+    plane<const T> log_probs = {}, old_log_probs = {}, advantages = {};
+    plane<const std::uint8_t> mask = {};
+  } by_sequence = {};
+};
+
+template <class Problem>
+struct policy_loss_kernels {
+  void (*run)(const Problem&, index_t begin, index_t n, loss_sums&,
+              policy_scratch<typename Problem::value_type>&) noexcept;
+  void (*run_sequence)(const Problem&, index_t b, policy_scratch<typename Problem::value_type>&) noexcept;
+};
+
+}  // namespace detail
+}  // namespace MLKIT_NAMESPACE::rl
+
+#define MLKIT_FOREACH "../rl/cpu/policy_loss-inl.hpp"
+#include "../simd/foreach_isa.hpp"
+
+namespace MLKIT_NAMESPACE::rl {
+namespace detail {
+
+inline void check_cu_seqlens(arguments& call, std::string_view function, const vector_view<const std::int32_t>& starts,
+                             std::string_view of, index_t tokens) {
+  check_view(function, "cu_seqlens", starts);
+  if (starts.stride(0) != 1) fail_shape(function, ": cu_seqlens has a stride of ", starts.stride(0), ", not 1");
+  const index_t n = starts.extent(0);
+  if (n == 0) fail_shape(function, ": cu_seqlens is empty; it has one element more than there are sequences");
+  if (starts(0) != 0) fail_value(function, ": cu_seqlens[0] = ", starts(0), " is not 0");
+  for (index_t b = 1; b < n; ++b)
+    if (starts(b) < starts(b - 1))
+      fail_value(function, ": cu_seqlens[", b, "] = ", starts(b), " is less than cu_seqlens[", b - 1,
+                 "] = ", starts(b - 1));
+  if (starts(n - 1) != tokens)
+    fail_value(function, ": cu_seqlens ends with ", starts(n - 1), ", but ", of, " has ", tokens, " tokens");
+  call.reads("cu_seqlens", starts);
+}
+
+// An operand of the batch that is given: of log_probs' shape.
+template <class U, int Rank>
+bool given(const tensor_view<U, Rank>& v) noexcept {
+  return v.data != nullptr || v.extents != extents_t<Rank>{};
+}
+
+// The names and shape that the operands of one call are checked against.
+template <int Rank>
+struct batch_check {
+  arguments& call;
+  std::string_view function, of;
+  extents_t<Rank> shape;
+
+  template <class T>
+  void view(std::string_view name, const tensor_view<T, Rank>& v) const {
+    check_same_shape<Rank>(function, name, v.extents, of, shape);
+    check_view(function, name, v);
+  }
+  template <class T>
+  void input(std::string_view name, const tensor_view<T, Rank>& v) const {
+    view(name, v);
+    call.reads(name, v);
+  }
+  template <class T>
+  void optional(std::string_view name, const tensor_view<T, Rank>& v) const {
+    if (given(v)) input(name, v);
+  }
+  template <class T>
+  void output(std::string_view name, const tensor_view<T, Rank>& v) const {
+    if (!given(v)) return;
+    view(name, v);
+    call.writes(name, v);
+  }
+  void sequences(const mask_view<Rank>& mask, const vector_view<const std::int32_t>& cu_seqlens) const {
+    check_mask(call, function, mask, of, shape);
+    if (!given(cu_seqlens)) return;
+    if constexpr (Rank == 1)
+      check_cu_seqlens(call, function, cu_seqlens, of, shape[0]);
+    else
+      fail_shape(function, ": cu_seqlens is given, but ", of, " has rank 2; packed tokens have rank 1");
+  }
+};
+
+template <int Rank>
+token_sequences sequences_of(const extents_t<Rank>& shape, const plane_shape& visited,
+                             const vector_view<const std::int32_t>& cu_seqlens) noexcept {
+  if constexpr (Rank == 2)
+    return {shape[0], shape[1], nullptr, visited.turned};
+  else
+    return given(cu_seqlens) ? token_sequences{cu_seqlens.extent(0) - 1, 0, cu_seqlens.data}
+                             : token_sequences{1, shape[0]};
+}
+
+// A plane whose rows are sequences.
+template <class T>
+plane<T> plane_by_sequence(const tensor_view<T, 1>& v) noexcept {
+  return {v.data, 0, v.strides[0]};
+}
+template <class T>
+plane<T> plane_by_sequence(const tensor_view<T, 2>& v) noexcept {
+  return {v.data, v.strides[0], v.strides[1]};
+}
+
+inline index_t count_bytes(const std::uint8_t* p, index_t stride, index_t n) noexcept {
+  index_t total = 0;
+  constexpr index_t lanes = 64, most = 255;
+  if (stride == 1)
+    for (; n >= lanes;) {
+      std::uint8_t counts[lanes] = {};
+      const index_t rounds = std::min(n / lanes, most);
+      for (index_t r = 0; r < rounds; ++r, p += lanes) {
+        MLKIT_SIMD
+        for (index_t i = 0; i < lanes; ++i) counts[i] = static_cast<std::uint8_t>(counts[i] + (p[i] != 0));
+      }
+      n -= rounds * lanes;
+      for (const std::uint8_t c : counts) total += c;
+    }
+  for (index_t i = 0; i < n; ++i) total += p[i * stride] != 0;
+  return total;
+}
+
+// Tokens that count: how many, of each sequence, and where the first is.
+struct counted_tokens {
+  index_t tokens = 0, sequences = 0;
+  index_t first_row = 0, first_col = 0;
+};
+
+// counts[b] = tokens of sequence b that count. `mask` has sequences as rows, or is null.
+inline counted_tokens count_tokens(const plane<const std::uint8_t>& mask, const token_sequences& of, index_t* counts) {
+  counted_tokens n;
+  const auto row_of = [&](index_t b) { return of.starts ? index_t{0} : b; };
+  const auto col_of = [&](index_t b) { return of.starts ? index_t{of.starts[b]} : index_t{0}; };
+  const auto length = [&](index_t b) { return of.end(b) - of.begin(b); };
+  if (!mask.data) {
+    for (index_t b = 0; b < of.sequences; ++b) counts[b] = length(b);
+  } else if (of.turned) {
+    std::fill_n(counts, of.sequences, index_t{0});
+    for (index_t t = 0; t < of.length; ++t)
+      for (index_t b = 0; b < of.sequences; ++b) counts[b] += *mask.at(b, t) != 0;
+  } else {
+    for (index_t b = 0; b < of.sequences; ++b)
+      counts[b] = count_bytes(mask.at(row_of(b), col_of(b)), mask.col_stride, length(b));
+  }
+  for (index_t b = 0; b < of.sequences; ++b) {
+    if (counts[b] == 0) continue;
+    if (n.sequences == 0) {
+      n.first_row = row_of(b);
+      n.first_col = col_of(b);
+      while (mask.data && *mask.at(n.first_row, n.first_col) == 0) ++n.first_col;
+    }
+    ++n.sequences;
+    n.tokens += counts[b];
+  }
+  return n;
+}
+
+// What sums over all tokens say of returns and values.
+inline double explained_variance(const loss_sums& s, double n) noexcept {
+  const double residual = s.square_error - s.error * s.error / n, spread = s.square_target - s.target * s.target / n;
+  return spread > 0 ? 1 - residual / spread : std::numeric_limits<double>::quiet_NaN();
+}
+
+// Weighs tokens, runs the kernel over blocks of them, and adds up.
+template <class T, class Policy, class Aggregation>
+loss_sums run_policy_loss(const cpu& exec, policy_loss_problem<T, Policy>& p, const Aggregation& aggregate,
+                          const plane<const std::uint8_t>& mask, const plane<const T>& values,
+                          const plane<const T>& returns, counted_tokens& counted) {
+  using A = accumulator_t<T>;
+  using Problem = policy_loss_problem<T, Policy>;
+  const index_t sequences = p.sequences.sequences, tokens = p.shape.rows * p.shape.cols;
+  const workspace<index_t> counts(sequences);
+  const workspace<A> per_sequence(3 * sequences);
+  counted = count_tokens(mask, p.sequences, counts.data());
+  loss_sums total;
+  if (counted.tokens > 0) {
+    A* const weights = per_sequence.data();
+    bool first = true;
+    for (index_t b = 0; b < sequences; ++b) {
+      weights[b] = A(0);
+      if (counts.data()[b] == 0) continue;
+      const token_counts n{static_cast<double>(counts.data()[b]), static_cast<double>(counted.tokens),
+                           static_cast<double>(counted.sequences)};
+      weights[b] = static_cast<A>(aggregate.weight(n));
+      if (std::exchange(first, false)) p.weight = weights[b];
+      p.weights_differ = p.weights_differ || weights[b] != p.weight;
+    }
+    p.weights = weights;
+    if (values.data) {
+      const auto at = [&](const plane<const T>& v) {
+        return static_cast<A>(*v.at(counted.first_row, counted.first_col));
+      };
+      p.first_return = at(returns);
+      p.first_error = p.first_return - at(values);
+    }
+  }
+  const index_t blocks = ceil_div(tokens, tokens_of_block);
+  const workspace<loss_sums> partial(blocks);
+  const auto kernels = MLKIT_SELECT_WITHOUT_BF16(policy_loss_entry<Problem>)();
+  const cpu limited = threads_for(exec, tokens);
+  if constexpr (rl::detail::of_sequence<Policy>) {
+    p.sequence_ratios = per_sequence.data() + sequences;
+    p.sequence_slopes = per_sequence.data() + 2 * sequences;
+    parallel_ranges(limited, sequences, [&](index_t begin, index_t end) {
+      const workspace<policy_scratch<T>> scratch(1);
+      for (index_t b = begin; b < end; ++b) kernels.run_sequence(p, b, *scratch.data());
+    });
+  }
+  parallel_ranges(limited, blocks, [&](index_t begin, index_t end) {
+    const workspace<policy_scratch<T>> scratch(1);
+    for (index_t i = begin; i < end; ++i) {
+      loss_sums& sums = partial.data()[i];
+      sums = {};
+      kernels.run(p, i * tokens_of_block, std::min(tokens_of_block, tokens - i * tokens_of_block), sums,
+                  *scratch.data());
+    }
+  });
+  for (index_t i = 0; i < blocks; ++i) {
+    const loss_sums& s = partial.data()[i];
+    total.policy += s.policy;
+    total.value += s.value;
+    total.entropy += s.entropy;
+    total.k1 += s.k1;
+    total.k3 += s.k3;
+    total.clipped += s.clipped;
+    total.value_clipped += s.value_clipped;
+    total.error += s.error;
+    total.square_error += s.square_error;
+    total.target += s.target;
+    total.square_target += s.square_target;
+    total.ratio_min = std::min(total.ratio_min, s.ratio_min);
+    total.ratio_max = std::max(total.ratio_max, s.ratio_max);
+  }
+  return total;
+}
+
+template <class T, int Rank>
+plane<T> plane_or_none(const tensor_view<T, Rank>& v, const plane_shape& s) noexcept {
+  return v.data ? plane_of(v, s) : plane<T>{};
+}
+
+inline void check_aggregation(std::string_view function, const auto& aggregate) {
+  if constexpr (requires { aggregate.check(function); }) aggregate.check(function);
+}
+
+template <class T, int Rank, class Policy, class Aggregation>
+policy_stats policy_loss(std::string_view function, const cpu& exec, const policy_batch<T, Rank>& batch,
+                         const Policy& policy, const Aggregation& aggregate, const loss_options& o,
+                         const policy_gradients<T, Rank>& grads) {
+  arguments call(function, exec);
+  check_view(function, "log_probs", batch.log_probs);
+  call.reads("log_probs", batch.log_probs);
+  const batch_check<Rank> check{call, function, "log_probs", batch.log_probs.extents};
+  if (!batch.log_probs.empty()) {
+    const auto needs = [&](std::string_view what, const auto&... names) {
+      fail_value(function, ": ", what, " is not given", names...);
+    };
+    if (!given(batch.advantages)) needs("advantages");
+    if (uses_ratio<Policy> && !given(batch.old_log_probs)) needs("old_log_probs");
+    if (o.entropy != 0 && !given(batch.entropies)) needs("entropies", ", but entropy = ", o.entropy);
+    if (given(batch.values) && !given(batch.returns)) needs("returns", ", but values is");
+    if (given(batch.values) && o.value_clip != 0 && !given(batch.old_values))
+      needs("old_values", ", but value_clip = ", o.value_clip);
+    if (given(grads.values) && !given(batch.values)) needs("values", ", but its gradient is asked for");
+    if (given(grads.entropies) && !given(batch.entropies)) needs("entropies", ", but its gradient is asked for");
+  }
+  check.optional("advantages", batch.advantages);
+  check.optional("old_log_probs", batch.old_log_probs);
+  check.optional("entropies", batch.entropies);
+  check.optional("values", batch.values);
+  check.optional("old_values", batch.old_values);
+  check.optional("returns", batch.returns);
+  check.sequences(batch.mask, batch.cu_seqlens);
+  check_not_negative(function, "value_clip", o.value_clip);
+  check_not_negative(function, "value", o.value);
+  if (!std::isfinite(o.entropy)) fail_value(function, ": entropy = ", o.entropy, " is not finite");
+  check_term(function, policy);
+  check_aggregation(function, aggregate);
+  check.output("the gradient of log_probs", grads.log_probs);
+  check.output("the gradient of values", grads.values);
+  check.output("the gradient of entropies", grads.entropies);
+
+  policy_stats stats;
+  stats.explained_variance = std::numeric_limits<double>::quiet_NaN();
+  if (batch.log_probs.empty()) return stats;
+  using A = accumulator_t<T>;
+  const plane_shape shape = shape_of_planes(batch.log_probs, batch.old_log_probs, batch.advantages, batch.entropies,
+                                            batch.values, batch.old_values, batch.returns, batch.mask.values,
+                                            grads.log_probs, grads.values, grads.entropies);
+  policy_loss_problem<T, Policy> p{.shape = shape,
+                                   .log_probs = plane_of(batch.log_probs, shape),
+                                   .old_log_probs = plane_or_none(batch.old_log_probs, shape),
+                                   .advantages = plane_of(batch.advantages, shape),
+                                   .entropies = plane_or_none(batch.entropies, shape),
+                                   .values = plane_or_none(batch.values, shape),
+                                   .old_values = plane_or_none(batch.old_values, shape),
+                                   .returns = plane_or_none(batch.returns, shape),
+                                   .mask = plane_or_none(batch.mask.values, shape),
+                                   .dlog_probs = plane_or_none(grads.log_probs, shape),
+                                   .dvalues = plane_or_none(grads.values, shape),
+                                   .dentropies = plane_or_none(grads.entropies, shape),
+                                   .policy = policy};
+  if (o.value_clip > 0) p.value.clip = o.value_clip;
+  p.value_coefficient = static_cast<A>(o.value);
+  p.entropy_coefficient = static_cast<A>(o.entropy);
+  p.sequences = sequences_of<Rank>(batch.log_probs.extents, shape, batch.cu_seqlens);
+  p.by_sequence.shape =
+      Rank == 2 ? plane_shape{p.sequences.sequences, p.sequences.length} : plane_shape{1, batch.log_probs.extents[0]};
+  p.by_sequence.log_probs = plane_by_sequence(batch.log_probs);
+  p.by_sequence.old_log_probs = plane_by_sequence(batch.old_log_probs);
+  p.by_sequence.advantages = plane_by_sequence(batch.advantages);
+  p.by_sequence.mask = plane_by_sequence(batch.mask.values);
+  counted_tokens counted;
+  const loss_sums s = run_policy_loss<T>(exec, p, aggregate, p.by_sequence.mask, plane_by_sequence(batch.values),
+                                         plane_by_sequence(batch.returns), counted);
+  if (counted.tokens == 0) return stats;
+  const double n = static_cast<double>(counted.tokens);
+  stats = {.loss = s.policy + (given(batch.values) ? o.value * s.value : 0) - o.entropy * s.entropy,
+           .policy_loss = s.policy,
+           .value_loss = s.value,
+           .entropy = s.entropy,
+           .kl_k1 = s.k1 / n,
+           .kl_k3 = s.k3 / n,
+           .clip_fraction = s.clipped / n,
+           .value_clip_fraction = s.value_clipped / n,
+           .explained_variance = explained_variance(s, n),
+           .ratio_min = s.ratio_min,
+           .ratio_max = s.ratio_max,
+           .tokens = counted.tokens,
+           .sequences = counted.sequences};
+  return stats;
+}
+
+}  // namespace detail
+
+/// The loss of a policy, of its values and of its entropy, its gradients and what is to be known of it, in one pass:
+///   loss = sum over tokens of w (term(r, A, logp) + value clipped_value(v, v_old, R) - entropy H),
+/// with r = exp(logp - logp_old), the exponent held in [-20, 20], `term` a policy_term (ppo_clip, dual_clip, gspo,
+/// cispo, policy_gradient, or one of the user's own) and w the weight that the aggregation gives (token_mean,
+/// sequence_mean_of_sums, sequence_mean_of_means, sum_over). Gradients are those of `loss`; where the exponent is held,
+/// that of r is still taken for r. Tokens that the mask leaves out are never read into a result, whatever they hold; if
+/// all are, losses and gradients are 0.
+///
+/// Operands are [batch, time], or [tokens] with cu_seqlens; tokens without cu_seqlens are one sequence. f32, f64, bf16
+/// and f16; computed in f32 (f64 for f64), sums in f64. Throws shape_error where shapes differ or a gradient overlaps
+/// what is read; value_error for options out of range, operands that the options need and starts that are none, before
+/// anything is written. The same bits for any number of threads. Reads each operand and writes each gradient once;
+/// terms with the ratio of a sequence read log-probabilities and advantages twice.
+template <class T = float, executor Executor, class Batch = policy_batch<T>, policy_term Policy,
+          aggregation Aggregation>
+  requires(detail::is_policy_batch<Batch>)
+policy_stats policy_loss(const Executor& exec, const Batch& batch, const Policy& policy, const Aggregation& aggregate,
+                         const loss_options& o,
+                         const policy_gradients<typename Batch::value_type, Batch::rank>& grads) {
+  return detail::policy_loss("rl::policy_loss", exec, batch, policy, aggregate, o, grads);
+}
+
+/// policy_loss with PPO's clip (and the dual one, if asked for) and the mean over tokens:
+///   loss = mean of max(-A r, -A clip(r, 1 - clip, 1 + clip)) + value mean of 1/2 max((v - R)^2, (v_clipped - R)^2)
+///          - entropy mean of H.
+/// Schulman et al.: "Proximal policy optimization algorithms", 2017. Shapes, types, errors and cost are policy_loss's.
+///
+///     rl::policy_batch<float> batch{.log_probs = logp, .old_log_probs = old, .advantages = adv, .mask = mask};
+///     auto stats = rl::ppo_loss(exec, batch, {.clip = 0.2f}, {.log_probs = dlogp});
+template <class T = float, executor Executor, class Batch = policy_batch<T>>
+  requires(detail::is_policy_batch<Batch>)
+policy_stats ppo_loss(const Executor& exec, const Batch& batch, const ppo_options& o,
+                      const policy_gradients<typename Batch::value_type, Batch::rank>& grads) {
+  constexpr std::string_view function = "rl::ppo_loss";
+  detail::check_clip(function, "clip", o.clip);
+  if (!std::isfinite(o.clip_high)) detail::fail_value(function, ": clip_high = ", o.clip_high, " is not finite");
+  if (o.dual_clip != 0 && !(o.dual_clip > 1))
+    detail::fail_value(function, ": dual_clip = ", o.dual_clip, " is neither 0 nor above 1");
+  detail::check_not_negative(function, "tokens", o.tokens);
+  const dual_clip<ppo_clip> policy{.bound = o.dual_clip != 0 ? o.dual_clip : std::numeric_limits<double>::infinity(),
+                                   .term = {.low = o.clip, .high = o.clip_high < 0 ? o.clip : o.clip_high}};
+  const loss_options parts{.value_clip = o.value_clip, .value = o.value, .entropy = o.entropy};
+  return detail::policy_loss(function, exec, batch, policy, token_mean{o.tokens}, parts, grads);
+}
+
+/// The loss of values alone, for critics that are trained apart:
+///   sum over tokens of w 1/2 max((v - R)^2, (v_old + clip(v - v_old, -clip, clip) - R)^2),
+/// and its gradient with respect to v, which may be left out. Shapes, types, errors and cost are policy_loss's.
+template <class T = float, executor Executor, class Batch = value_batch<T>, aggregation Aggregation = token_mean>
+  requires(detail::is_value_batch<Batch>)
+value_stats value_loss(const Executor& exec, const Batch& batch, const value_options& o,
+                       const tensor_view<typename Batch::value_type, Batch::rank>& dvalues,
+                       const Aggregation& aggregate = {}) {
+  constexpr std::string_view function = "rl::value_loss";
+  using namespace detail;
+  constexpr int rank = Batch::rank;
+  using E = typename Batch::value_type;
+  arguments call(function, exec);
+  check_view(function, "values", batch.values);
+  call.reads("values", batch.values);
+  const batch_check<rank> check{call, function, "values", batch.values.extents};
+  check.input("returns", batch.returns);
+  if (o.clip != 0 && !batch.values.empty() && !given(batch.old_values))
+    fail_value(function, ": old_values is not given, but clip = ", o.clip);
+  check.optional("old_values", batch.old_values);
+  check.sequences(batch.mask, batch.cu_seqlens);
+  check_not_negative(function, "clip", o.clip);
+  check_aggregation(function, aggregate);
+  check.output("dvalues", dvalues);
+
+  value_stats stats{.explained_variance = std::numeric_limits<double>::quiet_NaN()};
+  if (batch.values.empty()) return stats;
+  const plane_shape shape = shape_of_planes(batch.values, batch.old_values, batch.returns, batch.mask.values, dvalues);
+  policy_loss_problem<E, no_policy> p{.shape = shape,
+                                      .values = plane_of(batch.values, shape),
+                                      .old_values = plane_or_none(batch.old_values, shape),
+                                      .returns = plane_of(batch.returns, shape),
+                                      .mask = plane_or_none(batch.mask.values, shape),
+                                      .dvalues = plane_or_none(dvalues, shape)};
+  if (o.clip > 0) p.value.clip = o.clip;
+  p.sequences = sequences_of<rank>(batch.values.extents, shape, batch.cu_seqlens);
+  counted_tokens counted;
+  const loss_sums s = run_policy_loss<E>(exec, p, aggregate, plane_by_sequence(batch.mask.values),
+                                         plane_by_sequence(batch.values), plane_by_sequence(batch.returns), counted);
+  if (counted.tokens == 0) return stats;
+  const double n = static_cast<double>(counted.tokens);
+  return {.loss = s.value,
+          .clip_fraction = s.value_clipped / n,
+          .explained_variance = explained_variance(s, n),
+          .tokens = counted.tokens,
+          .sequences = counted.sequences};
+}
+
+}  // namespace MLKIT_NAMESPACE::rl
