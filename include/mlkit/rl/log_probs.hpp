@@ -2,8 +2,11 @@
 //
 // Losses over logits stand on detail::run_logits, the one pass that all of this is:
 //
-//   const logits_call<T, Rank> call = ...make_logits_problem<T>(call, function, logits, tokens, options);
-//   run_logits<Entropy>(exec, problem, f)
+//   arguments call(function, exec);
+//   auto p = make_logits_problem<T>(call, function, logits, tokens, options);
+//   set_gradient(call, function, dlogits, logits, p);  // without it, values alone
+//   p.with_entropy = true;                             // else f's entropy is 0
+//   run_logits(exec, p, f);
 //
 // calls f(row, logp, entropy, lse) once for each row that the mask keeps, from several threads at once, and writes the
 // gradient of what f returns, a token_gradient, while the row's logits are still in cache. `row` counts over [batch,
@@ -39,11 +42,13 @@ struct log_prob_outputs {
   tensor_view<A, Rank> lse = {};      ///< log of the sum of exp(z_j / temperature)
 };
 
-/// What a loss is to a row: its derivatives by the log-probability of the token and by the entropy.
+/// What a loss is to a row: its derivatives by the log-probability of the token, by the entropy, and by the mean of all
+/// log-probabilities, 1/V sum log p_j.
 template <class A>
 struct token_gradient {
   A dlogp = 0;
   A dentropy = 0;
+  A dmean = 0;
 };
 
 /// The same for all rows, each of the tokens' shape; one that is not given is 0.
@@ -60,6 +65,9 @@ namespace detail {
 inline constexpr index_t chunk_classes = 2048;
 // Rows that are worked on together, at most.
 inline constexpr index_t block_rows = 64;
+
+// A gradient larger than this will not be in cache when it is read.
+inline constexpr index_t cached_bytes = index_t{16} << 20;
 
 // Over a stretch of a row, with x_j = (z_j - top) log2(e) / temperature: the largest z, the sum of 2^x and of x 2^x.
 template <class A>
@@ -92,6 +100,7 @@ struct logits_problem {
   A scale = 0;  // log2(e) / temperature
   A inverse_temperature = 1;
   bool with_entropy = false;
+  bool streams_gradient = false;  // its rows are written past the caches
 
   struct place {
     index_t b, t;
@@ -126,7 +135,8 @@ struct logits_kernels {
   void (*measure)(const problem&, const index_t* rows, index_t count, row_block<A>&) noexcept;
   void (*collect)(const problem&, const index_t* rows, index_t count, const chunk_state<A>*, row_block<A>&) noexcept;
   void (*differentiate)(const problem&, index_t row, index_t begin, index_t end, const row_block<A>&, index_t i,
-                        A dlogp, A dentropy) noexcept;
+                        const token_gradient<A>&) noexcept;
+  A (*total)(const problem&, index_t row) noexcept;
 };
 
 }  // namespace detail
@@ -157,7 +167,7 @@ void run_logits(const cpu& exec, const logits_problem<T>& p, const F& f) {
       parallel_ranges(threads_for(exec, (rows - static_cast<index_t>(kept.size())) * p.classes), rows,
                       [&](index_t begin, index_t end) {
                         for (index_t i = begin; i < end; ++i)
-                          if (!p.keeps(i)) kernels.differentiate(p, i, 0, p.classes, none, 0, A{}, A{});
+                          if (!p.keeps(i)) kernels.differentiate(p, i, 0, p.classes, none, 0, {});
                       });
   }
   const index_t count = p.mask ? static_cast<index_t>(kept.size()) : rows;
@@ -194,8 +204,7 @@ void run_logits(const cpu& exec, const logits_problem<T>& p, const F& f) {
         for (index_t i = begin; i < end;) {
           const index_t r = i / chunks, last = std::min(end, (r + 1) * chunks);
           kernels.differentiate(p, at[r], (i - r * chunks) * chunk_classes,
-                                std::min(p.classes, (last - r * chunks) * chunk_classes), block, r, gradients[r].dlogp,
-                                gradients[r].dentropy);
+                                std::min(p.classes, (last - r * chunks) * chunk_classes), block, r, gradients[r]);
           i = last;
         }
       });
@@ -215,7 +224,7 @@ void run_logits(const cpu& exec, const logits_problem<T>& p, const F& f) {
       kernels.measure(p, at, n, block);
       for (index_t i = 0; i < n; ++i) {
         const token_gradient<A> g = ask(at[i], block, i);
-        if (p.gradient) kernels.differentiate(p, at[i], 0, p.classes, block, i, g.dlogp, g.dentropy);
+        if (p.gradient) kernels.differentiate(p, at[i], 0, p.classes, block, i, g);
       }
     }
   });
@@ -299,6 +308,8 @@ void set_gradient(arguments& call, std::string_view function, const tensor_view<
   call.writes("dlogits", dlogits);
   if (p.rows() == 0 || p.classes == 0) return;
   p.gradient = dlogits.data;
+  p.streams_gradient = p.gradient != p.logits && p.class_stride == 1 && dlogits.strides[Rank - 1] == 1 &&
+                       dlogits.size() * index_t{sizeof(T)} > cached_bytes;
   p.gradient_batch_stride = Rank == 3 ? dlogits.strides[0] : 0;
   p.gradient_time_stride = dlogits.strides[Rank - 2];
   p.gradient_class_stride = dlogits.strides[Rank - 1];
@@ -359,7 +370,7 @@ token_gradient<A> call_loss(const F& f, index_t row, A logp, A entropy) {
       return f(row, logp);
   }();
   if constexpr (std::is_arithmetic_v<std::remove_cvref_t<decltype(returned)>>)
-    return {static_cast<A>(returned), A{}};
+    return {static_cast<A>(returned)};
   else
     return returned;
 }
@@ -418,12 +429,12 @@ void log_probs(const Executor& exec, const Logits& logits, const token_ids<detai
 /// log_probs, and the gradient of a loss over its rows in the same pass. f(row, logp, entropy), or f(row, logp) where
 /// the entropy is of no interest, returns the loss's derivatives for that row: a token_gradient, or a number, dlogp
 /// alone. dlogits, of logits' shape and type, becomes
-///   dz_j = 1 / tau (dlogp (1[j = y] - p_j) - dentropy p_j (log p_j + H)),
+///   dz_j = 1 / tau (dlogp (1[j = y] - p_j) - dentropy p_j (log p_j + H) + dmean (1 / V - p_j)),
 /// with 0 for 0 log 0, written while the row is in cache. dlogits may be logits itself, which it then replaces.
 ///
 /// `row` counts the rows of [rows] or [batch, time] in row-major order. f is called once for each row that the mask
 /// keeps, from several threads at once, in any order, and must not throw; what it keeps of a row belongs into memory of
-/// that row's own. Rows that are masked, and those whose derivatives are both 0, get 0, whatever their logits are; so
+/// that row's own. Rows that are masked, and those whose derivatives are all 0, get 0, whatever their logits are; so
 /// do rows whose logits are all -inf. All else is as for log_probs; a partial overlap of dlogits with logits is a
 /// shape_error. Logits are read from memory once and dlogits are written once.
 template <executor Executor, detail::logits_like Logits, class F, detail::logits_like Gradient>
