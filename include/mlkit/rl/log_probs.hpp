@@ -246,18 +246,28 @@ bool is_given(const tensor_view<T, Rank>& v) noexcept {
 }
 
 template <int Rank>
-std::string index_text(std::string_view name, index_t row, const extents_t<Rank>& shape) {
-  if constexpr (Rank == 1)
-    return message(name, "[", row, "]");
-  else
-    return message(name, "[", row / shape[1], ", ", row % shape[1], "]");
-}
-
-template <int Rank>
 extents_t<Rank> leading(const extents_t<Rank + 1>& e) noexcept {
   extents_t<Rank> r;
   std::copy_n(e.begin(), Rank, r.begin());
   return r;
+}
+
+/// A problem of rows of logits, without tokens, mask and gradient.
+template <class T, int Rank>
+logits_problem<T> make_rows(const tensor_view<const T, Rank + 1>& logits, double temperature) noexcept {
+  using A = accumulator_t<T>;
+  logits_problem<T> p;
+  constexpr bool batched = Rank == 2;
+  p.batch = batched ? logits.extents[0] : 1;
+  p.time = logits.extents[Rank - 1];
+  p.classes = logits.extents[Rank];
+  p.logits = logits.data;
+  p.batch_stride = batched ? logits.strides[0] : 0;
+  p.time_stride = logits.strides[Rank - 1];
+  p.class_stride = logits.strides[Rank];
+  p.inverse_temperature = static_cast<A>(1 / temperature);
+  p.scale = static_cast<A>(1.44269504088896340736 / temperature);
+  return p;
 }
 
 /// Checks logits, tokens and options, names them to the call, and makes a problem of them, without a gradient.
@@ -266,7 +276,6 @@ template <class T, int Rank>
 logits_problem<T> make_logits_problem(arguments& call, std::string_view function,
                                       const tensor_view<const T, Rank + 1>& logits, const token_ids<Rank>& tokens,
                                       const log_prob_options<Rank>& o, bool logits_are_written = false) {
-  using A = accumulator_t<T>;
   check_view(function, "logits", logits);
   const extents_t<Rank> shape = leading<Rank>(logits.extents);
   check_same_shape<Rank>(function, "tokens", tokens.extents(), "logits' rows", shape);
@@ -279,19 +288,9 @@ logits_problem<T> make_logits_problem(arguments& call, std::string_view function
     fail_value(function, ": temperature = ", o.temperature, " is not above 0 and finite");
   if (!logits_are_written) call.reads("logits", logits);
 
-  logits_problem<T> p;
-  constexpr bool batched = Rank == 2;
-  p.batch = batched ? shape[0] : 1;
-  p.time = shape[Rank - 1];
-  p.classes = logits.extents[Rank];
-  p.logits = logits.data;
-  p.batch_stride = batched ? logits.strides[0] : 0;
-  p.time_stride = logits.strides[Rank - 1];
-  p.class_stride = logits.strides[Rank];
+  logits_problem<T> p = make_rows<T, Rank>(logits, o.temperature);
   tokens.visit([&](const auto& v) { p.tokens = as_rows(v); });
   if (o.mask) p.mask = as_rows(o.mask.values);
-  p.inverse_temperature = static_cast<A>(1 / o.temperature);
-  p.scale = static_cast<A>(1.44269504088896340736 / o.temperature);
   for (index_t i = 0; i < p.rows(); ++i)
     if (p.keeps(i) && (p.token(i) < 0 || p.token(i) >= p.classes))
       fail_value(function, ": ", index_text<Rank>("tokens", i, shape), " = ", p.token(i), " is outside [0, ", p.classes,
@@ -380,6 +379,13 @@ concept logits_like = viewable<X, 2> || viewable<X, 3>;
 template <class X>
 inline constexpr int token_rank = std::remove_cvref_t<decltype(as_view(std::declval<X&>()))>::rank - 1;
 
+template <class Logits, class Gradient>
+constexpr void check_gradient_type() {
+  static_assert(std::is_same_v<element_t<std::remove_reference_t<Gradient>>, element_t<const Logits>> &&
+                    token_rank<std::remove_reference_t<Gradient>> == token_rank<const Logits>,
+                "rl: dlogits has the rank and type of logits");
+}
+
 }  // namespace detail
 
 /// For each row z of logits with token y: logp = z_y / tau - lse, lse = log of the sum of exp(z_j / tau), entropy =
@@ -447,9 +453,7 @@ void log_probs_and_gradient(
   constexpr int rank = detail::token_rank<const Logits>;
   using T = element_t<const Logits>;
   using A = accumulator_t<T>;
-  static_assert(std::is_same_v<element_t<std::remove_reference_t<Gradient>>, T> &&
-                    detail::token_rank<std::remove_reference_t<Gradient>> == rank,
-                "rl: dlogits has the rank and type of logits");
+  detail::check_gradient_type<Logits, Gradient>();
   const tensor_view<const T, rank + 1> z = as_view(logits);
   const tensor_view<T, rank + 1> dz = as_view(dlogits);
   detail::arguments call(function, exec);
@@ -476,9 +480,7 @@ void log_probs_backward(
   constexpr int rank = detail::token_rank<const Logits>;
   using T = element_t<const Logits>;
   using A = accumulator_t<T>;
-  static_assert(std::is_same_v<element_t<std::remove_reference_t<Gradient>>, T> &&
-                    detail::token_rank<std::remove_reference_t<Gradient>> == rank,
-                "rl: dlogits has the rank and type of logits");
+  detail::check_gradient_type<Logits, Gradient>();
   const tensor_view<const T, rank + 1> z = as_view(logits);
   const tensor_view<T, rank + 1> dz = as_view(dlogits);
   detail::arguments call(function, exec);

@@ -34,9 +34,16 @@ struct mask_view {
   }
 };
 
+/// What rl's elementwise functions take: [n], or [batch, time].
+template <class X>
+concept batch_viewable = viewable<X, 1> || viewable<X, 2>;
+
 namespace detail {
 
 using namespace mlkit::detail;
+
+template <class X>
+inline constexpr int rank_of = std::remove_cvref_t<decltype(as_view(std::declval<X&>()))>::rank;
 
 template <int Rank>
 void check_same_shape(std::string_view function, std::string_view name, const extents_t<Rank>& have,
@@ -77,7 +84,8 @@ plane<T> plane_of(const tensor_view<T, 1>& v, const plane_shape& s) noexcept {
 }
 template <class T>
 plane<T> plane_of(const tensor_view<T, 2>& v, const plane_shape& s) noexcept {
-  if (s.rows == 1) return {v.data, 0, v.extents[s.turned ? 0 : 1] > 1 ? v.strides[s.turned ? 0 : 1] : v.strides[s.turned ? 1 : 0]};
+  if (s.rows == 1)
+    return {v.data, 0, v.extents[s.turned ? 0 : 1] > 1 ? v.strides[s.turned ? 0 : 1] : v.strides[s.turned ? 1 : 0]};
   return s.turned ? plane<T>{v.data, v.strides[1], v.strides[0]} : plane<T>{v.data, v.strides[0], v.strides[1]};
 }
 
