@@ -2,8 +2,11 @@
 //
 // Losses over logits stand on detail::run_logits, the one pass that all of this is:
 //
-//   const logits_call<T, Rank> call = ...make_logits_problem<T>(call, function, logits, tokens, options);
-//   run_logits<Entropy>(exec, problem, f)
+//   arguments call(function, exec);
+//   auto p = make_logits_problem<T>(call, function, logits, tokens, options);
+//   set_gradient(call, function, dlogits, logits, p);  // without it, values alone
+//   p.with_entropy = true;                             // else f's entropy is 0
+//   run_logits(exec, p, f);
 //
 // calls f(row, logp, entropy, lse) once for each row that the mask keeps, from several threads at once, and writes the
 // gradient of what f returns, a token_gradient, while the row's logits are still in cache. `row` counts over [batch,
@@ -39,11 +42,13 @@ struct log_prob_outputs {
   tensor_view<A, Rank> lse = {};      ///< log of the sum of exp(z_j / temperature)
 };
 
-/// What a loss is to a row: its derivatives by the log-probability of the token and by the entropy.
+/// What a loss is to a row: its derivatives by the log-probability of the token, by the entropy, and by the mean of all
+/// log-probabilities, 1/V sum log p_j.
 template <class A>
 struct token_gradient {
   A dlogp = 0;
   A dentropy = 0;
+  A dmean = 0;
 };
 
 /// The same for all rows, each of the tokens' shape; one that is not given is 0.
@@ -60,6 +65,9 @@ namespace detail {
 inline constexpr index_t chunk_classes = 2048;
 // Rows that are worked on together, at most.
 inline constexpr index_t block_rows = 64;
+
+// A gradient larger than this will not be in cache when it is read.
+inline constexpr index_t cached_bytes = index_t{16} << 20;
 
 // Over a stretch of a row, with x_j = (z_j - top) log2(e) / temperature: the largest z, the sum of 2^x and of x 2^x.
 template <class A>
@@ -92,6 +100,7 @@ struct logits_problem {
   A scale = 0;  // log2(e) / temperature
   A inverse_temperature = 1;
   bool with_entropy = false;
+  bool streams_gradient = false;  // its rows are written past the caches
 
   struct place {
     index_t b, t;
@@ -126,7 +135,8 @@ struct logits_kernels {
   void (*measure)(const problem&, const index_t* rows, index_t count, row_block<A>&) noexcept;
   void (*collect)(const problem&, const index_t* rows, index_t count, const chunk_state<A>*, row_block<A>&) noexcept;
   void (*differentiate)(const problem&, index_t row, index_t begin, index_t end, const row_block<A>&, index_t i,
-                        A dlogp, A dentropy) noexcept;
+                        const token_gradient<A>&) noexcept;
+  A (*total)(const problem&, index_t row) noexcept;
 };
 
 }  // namespace detail
@@ -157,7 +167,7 @@ void run_logits(const cpu& exec, const logits_problem<T>& p, const F& f) {
       parallel_ranges(threads_for(exec, (rows - static_cast<index_t>(kept.size())) * p.classes), rows,
                       [&](index_t begin, index_t end) {
                         for (index_t i = begin; i < end; ++i)
-                          if (!p.keeps(i)) kernels.differentiate(p, i, 0, p.classes, none, 0, A{}, A{});
+                          if (!p.keeps(i)) kernels.differentiate(p, i, 0, p.classes, none, 0, {});
                       });
   }
   const index_t count = p.mask ? static_cast<index_t>(kept.size()) : rows;
@@ -194,8 +204,7 @@ void run_logits(const cpu& exec, const logits_problem<T>& p, const F& f) {
         for (index_t i = begin; i < end;) {
           const index_t r = i / chunks, last = std::min(end, (r + 1) * chunks);
           kernels.differentiate(p, at[r], (i - r * chunks) * chunk_classes,
-                                std::min(p.classes, (last - r * chunks) * chunk_classes), block, r, gradients[r].dlogp,
-                                gradients[r].dentropy);
+                                std::min(p.classes, (last - r * chunks) * chunk_classes), block, r, gradients[r]);
           i = last;
         }
       });
@@ -215,7 +224,7 @@ void run_logits(const cpu& exec, const logits_problem<T>& p, const F& f) {
       kernels.measure(p, at, n, block);
       for (index_t i = 0; i < n; ++i) {
         const token_gradient<A> g = ask(at[i], block, i);
-        if (p.gradient) kernels.differentiate(p, at[i], 0, p.classes, block, i, g.dlogp, g.dentropy);
+        if (p.gradient) kernels.differentiate(p, at[i], 0, p.classes, block, i, g);
       }
     }
   });
@@ -237,18 +246,28 @@ bool is_given(const tensor_view<T, Rank>& v) noexcept {
 }
 
 template <int Rank>
-std::string index_text(std::string_view name, index_t row, const extents_t<Rank>& shape) {
-  if constexpr (Rank == 1)
-    return message(name, "[", row, "]");
-  else
-    return message(name, "[", row / shape[1], ", ", row % shape[1], "]");
-}
-
-template <int Rank>
 extents_t<Rank> leading(const extents_t<Rank + 1>& e) noexcept {
   extents_t<Rank> r;
   std::copy_n(e.begin(), Rank, r.begin());
   return r;
+}
+
+/// A problem of rows of logits, without tokens, mask and gradient.
+template <class T, int Rank>
+logits_problem<T> make_rows(const tensor_view<const T, Rank + 1>& logits, double temperature) noexcept {
+  using A = accumulator_t<T>;
+  logits_problem<T> p;
+  constexpr bool batched = Rank == 2;
+  p.batch = batched ? logits.extents[0] : 1;
+  p.time = logits.extents[Rank - 1];
+  p.classes = logits.extents[Rank];
+  p.logits = logits.data;
+  p.batch_stride = batched ? logits.strides[0] : 0;
+  p.time_stride = logits.strides[Rank - 1];
+  p.class_stride = logits.strides[Rank];
+  p.inverse_temperature = static_cast<A>(1 / temperature);
+  p.scale = static_cast<A>(1.44269504088896340736 / temperature);
+  return p;
 }
 
 /// Checks logits, tokens and options, names them to the call, and makes a problem of them, without a gradient.
@@ -257,7 +276,6 @@ template <class T, int Rank>
 logits_problem<T> make_logits_problem(arguments& call, std::string_view function,
                                       const tensor_view<const T, Rank + 1>& logits, const token_ids<Rank>& tokens,
                                       const log_prob_options<Rank>& o, bool logits_are_written = false) {
-  using A = accumulator_t<T>;
   check_view(function, "logits", logits);
   const extents_t<Rank> shape = leading<Rank>(logits.extents);
   check_same_shape<Rank>(function, "tokens", tokens.extents(), "logits' rows", shape);
@@ -270,19 +288,9 @@ logits_problem<T> make_logits_problem(arguments& call, std::string_view function
     fail_value(function, ": temperature = ", o.temperature, " is not above 0 and finite");
   if (!logits_are_written) call.reads("logits", logits);
 
-  logits_problem<T> p;
-  constexpr bool batched = Rank == 2;
-  p.batch = batched ? shape[0] : 1;
-  p.time = shape[Rank - 1];
-  p.classes = logits.extents[Rank];
-  p.logits = logits.data;
-  p.batch_stride = batched ? logits.strides[0] : 0;
-  p.time_stride = logits.strides[Rank - 1];
-  p.class_stride = logits.strides[Rank];
+  logits_problem<T> p = make_rows<T, Rank>(logits, o.temperature);
   tokens.visit([&](const auto& v) { p.tokens = as_rows(v); });
   if (o.mask) p.mask = as_rows(o.mask.values);
-  p.inverse_temperature = static_cast<A>(1 / o.temperature);
-  p.scale = static_cast<A>(1.44269504088896340736 / o.temperature);
   for (index_t i = 0; i < p.rows(); ++i)
     if (p.keeps(i) && (p.token(i) < 0 || p.token(i) >= p.classes))
       fail_value(function, ": ", index_text<Rank>("tokens", i, shape), " = ", p.token(i), " is outside [0, ", p.classes,
@@ -299,6 +307,8 @@ void set_gradient(arguments& call, std::string_view function, const tensor_view<
   call.writes("dlogits", dlogits);
   if (p.rows() == 0 || p.classes == 0) return;
   p.gradient = dlogits.data;
+  p.streams_gradient = p.gradient != p.logits && p.class_stride == 1 && dlogits.strides[Rank - 1] == 1 &&
+                       dlogits.size() * index_t{sizeof(T)} > cached_bytes;
   p.gradient_batch_stride = Rank == 3 ? dlogits.strides[0] : 0;
   p.gradient_time_stride = dlogits.strides[Rank - 2];
   p.gradient_class_stride = dlogits.strides[Rank - 1];
@@ -359,7 +369,7 @@ token_gradient<A> call_loss(const F& f, index_t row, A logp, A entropy) {
       return f(row, logp);
   }();
   if constexpr (std::is_arithmetic_v<std::remove_cvref_t<decltype(returned)>>)
-    return {static_cast<A>(returned), A{}};
+    return {static_cast<A>(returned)};
   else
     return returned;
 }
@@ -368,6 +378,13 @@ template <class X>
 concept logits_like = viewable<X, 2> || viewable<X, 3>;
 template <class X>
 inline constexpr int token_rank = std::remove_cvref_t<decltype(as_view(std::declval<X&>()))>::rank - 1;
+
+template <class Logits, class Gradient>
+constexpr void check_gradient_type() {
+  static_assert(std::is_same_v<element_t<std::remove_reference_t<Gradient>>, element_t<const Logits>> &&
+                    token_rank<std::remove_reference_t<Gradient>> == token_rank<const Logits>,
+                "rl: dlogits has the rank and type of logits");
+}
 
 }  // namespace detail
 
@@ -418,12 +435,12 @@ void log_probs(const Executor& exec, const Logits& logits, const token_ids<detai
 /// log_probs, and the gradient of a loss over its rows in the same pass. f(row, logp, entropy), or f(row, logp) where
 /// the entropy is of no interest, returns the loss's derivatives for that row: a token_gradient, or a number, dlogp
 /// alone. dlogits, of logits' shape and type, becomes
-///   dz_j = 1 / tau (dlogp (1[j = y] - p_j) - dentropy p_j (log p_j + H)),
+///   dz_j = 1 / tau (dlogp (1[j = y] - p_j) - dentropy p_j (log p_j + H) + dmean (1 / V - p_j)),
 /// with 0 for 0 log 0, written while the row is in cache. dlogits may be logits itself, which it then replaces.
 ///
 /// `row` counts the rows of [rows] or [batch, time] in row-major order. f is called once for each row that the mask
 /// keeps, from several threads at once, in any order, and must not throw; what it keeps of a row belongs into memory of
-/// that row's own. Rows that are masked, and those whose derivatives are both 0, get 0, whatever their logits are; so
+/// that row's own. Rows that are masked, and those whose derivatives are all 0, get 0, whatever their logits are; so
 /// do rows whose logits are all -inf. All else is as for log_probs; a partial overlap of dlogits with logits is a
 /// shape_error. Logits are read from memory once and dlogits are written once.
 template <executor Executor, detail::logits_like Logits, class F, detail::logits_like Gradient>
@@ -436,9 +453,7 @@ void log_probs_and_gradient(
   constexpr int rank = detail::token_rank<const Logits>;
   using T = element_t<const Logits>;
   using A = accumulator_t<T>;
-  static_assert(std::is_same_v<element_t<std::remove_reference_t<Gradient>>, T> &&
-                    detail::token_rank<std::remove_reference_t<Gradient>> == rank,
-                "rl: dlogits has the rank and type of logits");
+  detail::check_gradient_type<Logits, Gradient>();
   const tensor_view<const T, rank + 1> z = as_view(logits);
   const tensor_view<T, rank + 1> dz = as_view(dlogits);
   detail::arguments call(function, exec);
@@ -465,9 +480,7 @@ void log_probs_backward(
   constexpr int rank = detail::token_rank<const Logits>;
   using T = element_t<const Logits>;
   using A = accumulator_t<T>;
-  static_assert(std::is_same_v<element_t<std::remove_reference_t<Gradient>>, T> &&
-                    detail::token_rank<std::remove_reference_t<Gradient>> == rank,
-                "rl: dlogits has the rank and type of logits");
+  detail::check_gradient_type<Logits, Gradient>();
   const tensor_view<const T, rank + 1> z = as_view(logits);
   const tensor_view<T, rank + 1> dz = as_view(dlogits);
   detail::arguments call(function, exec);

@@ -58,4 +58,16 @@ class token_ids {
   tensor_view<const std::int64_t, Rank> wide_;
 };
 
+namespace detail {
+
+// An element of a batch, for messages: tokens[3], or tokens[1, 3].
+template <int Rank>
+std::string index_text(std::string_view name, index_t row, const extents_t<Rank>& shape) {
+  if constexpr (Rank == 1)
+    return message(name, "[", row, "]");
+  else
+    return message(name, "[", row / shape[1], ", ", row % shape[1], "]");
+}
+
+}  // namespace detail
 }  // namespace MLKIT_NAMESPACE::rl

@@ -109,6 +109,23 @@ struct logit_rows {
     }
   }
 
+  // The sum of a row's logits.
+  static A total(const problem& p, index_t row) noexcept {
+    const T* z = p.row(row);
+    V sum[unrolled];
+    MLKIT_UNROLL
+    for (int u = 0; u < unrolled; ++u) sum[u] = V::zero();
+    index_t j = 0;
+    if (p.class_stride == 1)
+      for (; j + unrolled * width <= p.classes; j += unrolled * width) {
+        MLKIT_UNROLL
+        for (int u = 0; u < unrolled; ++u) sum[u] += V::load(z + j + u * width);
+      }
+    A rest = 0;
+    for (; j < p.classes; ++j) rest += static_cast<A>(z[j * p.class_stride]);
+    return across((sum[0] + sum[1]) + (sum[2] + sum[3]), sum_of_two{}) + rest;
+  }
+
   // The state of two stretches of a row, in the order of the row.
   static chunk_state merge(const problem& p, const chunk_state& a, const chunk_state& b) noexcept {
     if (b.sum == 0) return a;  // false of NaN
@@ -151,17 +168,18 @@ struct logit_rows {
     finish(p, rows, count, block);
   }
 
-  // Classes [begin, end) of dz_j = 1/tau [dlogp (1[j = y] - p_j) - dentropy p_j (log p_j + H)] for the row that is at
-  // `i` in the block. begin is a multiple of a chunk.
+  // Classes [begin, end) of dz_j = 1/tau [dlogp (1[j = y] - p_j) - dentropy p_j (log p_j + H) + dmean (1/V - p_j)] for
+  // the row that is at `i` in the block. begin is a multiple of a chunk.
   static void differentiate(const problem& p, index_t row, index_t begin, index_t end, const row_block& block,
-                            index_t i, A dlogp, A dentropy) noexcept {
+                            index_t i, const rl::token_gradient<A>& g) noexcept {
     T* out = p.gradient_row(row);
-    const bool nothing = (dlogp == 0 && dentropy == 0) || block.sum[i] == 0;
+    const bool nothing = (g.dlogp == 0 && g.dentropy == 0 && g.dmean == 0) || block.sum[i] == 0;
     const T* in = nothing ? nullptr : p.row(row);
     curve c{};
     if (!nothing) {
       const A factor = -p.inverse_temperature / block.sum[i];
-      c = {block.top[i], factor * (dlogp + dentropy * (block.entropy[i] - block.log_sum[i])), factor * dentropy * ln2};
+      c = {block.top[i], factor * (g.dlogp + g.dmean + g.dentropy * (block.entropy[i] - block.log_sum[i])),
+           factor * g.dentropy * ln2, p.inverse_temperature * g.dmean / static_cast<A>(p.classes)};
     }
     for (index_t at = begin; at < end; at += chunk) {
       const index_t n = std::min(chunk, end - at);
@@ -180,18 +198,21 @@ struct logit_rows {
         for (index_t j = 0; j < n; ++j) to[j * p.gradient_class_stride] = gathered[j];
       }
     }
+#if MLKIT_X86
+    if (p.streams_gradient) _mm_sfence();  // what other threads read after this call has been written
+#endif
     const index_t y = p.token(row);
     if (nothing || y < begin || y >= end) return;
     const A logp = block.logp[i], probability = std::exp(logp);
-    A dz = dlogp * -std::expm1(logp);
-    if (dentropy != 0 && probability > 0) dz -= dentropy * probability * (logp + block.entropy[i]);
+    A dz = g.dlogp * -std::expm1(logp) + g.dmean * (1 / static_cast<A>(p.classes) - probability);
+    if (g.dentropy != 0 && probability > 0) dz -= g.dentropy * probability * (logp + block.entropy[i]);
     out[y * p.gradient_class_stride] = static_cast<T>(p.inverse_temperature * dz);
   }
 
  private:
-  // dz = 2^x (constant + slope x), x = (z - top) scale.
+  // dz = 2^x (constant + slope x) + shift, x = (z - top) scale.
   struct curve {
-    A top, constant, slope;
+    A top, constant, slope, shift;
   };
 
   // The first n lanes of x, and `rest` in the others.
@@ -244,20 +265,59 @@ struct logit_rows {
     return {highest, total(sum), Entropy ? total(weighted) : A{}};
   }
 
+  // A register to memory that is aligned for it, past the caches where the machine can.
+  static MLKIT_ALWAYS_INLINE void store_past_caches(V x, T* out) noexcept {
+#if MLKIT_X86
+    if constexpr (sizeof(T) == 4) {
+#if MLKIT_SET_AVX512
+      _mm512_stream_ps(out, x.v);
+#elif MLKIT_SET_AVX2
+      _mm256_stream_ps(out, x.v);
+#else
+      _mm_stream_ps(out, x.v);
+#endif
+    } else if constexpr (sizeof(T) == 8) {
+#if MLKIT_SET_AVX512
+      _mm512_stream_pd(out, x.v);
+#elif MLKIT_SET_AVX2
+      _mm256_stream_pd(out, x.v);
+#else
+      _mm_stream_pd(out, x.v);
+#endif
+    }
+#else
+    x.store(out);
+#endif
+  }
+
   static void differentiate_chunk(const problem& p, const T* z, index_t n, const curve& c, T* out) noexcept {
-    const V level(c.top), scale(p.scale), constant(c.constant), slope(c.slope);
+    const V level(c.top), scale(p.scale), constant(c.constant), slope(c.slope), shift(c.shift);
     const auto at = [&](V x) {
       x = at_least((x - level) * scale, least_exponent<A>);
-      return exp2_of_nonpositive(x) * fma(x, slope, constant);
+      return fma(exp2_of_nonpositive(x), fma(x, slope, constant), shift);
     };
-    index_t j = 0;
-    constexpr index_t step = unrolled * width;
-    for (; j + step <= n; j += step) {
+    const auto step = [&](index_t j, auto streamed) {
       V dz[unrolled];
       MLKIT_UNROLL
       for (int u = 0; u < unrolled; ++u) dz[u] = at(V::load(z + j + u * width));
       MLKIT_UNROLL
-      for (int u = 0; u < unrolled; ++u) dz[u].store(out + j + u * width);
+      for (int u = 0; u < unrolled; ++u) {
+        if constexpr (streamed)
+          store_past_caches(dz[u], out + j + u * width);
+        else
+          dz[u].store(out + j + u * width);
+      }
+    };
+    index_t j = 0;
+    constexpr index_t step_classes = unrolled * width;
+    constexpr std::uintptr_t alignment = sizeof(V) / sizeof(A) * sizeof(T);
+    if (const std::uintptr_t past = reinterpret_cast<std::uintptr_t>(out) % alignment;
+        p.streams_gradient && past % sizeof(T) == 0) {
+      const index_t head = std::min(n, static_cast<index_t>((alignment - past) % alignment / sizeof(T)));
+      if (head > 0) at(V::load(z, static_cast<int>(head))).store(out, static_cast<int>(head));
+      for (j = head; j + step_classes <= n; j += step_classes) step(j, std::true_type{});
+    } else {
+      for (; j + step_classes <= n; j += step_classes) step(j, std::false_type{});
     }
     for (; j < n; j += width) {
       const int some = static_cast<int>(std::min<index_t>(width, n - j));
@@ -287,5 +347,5 @@ struct logit_rows {
 template <class T>
 rl::detail::logits_kernels<T> logits_entry() noexcept {
   using rows = logit_rows<T>;
-  return {&rows::scan, &rows::measure, &rows::collect, &rows::differentiate};
+  return {&rows::scan, &rows::measure, &rows::collect, &rows::differentiate, &rows::total};
 }
