@@ -160,9 +160,10 @@ bool each_run(const Problem& p, const stream<U>& s, index_t first, index_t end, 
 }
 
 /// Looks for defects in sequences [first, end), and finds the values behind them.
-template <class Problem>
-scan_defect inspect(const Problem& p, const scan_kernels<Problem>& kernels, const scan_needs& needs, index_t first,
-                    index_t end, typename Problem::value_type* ends) {
+template <class Problem, class Kernels>
+scan_defect inspect(const Problem& p, const Kernels& kernels, const scan_needs& needs, index_t first, index_t end,
+                    typename Problem::value_type* ends) {
+  using T = typename Problem::value_type;
   scan_defect found;
   if (needs.finite_rewards && !each_run(p, p.in[0], first, end, kernels.all_finite))
     for (index_t s = first; s < end && found.kind != scan_defect::reward; ++s)
@@ -175,17 +176,13 @@ scan_defect inspect(const Problem& p, const scan_kernels<Problem>& kernels, cons
     const index_t b = p.row(s), begin = p.first(s);
     index_t t = p.last(s) - 1;
     while (t >= begin && !p.counts(b, t)) --t;
-    ends[s] = 0;
+    ends[s] = p.bootstrap ? *p.bootstrap.at(s, 0) : T{};
     if (t < begin) continue;
     const int code = p.begins ? p.last_code(s) : p.code(b, t);
     if (code == step_truncated && !p.final_values) found.add(scan_defect::final_value, s, t);
     if (code != step_terminated) {
-      if (p.bootstrap)
-        ends[s] = *p.bootstrap.at(s, 0);
-      else if (p.final_values)
-        ends[s] = *p.final_values.at(b, t);
-      else if (needs.end_values)
-        found.add(scan_defect::end, s, t);
+      if (!p.bootstrap && p.final_values) ends[s] = *p.final_values.at(b, t);
+      if (!p.bootstrap && !p.final_values && needs.end_values) found.add(scan_defect::end, s, t);
     }
     if (!no_finals) continue;
     int later = code;
@@ -223,6 +220,30 @@ bool whole_lines(const stream<T>& s) noexcept {
          s.batch * index_t{sizeof(T)} % line == 0;
 }
 
+inline cpu limit_scan_threads(const cpu& exec, index_t steps) {
+  cpu limited = exec;
+  const index_t useful = std::max<index_t>(1, steps / steps_per_thread);
+  limited.threads = useful == 1 ? 1 : static_cast<int>(std::min<index_t>(useful, concurrency(exec)));
+  return limited;
+}
+
+/// Looks into all sequences; throws for the first defect, else the values behind them are `ends` and the problem's.
+template <class Problem, class Kernels>
+void inspect_all(std::string_view function, const cpu& exec, Problem& p, const Kernels& kernels,
+                 const scan_needs& needs, typename Problem::value_type* ends) {
+  constexpr index_t grain = 16;
+  scan_defect defect;
+  std::mutex adding;
+  parallel_ranges(exec, ceil_div(p.sequences, grain), [&](index_t begin, index_t end) {
+    const scan_defect found = inspect(p, kernels, needs, begin * grain, std::min(p.sequences, end * grain), ends);
+    if (found.kind == scan_defect::none) return;
+    std::lock_guard lock(adding);
+    defect.add(found.kind, found.sequence, found.step);
+  });
+  if (defect.kind != scan_defect::none) fail_scan(function, p, defect);
+  p.ends = ends;
+}
+
 /// Checks what only the data can tell, then scans. Shapes are checked before.
 template <class Problem>
 void run_scan(std::string_view function, const cpu& exec, Problem& p, const scan_needs& needs) {
@@ -239,29 +260,14 @@ void run_scan(std::string_view function, const cpu& exec, Problem& p, const scan
   p.far_reads = !p.along_batch && steps * index_t{sizeof(T)} * std::max(1, Problem::rule_type::inputs) > far_bytes;
   p.past_caches = !p.starts && steps * index_t{sizeof(T)} * Problem::rule_type::outputs > far_bytes;
   for (const auto& s : p.out) p.past_caches = p.past_caches && (!s || whole_lines(s));
-  cpu limited = exec;
-  if (const index_t useful = steps / steps_per_thread; useful <= 1)
-    limited.threads = 1;
-  else
-    limited.threads = static_cast<int>(std::min<index_t>(useful, concurrency(exec)));
-
+  const cpu limited = limit_scan_threads(exec, steps);
   const workspace<T> ends(p.sequences);
-  p.ends = ends.data();
-  scan_defect defect;
-  std::mutex adding;
-  const index_t groups = ceil_div(p.sequences, width);
-  parallel_ranges(limited, groups, [&](index_t begin, index_t end) {
-    const scan_defect found =
-        inspect(p, kernels, needs, begin * width, std::min(p.sequences, end * width), ends.data());
-    if (found.kind == scan_defect::none) return;
-    std::lock_guard lock(adding);
-    defect.add(found.kind, found.sequence, found.step);
-  });
-  if (defect.kind != scan_defect::none) fail_scan(function, p, defect);
+  inspect_all(function, limited, p, kernels, needs, ends.data());
 
   // Sequences in one part each, or enough of them for all lanes and threads, are scanned whole. Both ways give the same
   // bits.
   constexpr index_t few_along_batch = 4;
+  const index_t groups = ceil_div(p.sequences, width);
   const bool whole = p.longest <= scan_part ||
                      (!p.starts && p.sequences >= (p.along_batch ? few_along_batch : width * limited.threads));
   if (whole) {

@@ -343,6 +343,38 @@ struct scan_kernel {
     return static_cast<int>(any & 0xff);
   }
 
+  // What a step leaves where it is skipped, and elsewhere.
+  struct keep_fresh {
+    MLKIT_ALWAYS_INLINE V operator()(V fresh, V) const noexcept { return fresh; }
+  };
+  struct keep_unless {
+    code_t skipped;
+    MLKIT_ALWAYS_INLINE V operator()(V fresh, V old) const noexcept { return V::select(skipped, old, fresh); }
+  };
+
+  template <scan_pass Pass, class Dones, class Keep>
+  static MLKIT_ALWAYS_INLINE void run_step(const Problem& p, int k, const V* now, V final_value, const Dones& dones,
+                                           const Keep& keep, const V* before, V* then, V* next, const tile_of<T>* out,
+                                           V& x, V& a, V& b) noexcept {
+    const auto map = recurrence_t::map(p.rule, now, final_value, dones, then);
+    if constexpr (Pass != scan_pass::emit) {
+      b = keep(apply_map(map.a, map.b, b), b);
+      a = keep(map.a * V::select(map.a == V::zero(), V::zero(), a), a);
+    }
+    if constexpr (Pass != scan_pass::compose) {
+      const V after = x;
+      x = keep(apply_map(map.a, map.b, after), after);
+      V result[outputs];
+      recurrence_t::emit(p.rule, now, final_value, dones, before, after, x, result);
+      MLKIT_UNROLL
+      for (int o = 0; o < outputs; ++o)
+        if (out[o].data)
+          (Rule::carries_through_mask ? result[o] : keep(result[o], V::zero())).store(out[o].data + k * out[o].step);
+    }
+    MLKIT_UNROLL
+    for (int i = 0; i < Rule::carried; ++i) next[i] = keep(then[i], next[i]);
+  }
+
   // Steps top - 1 to 0 of a tile.
   template <scan_pass Pass, bool Plain>
   static void run_steps(const Problem& p, int top, const tile_of<const T>* in, tile_of<const T> finals,
@@ -356,29 +388,8 @@ struct scan_kernel {
       for (int i = 0; i < inputs; ++i) now[i] = V::load(in[i].data + k * in[i].step);
       MLKIT_UNROLL
       for (int i = 0; i < carried; ++i) then[i] = before[i] = next[i];
-      const auto step = [&](const auto& dones, auto&& keep) {
-        const V final_value = Plain ? V::zero() : V::load(finals.data + k * finals.step);
-        const auto map = recurrence_t::map(p.rule, now, final_value, dones, then);
-        if constexpr (Pass != scan_pass::emit) {
-          b = keep(apply_map(map.a, map.b, b), b);
-          a = keep(map.a * V::select(map.a == V::zero(), V::zero(), a), a);
-        }
-        if constexpr (Pass != scan_pass::compose) {
-          const V after = x;
-          x = keep(apply_map(map.a, map.b, after), after);
-          V result[outputs];
-          recurrence_t::emit(p.rule, now, final_value, dones, before, after, x, result);
-          MLKIT_UNROLL
-          for (int o = 0; o < outputs; ++o)
-            if (out[o].data)
-              (Rule::carries_through_mask ? result[o] : keep(result[o], V::zero()))
-                  .store(out[o].data + k * out[o].step);
-        }
-        MLKIT_UNROLL
-        for (int i = 0; i < Rule::carried; ++i) next[i] = keep(then[i], next[i]);
-      };
       if constexpr (Plain) {
-        step(no_dones<T>{}, [](V fresh, V) { return fresh; });
+        run_step<Pass>(p, k, now, V::zero(), no_dones<T>{}, keep_fresh{}, before, then, next, out, x, a, b);
       } else {
         const code_t own = widen_codes<T>(codes[k]);
         const code_t skipped = (own & step_skipped) != 0;
@@ -387,7 +398,8 @@ struct scan_kernel {
           code = later;
           later = skipped ? later : own;
         }
-        step(some_dones<T>(code), [&](V fresh, V old) { return V::select(skipped, old, fresh); });
+        run_step<Pass>(p, k, now, V::load(finals.data + k * finals.step), some_dones<T>(code), keep_unless{skipped},
+                       before, then, next, out, x, a, b);
       }
     }
     state.x = x, state.a = a, state.b = b, state.code = later;
