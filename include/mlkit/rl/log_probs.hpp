@@ -321,11 +321,24 @@ bool same_memory(const tensor_view<T, Rank>& a, const tensor_view<const T, Rank>
 
 template <class A, int Rank>
 void check_row_output(arguments& call, std::string_view function, std::string_view name, const tensor_view<A, Rank>& v,
-                      const std::type_identity_t<extents_t<Rank>>& shape) {
+                      const std::type_identity_t<extents_t<Rank>>& shape, std::string_view rows_of) {
   if (!is_given(v)) return;
-  check_same_shape<Rank>(function, name, v.extents, "logits' rows", shape);
+  check_same_shape<Rank>(function, name, v.extents, rows_of, shape);
   check_view(function, name, v);
   call.writes(name, v);
+}
+
+template <class A, int Rank>
+void check_derivatives(arguments& call, std::string_view function, const log_prob_gradients<A, Rank>& given,
+                       std::string_view rows_of, const std::type_identity_t<extents_t<Rank>>& shape) {
+  const auto one = [&](std::string_view name, const tensor_view<const A, Rank>& v) {
+    if (!is_given(v)) return;
+    check_same_shape<Rank>(function, name, v.extents, rows_of, shape);
+    check_view(function, name, v);
+    call.reads(name, v);
+  };
+  one("dlogp", given.dlogp);
+  one("dentropy", given.dentropy);
 }
 
 // Outputs by row. Those of masked rows are 0.
@@ -336,11 +349,11 @@ struct row_outputs {
 
   template <int Rank>
   row_outputs(arguments& call, std::string_view function, const log_prob_outputs<A, Rank>& out,
-              const std::type_identity_t<extents_t<Rank>>& shape)
+              const std::type_identity_t<extents_t<Rank>>& shape, std::string_view rows_of = "logits' rows")
       : logp(as_rows(out.logp)), entropy(as_rows(out.entropy)), lse(as_rows(out.lse)), time(shape[Rank - 1]) {
-    check_row_output(call, function, "logp", out.logp, shape);
-    check_row_output(call, function, "entropy", out.entropy, shape);
-    check_row_output(call, function, "lse", out.lse, shape);
+    check_row_output(call, function, "logp", out.logp, shape, rows_of);
+    check_row_output(call, function, "entropy", out.entropy, shape, rows_of);
+    check_row_output(call, function, "lse", out.lse, shape, rows_of);
   }
   void set(index_t row, A l, A h, A s) const noexcept {
     const index_t b = row < time ? 0 : row / time, t = row - b * time;
@@ -485,14 +498,7 @@ void log_probs_backward(
   const tensor_view<T, rank + 1> dz = as_view(dlogits);
   detail::arguments call(function, exec);
   auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options, detail::same_memory(dz, z));
-  const auto given = [&](std::string_view name, const tensor_view<const A, rank>& v) {
-    if (!detail::is_given(v)) return;
-    detail::check_same_shape<rank>(function, name, v.extents, "logits' rows", detail::leading<rank>(z.extents));
-    detail::check_view(function, name, v);
-    call.reads(name, v);
-  };
-  given("dlogp", gradients.dlogp);
-  given("dentropy", gradients.dentropy);
+  detail::check_derivatives<A, rank>(call, function, gradients, "logits' rows", detail::leading<rank>(z.extents));
   detail::set_gradient(call, function, dz, z, p);
   const matrix_view<const A> dlogp = detail::as_rows(gradients.dlogp), dentropy = detail::as_rows(gradients.dentropy);
   p.with_entropy = dentropy.data != nullptr;

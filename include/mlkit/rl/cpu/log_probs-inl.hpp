@@ -81,6 +81,54 @@ struct larger_of_two {
   }
 };
 
+// What follows from the states of `count` rows, whose logp is the token's logit at first; lanes along rows.
+template <class A>
+void finish_rows(index_t count, A inverse_temperature, rl::detail::row_block<A>& block) noexcept {
+  using V = vec<A>;
+  constexpr A infinity = math_table<A>::infinity, ln2 = math_table<A>::ln2;
+  const V nothing = V::zero();
+  for (index_t i = 0; i < count; i += V::width) {  // the block is a multiple of a register long
+    const V top = V::load(block.top + i), sum = V::load(block.sum + i), token = V::load(block.logp + i);
+    const auto impossible = sum == nothing;
+    const V log_sum = log(sum);
+    V::select(impossible, V(-infinity), (token - top) * inverse_temperature - log_sum).store(block.logp + i);
+    log_sum.store(block.log_sum + i);
+    V::select(impossible, V(-infinity), fma(top, V(inverse_temperature), log_sum)).store(block.lse + i);
+    const V entropy = log_sum - V::load(block.weighted + i) * ln2 / sum;
+    V::select(impossible, nothing, entropy).store(block.entropy + i);
+  }
+}
+
+// dz of a row that is at `i` in a block, for a class: 2^x (constant + slope x) + shift, x = (z - top) log2(e) / tau.
+// With nothing, 0, whatever z is.
+template <class A>
+struct gradient_curve {
+  A top = 0, constant = 0, slope = 0, shift = 0;
+  bool nothing = true;
+
+  gradient_curve() = default;
+  gradient_curve(const rl::detail::row_block<A>& block, index_t i, const rl::token_gradient<A>& g,
+                 A inverse_temperature, index_t classes) noexcept
+      : nothing((g.dlogp == 0 && g.dentropy == 0 && g.dmean == 0) || block.sum[i] == 0) {
+    if (nothing) return;
+    const A factor = -inverse_temperature / block.sum[i];
+    top = block.top[i];
+    constant = factor * (g.dlogp + g.dmean + g.dentropy * (block.entropy[i] - block.log_sum[i]));
+    slope = factor * g.dentropy * math_table<A>::ln2;
+    shift = inverse_temperature * g.dmean / static_cast<A>(classes);
+  }
+};
+
+// dz of the token itself, without the cancellation of 1 - p.
+template <class A>
+A token_slope(const rl::detail::row_block<A>& block, index_t i, const rl::token_gradient<A>& g, A inverse_temperature,
+              index_t classes) noexcept {
+  const A logp = block.logp[i], probability = std::exp(logp);
+  A dz = g.dlogp * -std::expm1(logp) + g.dmean * (1 / static_cast<A>(classes) - probability);
+  if (g.dentropy != 0 && probability > 0) dz -= g.dentropy * probability * (logp + block.entropy[i]);
+  return inverse_temperature * dz;
+}
+
 template <class T>
 struct logit_rows {
   using A = accumulator_t<T>;
@@ -91,7 +139,7 @@ struct logit_rows {
   static constexpr int width = V::width;
   static constexpr int unrolled = 4;  // registers whose sums do not wait for each other
   static constexpr index_t chunk = rl::detail::chunk_classes;
-  static constexpr A infinity = math_table<A>::infinity, ln2 = math_table<A>::ln2;
+  static constexpr A infinity = math_table<A>::infinity;
 
   // The states of chunks [first, last) of a row.
   static void scan(const problem& p, index_t row, index_t first, index_t last, chunk_state* states) noexcept {
@@ -173,18 +221,12 @@ struct logit_rows {
   static void differentiate(const problem& p, index_t row, index_t begin, index_t end, const row_block& block,
                             index_t i, const rl::token_gradient<A>& g) noexcept {
     T* out = p.gradient_row(row);
-    const bool nothing = (g.dlogp == 0 && g.dentropy == 0 && g.dmean == 0) || block.sum[i] == 0;
-    const T* in = nothing ? nullptr : p.row(row);
-    curve c{};
-    if (!nothing) {
-      const A factor = -p.inverse_temperature / block.sum[i];
-      c = {block.top[i], factor * (g.dlogp + g.dmean + g.dentropy * (block.entropy[i] - block.log_sum[i])),
-           factor * g.dentropy * ln2, p.inverse_temperature * g.dmean / static_cast<A>(p.classes)};
-    }
+    const gradient_curve<A> c(block, i, g, p.inverse_temperature, p.classes);
+    const T* in = c.nothing ? nullptr : p.row(row);
     for (index_t at = begin; at < end; at += chunk) {
       const index_t n = std::min(chunk, end - at);
       T* to = out + at * p.gradient_class_stride;
-      if (nothing) {
+      if (c.nothing) {
         for (index_t j = 0; j < n; ++j) to[j * p.gradient_class_stride] = T{};
         continue;
       }
@@ -202,19 +244,11 @@ struct logit_rows {
     if (p.streams_gradient) _mm_sfence();  // what other threads read after this call has been written
 #endif
     const index_t y = p.token(row);
-    if (nothing || y < begin || y >= end) return;
-    const A logp = block.logp[i], probability = std::exp(logp);
-    A dz = g.dlogp * -std::expm1(logp) + g.dmean * (1 / static_cast<A>(p.classes) - probability);
-    if (g.dentropy != 0 && probability > 0) dz -= g.dentropy * probability * (logp + block.entropy[i]);
-    out[y * p.gradient_class_stride] = static_cast<T>(p.inverse_temperature * dz);
+    if (c.nothing || y < begin || y >= end) return;
+    out[y * p.gradient_class_stride] = static_cast<T>(token_slope(block, i, g, p.inverse_temperature, p.classes));
   }
 
  private:
-  // dz = 2^x (constant + slope x) + shift, x = (z - top) scale.
-  struct curve {
-    A top, constant, slope, shift;
-  };
-
   // The first n lanes of x, and `rest` in the others.
   static MLKIT_ALWAYS_INLINE V first_lanes(V x, int n, A rest) noexcept {
     typename V::native_int lane{};
@@ -290,7 +324,8 @@ struct logit_rows {
 #endif
   }
 
-  static void differentiate_chunk(const problem& p, const T* z, index_t n, const curve& c, T* out) noexcept {
+  static void differentiate_chunk(const problem& p, const T* z, index_t n, const gradient_curve<A>& c,
+                                  T* out) noexcept {
     const V level(c.top), scale(p.scale), constant(c.constant), slope(c.slope), shift(c.shift);
     const auto at = [&](V x) {
       x = at_least((x - level) * scale, least_exponent<A>);
@@ -325,22 +360,10 @@ struct logit_rows {
     }
   }
 
-  // log-probabilities, entropies and the logarithms of sums, lanes along rows.
   static void finish(const problem& p, const index_t* rows, index_t count, row_block& block) noexcept {
     for (index_t i = 0; i < count; ++i)
       block.logp[i] = static_cast<A>(p.row(rows[i])[p.token(rows[i]) * p.class_stride]);
-    const V nothing = V::zero();
-    for (index_t i = 0; i < count; i += width) {  // the block is a multiple of a register long
-      const V top = V::load(block.top + i), sum = V::load(block.sum + i), token = V::load(block.logp + i);
-      const auto impossible = sum == nothing;
-      const V log_sum = log(sum);
-      const V logp = (token - top) * p.inverse_temperature - log_sum;
-      V::select(impossible, V(-infinity), logp).store(block.logp + i);
-      log_sum.store(block.log_sum + i);
-      V::select(impossible, V(-infinity), fma(top, V(p.inverse_temperature), log_sum)).store(block.lse + i);
-      const V entropy = log_sum - V::load(block.weighted + i) * ln2 / sum;
-      V::select(impossible, nothing, entropy).store(block.entropy + i);
-    }
+    finish_rows(count, p.inverse_temperature, block);
   }
 };
 
