@@ -3,6 +3,7 @@
 
 #include "core/cpu.hpp"
 #include "core/tensor.hpp"
+#include "rl/group.hpp"
 #include "rl/kl.hpp"
 #include "rl/moments.hpp"
 #include "rl/running_stats.hpp"
