@@ -40,9 +40,9 @@ struct dr_grpo {};
 /// et al.: "Back to basics: revisiting REINFORCE-style optimization", 2024, section 3.3; Kool, van Hoof, Welling, 2019.
 struct rloo {};
 
-/// (r - mean of the group) / (deviation + epsilon), the deviation that of what remains of the whole batch: one scale for
-/// all prompts. With group_baseline = false the batch's mean takes the place of the group's, and groups play no part.
-/// Hu: "REINFORCE++", 2025. Its penalty for each token is rl::kl_rewards' part.
+/// (r - mean of the group) / (deviation + epsilon), the deviation that of what remains of the whole batch: one scale
+/// for all prompts. With group_baseline = false the batch's mean takes the place of the group's, and groups play no
+/// part. Hu: "REINFORCE++", 2025. Its penalty for each token is rl::kl_rewards' part.
 struct reinforce_pp {
   double epsilon = 1e-8;
   variance_of variance = variance_of::sample;
