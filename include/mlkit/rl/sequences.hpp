@@ -62,4 +62,13 @@ T& token(const tensor_view<T, 2>& v, index_t row, index_t col) noexcept {
   return v(row, col);
 }
 
+template <class T>
+plane<T> sequence_plane(const tensor_view<T, 1>& v) noexcept {
+  return {v.data, 0, v.strides[0]};
+}
+template <class T>
+plane<T> sequence_plane(const tensor_view<T, 2>& v) noexcept {
+  return {v.data, v.strides[0], v.strides[1]};
+}
+
 }  // namespace MLKIT_NAMESPACE::rl::detail
