@@ -50,6 +50,78 @@ TEST_CASE("sinks and their gradient, with causal rows and dropout", "[attention]
                 level) < tight);
 }
 
+TEST_CASE("packed sequences with sinks, dropout and a gradient of lse", "[attention][packed]") {
+  constexpr index_t heads = 4, kv = 2, d = 5, d_v = 7;
+  const std::vector<std::int32_t> queries{0, 70, 71, 71, 140, 143}, keys{0, 130, 130, 135, 190, 193};
+  mlkit::tensor<double, 3> q({143, heads, d}), k({193, kv, d}), v({193, kv, d_v}), out({143, heads, d_v}),
+      dout({143, heads, d_v}), dq(q.extents()), dk(k.extents()), dv(v.extents());
+  mlkit::matrix<double> lse({heads, 143}), dlse({heads, 143});
+  mlkit::vector<double> logits({heads}), dsinks({heads});
+  fill<double>(q, 1), fill<double>(k, 2), fill<double>(v, 3), fill<double>(dout, 4), fill<double>(dlse, 5);
+  for (index_t h = 0; h < heads; ++h) {
+    logits(h) = h == 3 ? -inf : static_cast<double>(h) - 1;
+    if (h == 3) dlse(h, 70) = std::nan("");  // of a query that sees nothing
+  }
+  const attention::scores pipeline{attention::scale{0.5}, attention::causal{align::top_left}, attention::sinks{logits},
+                                   attention::dropout{.p = 0.3, .seed = 5, .stream = 6}};
+  const attention::sequences packed(queries, keys);
+  attention::forward(mlkit::cpu{}, q, k, v, packed, pipeline, out, lse);
+  attention::gradients g{dq, dk, dv};
+  g.dsinks = dsinks.view();
+  attention::backward(mlkit::cpu{}, q, k, v, packed, pipeline, out, lse, dout, g, dlse.view());
+
+  result want, have;
+  const mlkit::random_stream random{5, 6};
+  std::vector<double> sinks(heads);
+  for (std::size_t b = 0; b + 1 < queries.size(); ++b) {
+    const index_t first = queries[b], n = queries[b + 1] - first, from = keys[b], m = keys[b + 1] - from;
+    problem<double> one(1, heads, kv, n, m, d, d_v);
+    for (index_t h = 0; h < heads; ++h)
+      for (index_t i = 0; i < n; ++i) {
+        for (index_t c = 0; c < d; ++c) one.q(0, h, i, c) = q(first + i, h, c);
+        for (index_t c = 0; c < d_v; ++c) one.dout(0, h, i, c) = dout(first + i, h, c);
+        one.dlse(0, h, i) = dlse(h, first + i);
+      }
+    for (index_t h = 0; h < kv; ++h)
+      for (index_t j = 0; j < m; ++j) {
+        for (index_t c = 0; c < d; ++c) one.k(0, h, j, c) = k(from + j, h, c);
+        for (index_t c = 0; c < d_v; ++c) one.v(0, h, j, c) = v(from + j, h, c);
+      }
+    meaning of = masked(0.5, [](index_t, index_t, index_t i, index_t j) { return j <= i; });
+    of.sink = [&](index_t h) { return logits(h); };
+    of.factor = [&](index_t, index_t h, index_t i, index_t j) {
+      const auto block = (static_cast<std::uint64_t>(static_cast<index_t>(b) * heads + h) << 40) +
+                         static_cast<std::uint64_t>(i * ((m + 3) / 4) + j / 4);
+      return random.block(block)[static_cast<std::size_t>(j % 4)] < static_cast<std::uint32_t>(0.3 * 0x1p32) ? 0.0
+                                                                                                             : 1 / 0.7;
+    };
+    const result r = one.naive<double, double>(of, true);
+    for (const std::size_t part : {0, 1, 2, 3, 4}) {
+      const auto& x = r.of[part];
+      want.of[part].insert(want.of[part].end(), x.begin(), x.end());
+    }
+    for (std::size_t h = 0; h < heads; ++h) sinks[h] += r.of[5][h];
+    for (index_t h = 0; h < heads; ++h)
+      for (index_t i = 0; i < n; ++i) {
+        for (index_t c = 0; c < d_v; ++c) have.of[0].push_back(out(first + i, h, c));
+        have.of[1].push_back(lse(h, first + i));
+        for (index_t c = 0; c < d; ++c) have.of[2].push_back(dq(first + i, h, c));
+      }
+    for (index_t h = 0; h < kv; ++h)
+      for (index_t j = 0; j < m; ++j) {
+        for (index_t c = 0; c < d; ++c) have.of[3].push_back(dk(from + j, h, c));
+        for (index_t c = 0; c < d_v; ++c) have.of[4].push_back(dv(from + j, h, c));
+      }
+  }
+  want.of[5] = sinks;
+  have.of[5].assign(dsinks.begin(), dsinks.end());
+  const errors e(want, have);
+  for (std::size_t r = 0; r < e.error.size(); ++r) {
+    INFO(result::names[r]);
+    CHECK(e.relative(r) < tight);
+  }
+}
+
 TEST_CASE("stages of the user's own", "[attention][stages]") {
   problem<double> p(2, 4, 2, 70, 130, 5, 7);
   meaning m;

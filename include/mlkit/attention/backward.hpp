@@ -7,8 +7,8 @@
 
 namespace MLKIT_NAMESPACE::attention {
 
-/// Where backward writes: dq, dk and dv of the shapes of q, k and v, and, where they are given, dbias of the shape of
-/// the pipeline's bias and dsinks [heads].
+/// Where backward writes: dq, dk and dv of the shapes of q, k and v, of rank 3 where sequences are packed, and, where
+/// they are given, dbias of the shape of the pipeline's bias and dsinks [heads].
 template <storage T, storage B = T>
 struct gradients {
   tensor_view<T, 4> dq, dk, dv;
@@ -21,8 +21,15 @@ struct gradients {
     requires(viewable<Bias, 2> || viewable<Bias, 3> || viewable<Bias, 4>)
   gradients(Q&& q, K&& k, V&& v, Bias&& b)
       : dq(as_view(q)), dk(as_view(k)), dv(as_view(v)), dbias(detail::broadcast_scores(as_view(b))) {}
+  template <viewable<3> Q, viewable<3> K, viewable<3> V>
+  gradients(Q&& q, K&& k, V&& v)
+      : dq(detail::packed_heads(as_view(q))),
+        dk(detail::packed_heads(as_view(k))),
+        dv(detail::packed_heads(as_view(v))) {}
 };
 template <viewable<4> Q, viewable<4> K, viewable<4> V>
+gradients(Q&&, K&&, V&&) -> gradients<element_t<std::remove_reference_t<Q>>>;
+template <viewable<3> Q, viewable<3> K, viewable<3> V>
 gradients(Q&&, K&&, V&&) -> gradients<element_t<std::remove_reference_t<Q>>>;
 template <viewable<4> Q, viewable<4> K, viewable<4> V, class Bias>
 gradients(Q&&, K&&, V&&, Bias&&)
@@ -350,25 +357,33 @@ void backward(const Executor& exec, const Q& q, const K& k, const V& v, const sc
                    dlse, nullptr);
 }
 
-/// The same for packed sequences: q, out and dout [tokens, heads, ...], k and v [tokens, kv heads, ...], lse [heads,
-/// tokens], gradients of the shapes of q, k and v.
+/// The same for packed sequences: q, out and dout [tokens, heads, ...], k and v [tokens, kv heads, ...], lse and dlse
+/// [heads, tokens], gradients of the shapes of q, k and v.
 template <executor Executor, viewable<3> Q, viewable<3> K, viewable<3> V, class... Stages, viewable<3> Out,
-          viewable<2> Lse, viewable<3> D, viewable<3> Dq, viewable<3> Dk, viewable<3> Dv>
+          viewable<2> Lse, viewable<3> D, class G, class B>
 void backward(const Executor& exec, const Q& q, const K& k, const V& v, const sequences& packed,
-              const scores<Stages...>& s, const Out& out, const Lse& lse, const D& dout, Dq&& dq, Dk&& dk, Dv&& dv) {
+              const scores<Stages...>& s, const Out& out, const Lse& lse, const D& dout, const gradients<G, B>& g,
+              const matrix_view<const accumulator_t<element_t<const Q>>>& dlse = {}) {
   detail::check_packable<Stages...>();
   using T = element_t<const Q>;
   using A = accumulator_t<T>;
   detail::check_one_type<T, K, V>();
   using View = tensor_view<const T, 3>;
-  detail::backward(exec, detail::packed_heads(View(as_view(q))), detail::packed_heads(View(as_view(k))),
-                   detail::packed_heads(View(as_view(v))), s,
-                   detail::packed_heads(tensor_view<const element_t<const Out>, 3>(as_view(out))),
-                   detail::packed_lse(matrix_view<const A>(as_view(lse))),
-                   detail::packed_heads(tensor_view<const element_t<const D>, 3>(as_view(dout))),
-                   gradients{detail::packed_heads(as_view(dq)), detail::packed_heads(as_view(dk)),
-                             detail::packed_heads(as_view(dv))},
-                   tensor_view<const A, 3>{}, &packed);
+  const bool with_dlse = dlse.data || !dlse.empty();
+  detail::backward(
+      exec, detail::packed_heads(View(as_view(q))), detail::packed_heads(View(as_view(k))),
+      detail::packed_heads(View(as_view(v))), s,
+      detail::packed_heads(tensor_view<const element_t<const Out>, 3>(as_view(out))),
+      detail::packed_lse(matrix_view<const A>(as_view(lse))),
+      detail::packed_heads(tensor_view<const element_t<const D>, 3>(as_view(dout))), g,
+      with_dlse ? detail::packed_lse(dlse) : tensor_view<const A, 3>{}, &packed);
+}
+
+template <executor Executor, viewable<3> Q, viewable<3> K, viewable<3> V, class... Stages, viewable<3> Out,
+          viewable<2> Lse, viewable<3> D, viewable<3> Dq, viewable<3> Dk, viewable<3> Dv>
+void backward(const Executor& exec, const Q& q, const K& k, const V& v, const sequences& packed,
+              const scores<Stages...>& s, const Out& out, const Lse& lse, const D& dout, Dq&& dq, Dk&& dk, Dv&& dv) {
+  backward(exec, q, k, v, packed, s, out, lse, dout, gradients{dq, dk, dv});
 }
 
 }  // namespace MLKIT_NAMESPACE::attention

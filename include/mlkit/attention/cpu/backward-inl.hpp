@@ -313,8 +313,9 @@ struct attend_backward : attend<Element> {
       for (index_t r = 0; r < some; ++r) {
         const index_t query = first + i + r;
         const sum lse = p.forward.lse_at(b, h, query);
-        s.delta[i + r] = sums[r] - (p.dlse.data ? p.dlse_at(b, h, query) : sum{});
-        s.level[i + r] = lse == -infinity ? infinity : lse;
+        const bool sees = lse != -infinity;  // else it has no gradient, whatever dlse (0 / 0 in merges of nothing)
+        s.delta[i + r] = sees ? sums[r] - (p.dlse.data ? p.dlse_at(b, h, query) : sum{}) : sum{};
+        s.level[i + r] = sees ? lse : infinity;
       }
     }
     for (index_t i = count; i < round_up(count, width); ++i) {  // lanes that are no queries
