@@ -135,6 +135,10 @@ struct stream {
 inline void check_unit_interval(std::string_view function, std::string_view name, double value) {
   if (!(value >= 0 && value <= 1)) fail_value(function, ": ", name, " = ", value, " is outside [0, 1]");
 }
+// Infinity is no bound.
+inline void check_bound(std::string_view function, std::string_view name, double value) {
+  if (!(value >= 0)) fail_value(function, ": ", name, " = ", value, " is negative or NaN");
+}
 
 inline void check_starts(std::string_view function, const tensor_view<const std::int32_t, 1>& v, index_t tokens) {
   check_view(function, "cu_seqlens", v);

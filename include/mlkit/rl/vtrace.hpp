@@ -47,10 +47,6 @@ struct vtrace_rule {
   T gamma, lambda, rho_clip, c_clip, policy_rho_clip;
 };
 
-inline void check_clip(std::string_view function, std::string_view name, double value) {
-  if (!(value >= 0)) fail_value(function, ": ", name, " = ", value, " is negative or NaN");
-}
-
 }  // namespace detail
 }  // namespace MLKIT_NAMESPACE::rl
 
@@ -77,9 +73,9 @@ void vtrace(const Executor& exec, const off_policy_rollout<std::type_identity_t<
   using Problem = detail::scan_problem<detail::vtrace_rule<T>>;
   detail::check_unit_interval(function, "gamma", options.gamma);
   detail::check_unit_interval(function, "lambda", options.lambda);
-  detail::check_clip(function, "rho_clip", options.rho_clip);
-  detail::check_clip(function, "c_clip", options.c_clip);
-  detail::check_clip(function, "policy_rho_clip", options.policy_rho_clip);
+  detail::check_bound(function, "rho_clip", options.rho_clip);
+  detail::check_bound(function, "c_clip", options.c_clip);
+  detail::check_bound(function, "policy_rho_clip", options.policy_rho_clip);
   Problem p{.rule = {static_cast<T>(options.gamma), static_cast<T>(options.lambda), static_cast<T>(options.rho_clip),
                      static_cast<T>(options.c_clip), static_cast<T>(options.policy_rho_clip)}};
   detail::scan_call<Problem> call(function, exec, p);
