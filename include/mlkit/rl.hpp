@@ -6,6 +6,7 @@
 #include "rl/advantages.hpp"
 #include "rl/log_probs.hpp"
 #include "rl/moments.hpp"
+#include "rl/policy_loss.hpp"
 #include "rl/running_stats.hpp"
 #include "rl/scan.hpp"
 #include "rl/whiten.hpp"
