@@ -10,38 +10,34 @@
 #include "../simd/math.hpp"
 #include "mask.hpp"
 #include "policy_terms.hpp"
+#include "steps.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
 
-/// What a policy loss is computed from. All are of one shape: [batch, time], or, with Rank 1, the [tokens] of packed
-/// sequences. What was stored time-major is given by its transposed view. Views of any strides; the mask and cu_seqlens
-/// may stand together.
-template <storage T, int Rank = 2>
+/// What a policy loss is computed from. All are of one shape: [batch, time], or the [tokens] of packed sequences. What
+/// was stored time-major is given by its transposed view, which runs as fast. A mask may stand beside cu_seqlens.
+template <storage T>
 struct policy_batch {
   using value_type = T;
-  static constexpr int rank = Rank;
 
-  tensor_view<const T, Rank> log_probs = {};      ///< of the actions, under the policy that learns
-  tensor_view<const T, Rank> old_log_probs = {};  ///< under the policy that acted
-  tensor_view<const T, Rank> advantages = {};
-  tensor_view<const T, Rank> entropies = {};   ///< of the policy that learns; needed for a bonus
-  tensor_view<const T, Rank> values = {};      ///< if the critic is trained too
-  tensor_view<const T, Rank> old_values = {};  ///< needed for value_clip
-  tensor_view<const T, Rank> returns = {};     ///< what values should be
-  mask_view<Rank> mask = {};                   ///< tokens that count; without it all do
-  vector_view<const std::int32_t> cu_seqlens =
-      {};  ///< of packed sequences: where each starts, and the end [sequences + 1]
+  sequence_view<const T> log_probs = {};      ///< of the actions, under the policy that learns
+  sequence_view<const T> old_log_probs = {};  ///< under the policy that acted
+  sequence_view<const T> advantages = {};
+  sequence_view<const T> entropies = {};   ///< of the policy that learns; needed for a bonus
+  sequence_view<const T> values = {};      ///< if the critic is trained too
+  sequence_view<const T> old_values = {};  ///< needed for value_clip
+  sequence_view<const T> returns = {};     ///< what values should be
+  flag_view mask = {};                     ///< tokens that count; without it all do
+  sequence_starts cu_seqlens = {};         ///< [sequences + 1] starts of packed sequences
 };
-template <storage T>
-using packed_policy_batch = policy_batch<T, 1>;
 
 /// Where gradients of the loss go; what is left out is not written. All of policy_batch's shape. A token that does not
 /// count gets 0.
-template <storage T, int Rank = 2>
+template <storage T>
 struct policy_gradients {
-  tensor_view<T, Rank> log_probs = {};
-  tensor_view<T, Rank> values = {};
-  tensor_view<T, Rank> entropies = {};
+  sequence_view<T> log_probs = {};
+  sequence_view<T> values = {};
+  sequence_view<T> entropies = {};
 };
 
 /// How the parts of a loss are weighed: policy + value * value loss - entropy * entropy.
@@ -77,19 +73,16 @@ struct policy_stats {
 };
 
 /// What a value loss is computed from; shapes as in policy_batch.
-template <storage T, int Rank = 2>
+template <storage T>
 struct value_batch {
   using value_type = T;
-  static constexpr int rank = Rank;
 
-  tensor_view<const T, Rank> values = {};
-  tensor_view<const T, Rank> old_values = {};  ///< needed for clip
-  tensor_view<const T, Rank> returns = {};
-  mask_view<Rank> mask = {};
-  vector_view<const std::int32_t> cu_seqlens = {};
+  sequence_view<const T> values = {};
+  sequence_view<const T> old_values = {};  ///< needed for clip
+  sequence_view<const T> returns = {};
+  flag_view mask = {};
+  sequence_starts cu_seqlens = {};
 };
-template <storage T>
-using packed_value_batch = value_batch<T, 1>;
 
 /// What value_loss may be told.
 struct value_options {
@@ -106,12 +99,12 @@ namespace detail {
 
 template <class B>
 inline constexpr bool is_policy_batch = false;
-template <class T, int Rank>
-inline constexpr bool is_policy_batch<policy_batch<T, Rank>> = true;
+template <class T>
+inline constexpr bool is_policy_batch<policy_batch<T>> = true;
 template <class B>
 inline constexpr bool is_value_batch = false;
-template <class T, int Rank>
-inline constexpr bool is_value_batch<value_batch<T, Rank>> = true;
+template <class T>
+inline constexpr bool is_value_batch<value_batch<T>> = true;
 
 // The policy of a value loss alone.
 struct no_policy {};
@@ -154,18 +147,16 @@ struct policy_scratch {
   alignas(64) std::uint8_t mask[tokens_of_block];
 };
 
-template <class T, class Policy>
-struct policy_loss_problem {
+template <class T>
+struct loss_operands {
   using value_type = T;
-  using policy_type = Policy;
   using A = accumulator_t<T>;
 
-  plane_shape shape;
+  plane_shape shape = {};
   plane<const T> log_probs = {}, old_log_probs = {}, advantages = {}, entropies = {}, values = {}, old_values = {},
                  returns = {};
   plane<const std::uint8_t> mask = {};
   plane<T> dlog_probs = {}, dvalues = {}, dentropies = {};
-  Policy policy = {};
   clipped_value value = {};
   A value_coefficient = 1, entropy_coefficient = 0;
   A first_error = 0, first_return = 0;
@@ -185,6 +176,12 @@ struct policy_loss_problem {
   } by_sequence = {};
 };
 
+template <class T, class Policy>
+struct policy_loss_problem : loss_operands<T> {
+  using policy_type = Policy;
+  Policy policy = {};
+};
+
 template <class Problem>
 struct policy_loss_kernels {
   void (*run)(const Problem&, index_t begin, index_t n, loss_sums&,
@@ -201,80 +198,58 @@ struct policy_loss_kernels {
 namespace MLKIT_NAMESPACE::rl {
 namespace detail {
 
-inline void check_cu_seqlens(arguments& call, std::string_view function, const vector_view<const std::int32_t>& starts,
-                             std::string_view of, index_t tokens) {
-  check_view(function, "cu_seqlens", starts);
-  if (starts.stride(0) != 1) fail_shape(function, ": cu_seqlens has a stride of ", starts.stride(0), ", not 1");
-  const index_t n = starts.extent(0);
-  if (n == 0) fail_shape(function, ": cu_seqlens is empty; it has one element more than there are sequences");
-  if (starts(0) != 0) fail_value(function, ": cu_seqlens[0] = ", starts(0), " is not 0");
-  for (index_t b = 1; b < n; ++b)
-    if (starts(b) < starts(b - 1))
-      fail_value(function, ": cu_seqlens[", b, "] = ", starts(b), " is less than cu_seqlens[", b - 1,
-                 "] = ", starts(b - 1));
-  if (starts(n - 1) != tokens)
-    fail_value(function, ": cu_seqlens ends with ", starts(n - 1), ", but ", of, " has ", tokens, " tokens");
-  call.reads("cu_seqlens", starts);
-}
-
-// An operand of the batch that is given: of log_probs' shape.
+// Whether an operand that may be left out is there.
 template <class U, int Rank>
 bool given(const tensor_view<U, Rank>& v) noexcept {
   return v.data != nullptr || v.extents != extents_t<Rank>{};
 }
 
-// The names and shape that the operands of one call are checked against.
-template <int Rank>
+// The operands of one call, and the shape of the first, which all have.
 struct batch_check {
   arguments& call;
   std::string_view function, of;
-  extents_t<Rank> shape;
+  extents_t<2> shape;
 
   template <class T>
-  void view(std::string_view name, const tensor_view<T, Rank>& v) const {
-    check_same_shape<Rank>(function, name, v.extents, of, shape);
+  void view(std::string_view name, const tensor_view<T, 2>& v) const {
+    check_same_shape<2>(function, name, v.extents, of, shape);
     check_view(function, name, v);
   }
   template <class T>
-  void input(std::string_view name, const tensor_view<T, Rank>& v) const {
+  void input(std::string_view name, const tensor_view<T, 2>& v) const {
     view(name, v);
     call.reads(name, v);
   }
   template <class T>
-  void optional(std::string_view name, const tensor_view<T, Rank>& v) const {
+  void optional(std::string_view name, const tensor_view<T, 2>& v) const {
     if (given(v)) input(name, v);
   }
   template <class T>
-  void output(std::string_view name, const tensor_view<T, Rank>& v) const {
+  void output(std::string_view name, const tensor_view<T, 2>& v) const {
     if (!given(v)) return;
     view(name, v);
     call.writes(name, v);
   }
-  void sequences(const mask_view<Rank>& mask, const vector_view<const std::int32_t>& cu_seqlens) const {
-    check_mask(call, function, mask, of, shape);
+  void sequences(const flag_view& mask, const sequence_starts& cu_seqlens) const {
+    optional("mask", mask);
     if (!given(cu_seqlens)) return;
-    if constexpr (Rank == 1)
-      check_cu_seqlens(call, function, cu_seqlens, of, shape[0]);
-    else
-      fail_shape(function, ": cu_seqlens is given, but ", of, " has rank 2; packed tokens have rank 1");
+    if (shape[0] != 1)
+      fail_shape(function, ": ", of, " has shape ", shape_text<2>(shape),
+                 ", but cu_seqlens packs sequences of [tokens] alone");
+    check_starts(function, cu_seqlens, shape[1]);
+    if (cu_seqlens.extent(0) > 1 && cu_seqlens.stride(0) != 1)
+      fail_shape(function, ": cu_seqlens has a stride of ", cu_seqlens.stride(0), ", not 1");
+    call.reads("cu_seqlens", cu_seqlens);
   }
 };
 
-template <int Rank>
-token_sequences sequences_of(const extents_t<Rank>& shape, const plane_shape& visited,
-                             const vector_view<const std::int32_t>& cu_seqlens) noexcept {
-  if constexpr (Rank == 2)
-    return {shape[0], shape[1], nullptr, visited.turned};
-  else
-    return given(cu_seqlens) ? token_sequences{cu_seqlens.extent(0) - 1, 0, cu_seqlens.data}
-                             : token_sequences{1, shape[0]};
+inline token_sequences sequences_of(const extents_t<2>& shape, const plane_shape& visited,
+                                    const sequence_starts& cu_seqlens) noexcept {
+  if (given(cu_seqlens)) return {cu_seqlens.extent(0) - 1, 0, cu_seqlens.data, false};
+  return {shape[0], shape[1], nullptr, visited.turned};
 }
 
 // A plane whose rows are sequences.
-template <class T>
-plane<T> plane_by_sequence(const tensor_view<T, 1>& v) noexcept {
-  return {v.data, 0, v.strides[0]};
-}
 template <class T>
 plane<T> plane_by_sequence(const tensor_view<T, 2>& v) noexcept {
   return {v.data, v.strides[0], v.strides[1]};
@@ -339,9 +314,24 @@ inline double explained_variance(const loss_sums& s, double n) noexcept {
   return spread > 0 ? 1 - residual / spread : std::numeric_limits<double>::quiet_NaN();
 }
 
+// An aggregation, without its type.
+class weigher {
+ public:
+  template <class Aggregation>
+  explicit weigher(const Aggregation& g) noexcept
+      : aggregate_(&g), weight_([](const void* a, const token_counts& n) {
+          return static_cast<double>(static_cast<const Aggregation*>(a)->weight(n));
+        }) {}
+  double operator()(const token_counts& n) const { return weight_(aggregate_, n); }
+
+ private:
+  const void* aggregate_;
+  double (*weight_)(const void*, const token_counts&);
+};
+
 // Weighs tokens, runs the kernel over blocks of them, and adds up.
-template <class T, class Policy, class Aggregation>
-loss_sums run_policy_loss(const cpu& exec, policy_loss_problem<T, Policy>& p, const Aggregation& aggregate,
+template <class T, class Policy>
+loss_sums run_policy_loss(const cpu& exec, policy_loss_problem<T, Policy>& p, const weigher& weight,
                           const plane<const std::uint8_t>& mask, const plane<const T>& values,
                           const plane<const T>& returns, counted_tokens& counted) {
   using A = accumulator_t<T>;
@@ -359,7 +349,7 @@ loss_sums run_policy_loss(const cpu& exec, policy_loss_problem<T, Policy>& p, co
       if (counts.data()[b] == 0) continue;
       const token_counts n{static_cast<double>(counts.data()[b]), static_cast<double>(counted.tokens),
                            static_cast<double>(counted.sequences)};
-      weights[b] = static_cast<A>(aggregate.weight(n));
+      weights[b] = static_cast<A>(weight(n));
       if (std::exchange(first, false)) p.weight = weights[b];
       p.weights_differ = p.weights_differ || weights[b] != p.weight;
     }
@@ -412,8 +402,8 @@ loss_sums run_policy_loss(const cpu& exec, policy_loss_problem<T, Policy>& p, co
   return total;
 }
 
-template <class T, int Rank>
-plane<T> plane_or_none(const tensor_view<T, Rank>& v, const plane_shape& s) noexcept {
+template <class T>
+plane<T> plane_or_none(const tensor_view<T, 2>& v, const plane_shape& s) noexcept {
   return v.data ? plane_of(v, s) : plane<T>{};
 }
 
@@ -421,14 +411,13 @@ inline void check_aggregation(std::string_view function, const auto& aggregate) 
   if constexpr (requires { aggregate.check(function); }) aggregate.check(function);
 }
 
-template <class T, int Rank, class Policy, class Aggregation>
-policy_stats policy_loss(std::string_view function, const cpu& exec, const policy_batch<T, Rank>& batch,
-                         const Policy& policy, const Aggregation& aggregate, const loss_options& o,
-                         const policy_gradients<T, Rank>& grads) {
+template <class T, class Policy>
+policy_stats policy_loss(std::string_view function, const cpu& exec, const policy_batch<T>& batch, const Policy& policy,
+                         const weigher& weight, const loss_options& o, const policy_gradients<T>& grads) {
   arguments call(function, exec);
   check_view(function, "log_probs", batch.log_probs);
   call.reads("log_probs", batch.log_probs);
-  const batch_check<Rank> check{call, function, "log_probs", batch.log_probs.extents};
+  const batch_check check{call, function, "log_probs", batch.log_probs.extents};
   if (!batch.log_probs.empty()) {
     const auto needs = [&](std::string_view what, const auto&... names) {
       fail_value(function, ": ", what, " is not given", names...);
@@ -452,8 +441,6 @@ policy_stats policy_loss(std::string_view function, const cpu& exec, const polic
   check_not_negative(function, "value_clip", o.value_clip);
   check_not_negative(function, "value", o.value);
   if (!std::isfinite(o.entropy)) fail_value(function, ": entropy = ", o.entropy, " is not finite");
-  check_term(function, policy);
-  check_aggregation(function, aggregate);
   check.output("the gradient of log_probs", grads.log_probs);
   check.output("the gradient of values", grads.values);
   check.output("the gradient of entropies", grads.entropies);
@@ -462,34 +449,34 @@ policy_stats policy_loss(std::string_view function, const cpu& exec, const polic
   stats.explained_variance = std::numeric_limits<double>::quiet_NaN();
   if (batch.log_probs.empty()) return stats;
   using A = accumulator_t<T>;
-  const plane_shape shape = shape_of_planes(batch.log_probs, batch.old_log_probs, batch.advantages, batch.entropies,
-                                            batch.values, batch.old_values, batch.returns, batch.mask.values,
-                                            grads.log_probs, grads.values, grads.entropies);
-  policy_loss_problem<T, Policy> p{.shape = shape,
-                                   .log_probs = plane_of(batch.log_probs, shape),
-                                   .old_log_probs = plane_or_none(batch.old_log_probs, shape),
-                                   .advantages = plane_of(batch.advantages, shape),
-                                   .entropies = plane_or_none(batch.entropies, shape),
-                                   .values = plane_or_none(batch.values, shape),
-                                   .old_values = plane_or_none(batch.old_values, shape),
-                                   .returns = plane_or_none(batch.returns, shape),
-                                   .mask = plane_or_none(batch.mask.values, shape),
-                                   .dlog_probs = plane_or_none(grads.log_probs, shape),
-                                   .dvalues = plane_or_none(grads.values, shape),
-                                   .dentropies = plane_or_none(grads.entropies, shape),
-                                   .policy = policy};
+  const plane_shape shape =
+      shape_of_planes(batch.log_probs, batch.old_log_probs, batch.advantages, batch.entropies, batch.values,
+                      batch.old_values, batch.returns, batch.mask, grads.log_probs, grads.values, grads.entropies);
+  policy_loss_problem<T, Policy> p;
+  p.shape = shape;
+  p.log_probs = plane_of(batch.log_probs, shape);
+  p.old_log_probs = plane_or_none(batch.old_log_probs, shape);
+  p.advantages = plane_of(batch.advantages, shape);
+  p.entropies = plane_or_none(batch.entropies, shape);
+  p.values = plane_or_none(batch.values, shape);
+  p.old_values = plane_or_none(batch.old_values, shape);
+  p.returns = plane_or_none(batch.returns, shape);
+  p.mask = plane_or_none(batch.mask, shape);
+  p.dlog_probs = plane_or_none(grads.log_probs, shape);
+  p.dvalues = plane_or_none(grads.values, shape);
+  p.dentropies = plane_or_none(grads.entropies, shape);
+  p.policy = policy;
   if (o.value_clip > 0) p.value.clip = o.value_clip;
   p.value_coefficient = static_cast<A>(o.value);
   p.entropy_coefficient = static_cast<A>(o.entropy);
-  p.sequences = sequences_of<Rank>(batch.log_probs.extents, shape, batch.cu_seqlens);
-  p.by_sequence.shape =
-      Rank == 2 ? plane_shape{p.sequences.sequences, p.sequences.length} : plane_shape{1, batch.log_probs.extents[0]};
+  p.sequences = sequences_of(batch.log_probs.extents, shape, batch.cu_seqlens);
+  p.by_sequence.shape = {batch.log_probs.extents[0], batch.log_probs.extents[1]};
   p.by_sequence.log_probs = plane_by_sequence(batch.log_probs);
   p.by_sequence.old_log_probs = plane_by_sequence(batch.old_log_probs);
   p.by_sequence.advantages = plane_by_sequence(batch.advantages);
-  p.by_sequence.mask = plane_by_sequence(batch.mask.values);
+  p.by_sequence.mask = plane_by_sequence(batch.mask);
   counted_tokens counted;
-  const loss_sums s = run_policy_loss<T>(exec, p, aggregate, p.by_sequence.mask, plane_by_sequence(batch.values),
+  const loss_sums s = run_policy_loss<T>(exec, p, weight, p.by_sequence.mask, plane_by_sequence(batch.values),
                                          plane_by_sequence(batch.returns), counted);
   if (counted.tokens == 0) return stats;
   const double n = static_cast<double>(counted.tokens);
@@ -528,9 +515,11 @@ template <class T = float, executor Executor, class Batch = policy_batch<T>, pol
           aggregation Aggregation>
   requires(detail::is_policy_batch<Batch>)
 policy_stats policy_loss(const Executor& exec, const Batch& batch, const Policy& policy, const Aggregation& aggregate,
-                         const loss_options& o,
-                         const policy_gradients<typename Batch::value_type, Batch::rank>& grads) {
-  return detail::policy_loss("rl::policy_loss", exec, batch, policy, aggregate, o, grads);
+                         const loss_options& o, const policy_gradients<typename Batch::value_type>& grads) {
+  constexpr std::string_view function = "rl::policy_loss";
+  detail::check_term(function, policy);
+  detail::check_aggregation(function, aggregate);
+  return detail::policy_loss(function, exec, batch, policy, detail::weigher(aggregate), o, grads);
 }
 
 /// policy_loss with PPO's clip (and the dual one, if asked for) and the mean over tokens:
@@ -543,7 +532,7 @@ policy_stats policy_loss(const Executor& exec, const Batch& batch, const Policy&
 template <class T = float, executor Executor, class Batch = policy_batch<T>>
   requires(detail::is_policy_batch<Batch>)
 policy_stats ppo_loss(const Executor& exec, const Batch& batch, const ppo_options& o,
-                      const policy_gradients<typename Batch::value_type, Batch::rank>& grads) {
+                      const policy_gradients<typename Batch::value_type>& grads) {
   constexpr std::string_view function = "rl::ppo_loss";
   detail::check_clip(function, "clip", o.clip);
   if (!std::isfinite(o.clip_high)) detail::fail_value(function, ": clip_high = ", o.clip_high, " is not finite");
@@ -553,7 +542,8 @@ policy_stats ppo_loss(const Executor& exec, const Batch& batch, const ppo_option
   const dual_clip<ppo_clip> policy{.bound = o.dual_clip != 0 ? o.dual_clip : std::numeric_limits<double>::infinity(),
                                    .term = {.low = o.clip, .high = o.clip_high < 0 ? o.clip : o.clip_high}};
   const loss_options parts{.value_clip = o.value_clip, .value = o.value, .entropy = o.entropy};
-  return detail::policy_loss(function, exec, batch, policy, token_mean{o.tokens}, parts, grads);
+  const token_mean aggregate{o.tokens};
+  return detail::policy_loss(function, exec, batch, policy, detail::weigher(aggregate), parts, grads);
 }
 
 /// The loss of values alone, for critics that are trained apart:
@@ -562,16 +552,14 @@ policy_stats ppo_loss(const Executor& exec, const Batch& batch, const ppo_option
 template <class T = float, executor Executor, class Batch = value_batch<T>, aggregation Aggregation = token_mean>
   requires(detail::is_value_batch<Batch>)
 value_stats value_loss(const Executor& exec, const Batch& batch, const value_options& o,
-                       const tensor_view<typename Batch::value_type, Batch::rank>& dvalues,
-                       const Aggregation& aggregate = {}) {
+                       const sequence_view<typename Batch::value_type>& dvalues, const Aggregation& aggregate = {}) {
   constexpr std::string_view function = "rl::value_loss";
   using namespace detail;
-  constexpr int rank = Batch::rank;
   using E = typename Batch::value_type;
   arguments call(function, exec);
   check_view(function, "values", batch.values);
   call.reads("values", batch.values);
-  const batch_check<rank> check{call, function, "values", batch.values.extents};
+  const batch_check check{call, function, "values", batch.values.extents};
   check.input("returns", batch.returns);
   if (o.clip != 0 && !batch.values.empty() && !given(batch.old_values))
     fail_value(function, ": old_values is not given, but clip = ", o.clip);
@@ -583,17 +571,18 @@ value_stats value_loss(const Executor& exec, const Batch& batch, const value_opt
 
   value_stats stats{.explained_variance = std::numeric_limits<double>::quiet_NaN()};
   if (batch.values.empty()) return stats;
-  const plane_shape shape = shape_of_planes(batch.values, batch.old_values, batch.returns, batch.mask.values, dvalues);
-  policy_loss_problem<E, no_policy> p{.shape = shape,
-                                      .values = plane_of(batch.values, shape),
-                                      .old_values = plane_or_none(batch.old_values, shape),
-                                      .returns = plane_of(batch.returns, shape),
-                                      .mask = plane_or_none(batch.mask.values, shape),
-                                      .dvalues = plane_or_none(dvalues, shape)};
+  const plane_shape shape = shape_of_planes(batch.values, batch.old_values, batch.returns, batch.mask, dvalues);
+  policy_loss_problem<E, no_policy> p;
+  p.shape = shape;
+  p.values = plane_of(batch.values, shape);
+  p.old_values = plane_or_none(batch.old_values, shape);
+  p.returns = plane_of(batch.returns, shape);
+  p.mask = plane_or_none(batch.mask, shape);
+  p.dvalues = plane_or_none(dvalues, shape);
   if (o.clip > 0) p.value.clip = o.clip;
-  p.sequences = sequences_of<rank>(batch.values.extents, shape, batch.cu_seqlens);
+  p.sequences = sequences_of(batch.values.extents, shape, batch.cu_seqlens);
   counted_tokens counted;
-  const loss_sums s = run_policy_loss<E>(exec, p, aggregate, plane_by_sequence(batch.mask.values),
+  const loss_sums s = run_policy_loss<E>(exec, p, weigher(aggregate), plane_by_sequence(batch.mask),
                                          plane_by_sequence(batch.values), plane_by_sequence(batch.returns), counted);
   if (counted.tokens == 0) return stats;
   const double n = static_cast<double>(counted.tokens);

@@ -525,8 +525,8 @@ double kto_reference_point(const Executor& exec, const vector_view<const std::ty
 }
 
 /// The K-wise loss of ranked completions, its gradient by rewards, and statistics over pairs; as the above otherwise.
-/// K (K - 1) logarithms a prompt. normalizer stands for the number of prompts. Also throws as group_advantages does for
-/// groups.
+/// K (K - 1) / 2 logarithms a prompt. normalizer stands for the number of prompts. Also throws as group_advantages does
+/// for groups.
 template <storage T = float, executor Executor>
 preference_stats preference_loss(const Executor& exec, const ranked_completions<std::type_identity_t<T>>& in,
                                  const k_wise&, const preference_options& o,
@@ -562,12 +562,11 @@ preference_stats preference_loss(const Executor& exec, const ranked_completions<
   const double normalizer = detail::checked_normalizer(function, o, prompts);
   p.factor = 1 / normalizer;
   const auto kernel = MLKIT_SELECT_WITHOUT_BF16(k_wise_losses<T>);
-  const index_t padded = detail::round_up(largest, detail::preference_lanes);
   const detail::k_wise_sums s = detail::sum_chunks<detail::k_wise_sums>(
       exec, places.count, std::max<index_t>(1, detail::preference_chunk / std::max<index_t>(1, largest)), work,
       [&](index_t begin, index_t end) {
-        const detail::workspace<T> scratch(3 * padded);
-        return kernel(p, begin, end, padded, scratch.data());
+        const detail::workspace<T> scratch(2 * largest);
+        return kernel(p, begin, end, scratch.data());
       },
       [](detail::k_wise_sums& a, const detail::k_wise_sums& b) {
         a.loss += b.loss, a.right += b.right, a.chosen += b.chosen, a.rejected += b.rejected, a.pairs += b.pairs;

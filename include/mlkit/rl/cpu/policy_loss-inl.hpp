@@ -83,14 +83,13 @@ MLKIT_ALWAYS_INLINE ratio_and_excess<A> exp_and_excess(vec<A> d) noexcept {
   return {ratio, vec<A>::select(e.n == vec<A>::zero(), e.r * e.r * e.curve, (ratio - A(1)) - d)};
 }
 
-template <class Problem>
-struct policy_loss_kernel {
-  using T = typename Problem::value_type;
+// What does not depend on the policy's term.
+template <class T>
+struct loss_block {
   using A = accumulator_t<T>;
   using V = vec<A>;
-  using Policy = typename Problem::policy_type;
+  using operands = rl::detail::loss_operands<T>;
   using scratch = rl::detail::policy_scratch<T>;
-  static constexpr bool has_policy = !std::is_same_v<Policy, rl::detail::no_policy>;
 
   static MLKIT_ALWAYS_INLINE V clamped(V d) noexcept {
     return at_most(at_least(d, static_cast<A>(-rl::most_log_ratio)), static_cast<A>(rl::most_log_ratio));
@@ -161,7 +160,7 @@ struct policy_loss_kernel {
     }
   }
 
-  static void fill_weights(const Problem& p, index_t begin, index_t n, scratch& s) noexcept {
+  static void fill_weights(const operands& p, index_t begin, index_t n, scratch& s) noexcept {
     if (p.weights_differ)
       spread(p.sequences, p.weights, begin, n, s.weight);
     else
@@ -183,7 +182,7 @@ struct policy_loss_kernel {
   }
 
   // The sum of weight * loss, how many are clipped, and the gradient factor * weight * slope if it is asked for.
-  static void reduce(const Problem& p, const rl::detail::plane<T>& slopes, A factor, index_t begin, index_t n,
+  static void reduce(const operands& p, const rl::detail::plane<T>& slopes, A factor, index_t begin, index_t n,
                      double& loss, double& clipped, scratch& s) noexcept {
     if (slopes.data) {
       const gradient to(slopes, p.shape, begin, n, s.out);
@@ -211,6 +210,62 @@ struct policy_loss_kernel {
     loss = sum.total();
     clipped = static_cast<double>(count.sum());
   }
+
+  static void run_value(const operands& p, index_t begin, index_t n, rl::detail::loss_sums& sums, scratch& s) noexcept {
+    const T* values = tokens(p.values, p.shape, begin, n, s.in[0]);
+    const T* returns = tokens(p.returns, p.shape, begin, n, s.in[1]);
+    const T* old = p.old_values.data ? tokens(p.old_values, p.shape, begin, n, s.in[2]) : values;
+    terms(p.value, n, values, old, returns, s.loss, s.slope, s.clipped);
+    wide_sum<A> error, square_error, target, square_target;
+    const V first_error(p.first_error), first_return(p.first_return);
+    each_vector<V>(n, [&](index_t i, int m) {
+      const auto keep = load_some<V>(s.keep + i, m) != V::zero();
+      const V r = load_some<V>(returns + i, m), v = load_some<V>(values + i, m);
+      wide_sum<A>::add_moments(V::select(keep, (r - v) - first_error, V::zero()), error, square_error);
+      wide_sum<A>::add_moments(V::select(keep, r - first_return, V::zero()), target, square_target);
+    });
+    sums.error = error.total();
+    sums.square_error = square_error.total();
+    sums.target = target.total();
+    sums.square_target = square_target.total();
+    reduce(p, p.dvalues, p.value_coefficient, begin, n, sums.value, sums.value_clipped, s);
+  }
+
+  static void run_entropy(const operands& p, index_t begin, index_t n, rl::detail::loss_sums& sums,
+                          scratch& s) noexcept {
+    const T* entropies = tokens(p.entropies, p.shape, begin, n, s.in[0]);
+    wide_sum<A> sum;
+    each_vector<V>(n, [&](index_t i, int m) {
+      const auto keep = load_some<V>(s.keep + i, m) != V::zero();
+      const V h = load_some<V>(entropies + i, m) * load_some<V>(s.weight + i, m);
+      sum.add(V::select(keep, h, V::zero()));
+    });
+    sums.entropy = sum.total();
+    if (!p.dentropies.data) return;
+    const gradient to(p.dentropies, p.shape, begin, n, s.out);
+    each_vector<V>(n, [&](index_t i, int m) {
+      const auto keep = load_some<V>(s.keep + i, m) != V::zero();
+      const V g = load_some<V>(s.weight + i, m) * -p.entropy_coefficient;
+      store_some(V::select(keep, g, V::zero()), to.buffer + i, m);
+    });
+    to.finish();
+  }
+};
+
+template <class Problem>
+struct policy_loss_kernel : loss_block<typename Problem::value_type> {
+  using T = typename Problem::value_type;
+  using block = loss_block<T>;
+  using block::clamped;
+  using block::fill_keep;
+  using block::spread;
+  using block::terms;
+  using block::tokens;
+  using typename block::A;
+  using typename block::scratch;
+  using typename block::V;
+  using Policy = typename Problem::policy_type;
+  static constexpr bool has_policy = !std::is_same_v<Policy, rl::detail::no_policy>;
 
   static void run_policy(const Problem& p, index_t begin, index_t n, rl::detail::loss_sums& sums, scratch& s) noexcept {
     const T* log_probs = tokens(p.log_probs, p.shape, begin, n, s.in[0]);
@@ -245,57 +300,17 @@ struct policy_loss_kernel {
     terms(p.policy, n, s.ratio, advantages, log_probs, s.loss, s.slope, s.clipped);
     if constexpr (rl::detail::of_sequence<Policy> && !rl::detail::constant_ratio<Policy>)
       spread(p.sequences, p.sequence_slopes, begin, n, s.slope);
-    reduce(p, p.dlog_probs, A(1), begin, n, sums.policy, sums.clipped, s);
-  }
-
-  static void run_value(const Problem& p, index_t begin, index_t n, rl::detail::loss_sums& sums, scratch& s) noexcept {
-    const T* values = tokens(p.values, p.shape, begin, n, s.in[0]);
-    const T* returns = tokens(p.returns, p.shape, begin, n, s.in[1]);
-    const T* old = p.old_values.data ? tokens(p.old_values, p.shape, begin, n, s.in[2]) : values;
-    terms(p.value, n, values, old, returns, s.loss, s.slope, s.clipped);
-    wide_sum<A> error, square_error, target, square_target;
-    const V first_error(p.first_error), first_return(p.first_return);
-    each_vector<V>(n, [&](index_t i, int m) {
-      const auto keep = load_some<V>(s.keep + i, m) != V::zero();
-      const V r = load_some<V>(returns + i, m), v = load_some<V>(values + i, m);
-      wide_sum<A>::add_moments(V::select(keep, (r - v) - first_error, V::zero()), error, square_error);
-      wide_sum<A>::add_moments(V::select(keep, r - first_return, V::zero()), target, square_target);
-    });
-    sums.error = error.total();
-    sums.square_error = square_error.total();
-    sums.target = target.total();
-    sums.square_target = square_target.total();
-    reduce(p, p.dvalues, p.value_coefficient, begin, n, sums.value, sums.value_clipped, s);
-  }
-
-  static void run_entropy(const Problem& p, index_t begin, index_t n, rl::detail::loss_sums& sums,
-                          scratch& s) noexcept {
-    const T* entropies = tokens(p.entropies, p.shape, begin, n, s.in[0]);
-    wide_sum<A> sum;
-    each_vector<V>(n, [&](index_t i, int m) {
-      const auto keep = load_some<V>(s.keep + i, m) != V::zero();
-      const V h = load_some<V>(entropies + i, m) * load_some<V>(s.weight + i, m);
-      sum.add(V::select(keep, h, V::zero()));
-    });
-    sums.entropy = sum.total();
-    if (!p.dentropies.data) return;
-    const gradient to(p.dentropies, p.shape, begin, n, s.out);
-    each_vector<V>(n, [&](index_t i, int m) {
-      const auto keep = load_some<V>(s.keep + i, m) != V::zero();
-      const V g = load_some<V>(s.weight + i, m) * -p.entropy_coefficient;
-      store_some(V::select(keep, g, V::zero()), to.buffer + i, m);
-    });
-    to.finish();
+    block::reduce(p, p.dlog_probs, A(1), begin, n, sums.policy, sums.clipped, s);
   }
 
   // Tokens [begin, begin + n), at most a block.
   static void run(const Problem& p, index_t begin, index_t n, rl::detail::loss_sums& sums, scratch& s) noexcept {
     fill_keep(p.mask.data ? tokens(p.mask, p.shape, begin, n, s.mask) : nullptr, n, s.keep);
-    fill_weights(p, begin, n, s);
+    block::fill_weights(p, begin, n, s);
     if constexpr (has_policy) run_policy(p, begin, n, sums, s);
-    if (p.values.data) run_value(p, begin, n, sums, s);
+    if (p.values.data) block::run_value(p, begin, n, sums, s);
     if constexpr (has_policy)
-      if (p.entropies.data) run_entropy(p, begin, n, sums, s);
+      if (p.entropies.data) block::run_entropy(p, begin, n, sums, s);
   }
 
   // The ratio of sequence b, and the gradient of each of its tokens before its weight: the mean of its slopes, since

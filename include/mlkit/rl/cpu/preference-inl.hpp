@@ -36,11 +36,13 @@ MLKIT_ALWAYS_INLINE void preference_to(const T (&from)[Lanes], const rl::detail:
     for (int l = 0; l < n; ++l) *v.at(i + l) = from[l];
 }
 
-template <class T, int Lanes>
-MLKIT_ALWAYS_INLINE double sum_of_lanes(const T (&lanes)[Lanes]) noexcept {
-  double sum = 0;
-  for (int l = 0; l < Lanes; ++l) sum += static_cast<double>(lanes[l]);
-  return sum;
+// In a fixed order: halves are added until one lane is left.
+template <class T>
+MLKIT_ALWAYS_INLINE double sum_of_lanes(const T (&lanes)[16]) noexcept {
+  double some[8];
+  MLKIT_SIMD
+  for (int l = 0; l < 8; ++l) some[l] = static_cast<double>(lanes[l]) + static_cast<double>(lanes[l + 8]);
+  return ((some[0] + some[4]) + (some[2] + some[6])) + ((some[1] + some[5]) + (some[3] + some[7]));
 }
 
 // Pairs [begin, end).
@@ -119,52 +121,76 @@ rl::detail::kto_sums kto_losses(const rl::detail::kto_problem<T>& p, index_t beg
   return {sum_of_lanes(losses), sum_of_lanes(good), sum_of_lanes(bad), desirable};
 }
 
-// Prompts [begin, end). scratch holds three times `padded` elements: rewards, ranks and gradients of one prompt.
+// Prompts [begin, end), the pairs of each gathered into blocks. scratch holds two elements for each completion of a
+// prompt: rewards and gradients.
 template <class T>
 rl::detail::k_wise_sums k_wise_losses(const rl::detail::k_wise_problem<T>& p, index_t begin, index_t end,
-                                      index_t padded, T* scratch) noexcept {
-  constexpr int lanes = rl::detail::preference_lanes;
-  T *rewards = scratch, *ranks = scratch + padded, *gradient = scratch + 2 * padded;
+                                      T* scratch) noexcept {
+  constexpr int lanes = rl::detail::preference_lanes, block = 16 * lanes;
+  constexpr T certain = 1e4;                          // a difference that adds nothing
+  T differences[block], slopes[block], signs[block];  // of pair (i, j): 1 where i is the better one, else -1
+  index_t firsts[block], seconds[block];
   rl::detail::k_wise_sums all;
   for (index_t g = begin; g < end; ++g) {
     const index_t first = p.places.begin(g), k = p.places.end(g) - first;
-    for (index_t i = 0; i < round_up(k, lanes); ++i) {
-      rewards[i] = i < k ? *p.rewards.at(first + i) : T{};
-      ranks[i] = i >= k ? -math_table<T>::infinity : static_cast<T>(p.ranks.data ? *p.ranks.at(first + i) : i);
+    T *rewards = scratch, *gradient = scratch + k;
+    for (index_t i = 0; i < k; ++i) {
+      rewards[i] = *p.rewards.at(first + i);
       gradient[i] = T{};
     }
-    double loss = 0, right = 0, better = 0, worse = 0, pairs = 0;
-    for (index_t i = 0; i < k; ++i) {  // the better one, and all that it is compared with
-      const T reward = rewards[i], rank = ranks[i];
-      T losses[lanes] = {}, rights[lanes] = {}, worses[lanes] = {}, counts[lanes] = {}, slopes[lanes] = {};
-      for (index_t j = 0; j < k; j += lanes) {
-        const T *others = rewards + j, *other_ranks = ranks + j;
-        T* d = gradient + j;
+    T losses[lanes] = {};
+    double right = 0, chosen = 0, rejected = 0;
+    int gathered = 0;
+    index_t pairs = 0;
+    const auto finish = [&] {
+      const int padded = static_cast<int>(round_up(gathered, lanes));
+      for (int l = gathered; l < padded; ++l) differences[l] = certain;
+      for (int at = 0; at < padded; at += lanes) {
+        const T* difference = differences + at;
+        T* slope = slopes + at;
         MLKIT_SIMD
         for (int l = 0; l < lanes; ++l) {
-          const rl::detail::log_sigmoid<T> s(reward - others[l]);
-          const bool compared = rank < other_ranks[l];
-          const T one = rl::detail::choose(compared, T(1), T(0)),
-                  slope = rl::detail::choose(compared, s.derivative, T{});
-          losses[l] -= rl::detail::choose(compared, s.value, T{});
-          rights[l] += rl::detail::choose(reward > others[l], one, T{});
-          worses[l] += rl::detail::choose(compared, others[l], T{});
-          counts[l] += one;
-          slopes[l] += slope;
-          d[l] += slope;
+          const rl::detail::log_sigmoid<T> s(difference[l]);
+          losses[l] -= s.value;
+          slope[l] = s.derivative;
         }
       }
-      const double count = sum_of_lanes(counts);
-      loss += sum_of_lanes(losses), right += sum_of_lanes(rights), worse += sum_of_lanes(worses), pairs += count;
-      better += count * static_cast<double>(reward);
-      gradient[i] -= static_cast<T>(sum_of_lanes(slopes));
-    }
+      T sum{};  // over the pairs of one i, which come in a row
+      for (int l = 0; l < gathered; ++l) {
+        const T slope = signs[l] * slopes[l];
+        sum += slope;
+        gradient[seconds[l]] += slope;
+        if (l + 1 == gathered || firsts[l + 1] != firsts[l]) {
+          gradient[firsts[l]] -= sum;
+          sum = T{};
+        }
+      }
+      pairs += gathered;
+      gathered = 0;
+    };
+    for (index_t i = 0; i < k; ++i)
+      for (index_t j = i + 1; j < k; ++j) {
+        const std::int32_t rank = p.ranks.data ? *p.ranks.at(first + i) : 0,
+                           other = p.ranks.data ? *p.ranks.at(first + j) : 1;
+        if (rank == other) continue;
+        const bool first_is_better = rank < other;
+        const T difference = rewards[i] - rewards[j];
+        firsts[gathered] = i;
+        seconds[gathered] = j;
+        signs[gathered] = first_is_better ? T(1) : T(-1);
+        differences[gathered] = first_is_better ? difference : -difference;
+        right += differences[gathered] > 0 ? 1 : 0;
+        chosen += static_cast<double>(first_is_better ? rewards[i] : rewards[j]);
+        rejected += static_cast<double>(first_is_better ? rewards[j] : rewards[i]);
+        if (++gathered == block) finish();
+      }
+    finish();
     if (p.d_rewards.data) {
-      const T factor = static_cast<T>(pairs > 0 ? p.factor / pairs : 0);
+      const T factor = static_cast<T>(pairs > 0 ? p.factor / static_cast<double>(pairs) : 0);
       for (index_t i = 0; i < k; ++i) *p.d_rewards.at(first + i) = gradient[i] * factor;
     }
-    if (pairs > 0) all.loss += loss / pairs;
-    all.right += right, all.chosen += better, all.rejected += worse, all.pairs += pairs;
+    if (pairs > 0) all.loss += sum_of_lanes(losses) / static_cast<double>(pairs);
+    all.right += right, all.chosen += chosen, all.rejected += rejected, all.pairs += static_cast<double>(pairs);
   }
   return all;
 }
