@@ -10,7 +10,7 @@
 //   - elsewhere the first product is done a second time.
 #pragma once
 
-#include "../matmul/matmul.hpp"
+#include "../matmul/run.hpp"
 #include "labels.hpp"
 #include "log_probs.hpp"
 
@@ -111,6 +111,28 @@ class gathered_rows {
   workspace<H> copy_;
 };
 
+// c += a b. Of one kind, so that the three products of f32 are compiled as one; what they are added to lies in cache.
+template <class L, class R, class C>
+void add_product(const cpu& exec, const matrix_view<const L>& a, const matrix_view<const R>& b,
+                 const matrix_view<C>& c) {
+  const epilogue<accumulate> sum{accumulate{}};
+  run_product<product_type_t<L, R>>(
+      exec, make_product(c, sum, segment<dense_source<L>, dense_source<R>>{left_operand(a), right_operand(b)}));
+}
+
+template <class T>
+void clear_rows(const cpu& exec, const matrix_view<T>& m) {
+  parallel_ranges(threads_for(exec, m.size()), m.extents[0], [&](index_t begin, index_t end) {
+    for (index_t i = begin; i < end; ++i) {
+      T* row = m.data + i * m.strides[0];
+      if (m.strides[1] == 1)
+        std::fill_n(row, m.extents[1], T{});
+      else
+        for (index_t k = 0; k < m.extents[1]; ++k) row[k * m.strides[1]] = T{};
+    }
+  });
+}
+
 /// Runs a problem: f(row, logp, entropy, lse) for each row that counts, as run_logits does, and the gradients.
 template <class H, class W, class F>
 void run_head(const cpu& exec, const head_problem<H, W>& p, const F& f) {
@@ -123,21 +145,12 @@ void run_head(const cpu& exec, const head_problem<H, W>& p, const F& f) {
   const A inverse_temperature = static_cast<A>(1 / p.temperature),
           scale = static_cast<A>(1.44269504088896340736 / p.temperature);
 
-  const auto clear_weight = [&](index_t first, index_t n) {
-    parallel_ranges(threads_for(exec, n * d), n, [&](index_t begin, index_t end) {
-      for (index_t j = first + begin; j < first + end; ++j)
-        for (index_t k = 0; k < d; ++k) p.dweight(j, k) = W{};
-    });
-  };
-  if (to_hidden)
-    parallel_ranges(threads_for(exec, p.dhidden.size()), p.dhidden.extents[0] * p.dhidden.extents[1],
-                    [&](index_t begin, index_t end) {
-                      for (index_t i = begin; i < end; ++i)
-                        for (index_t k = 0; k < d; ++k)
-                          p.dhidden(i / p.dhidden.extents[1], i % p.dhidden.extents[1], k) = H{};
-                    });
+  for (index_t b = 0; to_hidden && b < p.dhidden.extents[0]; ++b)
+    clear_rows(exec, matrix_view<H>{p.dhidden.data + b * p.dhidden.strides[0],
+                                    {p.dhidden.extents[1], d},
+                                    {p.dhidden.strides[1], p.dhidden.strides[2]}});
   if (count == 0) {
-    if (to_weight && !p.accumulate_dweight) clear_weight(0, classes);
+    if (to_weight && !p.accumulate_dweight) clear_rows(exec, p.dweight);
     return;
   }
 
@@ -187,7 +200,8 @@ void run_head(const cpu& exec, const head_problem<H, W>& p, const F& f) {
       return {p.weight.data + c * p.weight.strides[0], {m, d}, p.weight.strides};
     };
     const auto compute = [&](index_t c, index_t m, const matrix_view<A>& z) {
-      multiply(exec, weights_of(c, m), transposed(h), z, epilogue<>{});
+      clear_rows(exec, z);
+      add_product(exec, weights_of(c, m), transposed(h), z);
     };
     const auto over_blocks = [&](index_t elements, const auto& g) {
       parallel_ranges(threads_for(exec, elements), n_blocks, [&](index_t begin, index_t end) {
@@ -243,11 +257,11 @@ void run_head(const cpu& exec, const head_problem<H, W>& p, const F& f) {
                               stride);
       });
       const matrix_view<const D> read(dz);
-      if (to_hidden) multiply(exec, transposed(read), weights_of(c, m), dh, epilogue{accumulate{}});
+      if (to_hidden) add_product(exec, transposed(read), weights_of(c, m), dh);
       if (to_weight) {
-        if (first == 0 && !p.accumulate_dweight) clear_weight(c, m);
         const matrix_view<W> dw{p.dweight.data + c * p.dweight.strides[0], {m, d}, p.dweight.strides};
-        multiply(exec, read, h, dw, epilogue{accumulate{}});
+        if (first == 0 && !p.accumulate_dweight) clear_rows(exec, dw);
+        add_product(exec, read, h, dw);
       }
     }
     if (to_hidden && !dhidden_is_sums)
