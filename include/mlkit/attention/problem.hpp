@@ -5,6 +5,7 @@
 
 #include "../core/arguments.hpp"
 #include "../core/memory.hpp"
+#include "../core/starts.hpp"
 #include "../matmul/run.hpp"
 #include "../simd/random.hpp"
 #include "scores.hpp"
@@ -134,18 +135,6 @@ tensor_view<T, 3> packed_lse(const matrix_view<T>& v) noexcept {
   return {v.data, {1, v.extents[0], v.extents[1]}, {0, v.strides[0], v.strides[1]}};
 }
 
-inline void check_starts(std::string_view function, std::string_view name, const vector_view<const std::int32_t>& v,
-                         std::string_view of, index_t rows) {
-  check_view(function, name, v);
-  if (v.extent(0) == 0) fail_shape(function, ": ", name, " is empty; it has one element more than there are sequences");
-  if (v(0) != 0) fail_value(function, ": ", name, "[0] = ", v(0), " is not 0");
-  for (index_t b = 1; b < v.extent(0); ++b)
-    if (v(b) < v(b - 1))
-      fail_value(function, ": ", name, "[", b, "] = ", v(b), " is less than ", name, "[", b - 1, "] = ", v(b - 1));
-  if (v(v.extent(0) - 1) != rows)
-    fail_value(function, ": ", name, " ends with ", v(v.extent(0) - 1), ", but ", of, " has ", rows, " rows");
-}
-
 template <class... Stages>
 constexpr void check_packable() {
   static_assert(
@@ -172,8 +161,8 @@ auto make_problem(std::string_view function, const tensor_view<const T, 4>& q, c
   p.d_v = v.extent(3);
   p.group = k.extent(1) == 0 ? 1 : q.extent(1) / k.extent(1);
   if (packed) {
-    check_starts(function, "sequences.queries", packed->queries, "q", q.extent(2));
-    check_starts(function, "sequences.keys", packed->keys, "k", k.extent(2));
+    check_starts(function, "sequences.queries", packed->queries, "q has", q.extent(2), "rows");
+    check_starts(function, "sequences.keys", packed->keys, "k has", k.extent(2), "rows");
     check_extent(function, "sequences.keys", "elements", packed->keys.extent(0), "sequences.queries",
                  packed->queries.extent(0));
     p.sequences = packed->queries.extent(0) - 1;

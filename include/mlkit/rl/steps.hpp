@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../core/arguments.hpp"
+#include "../core/starts.hpp"
 #include "../core/tensor.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
@@ -141,14 +142,7 @@ inline void check_bound(std::string_view function, std::string_view name, double
 }
 
 inline void check_starts(std::string_view function, const tensor_view<const std::int32_t, 1>& v, index_t tokens) {
-  check_view(function, "cu_seqlens", v);
-  if (v.extent(0) == 0) fail_shape(function, ": cu_seqlens is empty; it has one element more than there are sequences");
-  if (v(0) != 0) fail_value(function, ": cu_seqlens[0] = ", v(0), " is not 0");
-  for (index_t b = 1; b < v.extent(0); ++b)
-    if (v(b) < v(b - 1))
-      fail_value(function, ": cu_seqlens[", b, "] = ", v(b), " is less than cu_seqlens[", b - 1, "] = ", v(b - 1));
-  if (v(v.extent(0) - 1) != tokens)
-    fail_value(function, ": cu_seqlens ends with ", v(v.extent(0) - 1), ", but there are ", tokens, " tokens");
+  mlkit::detail::check_starts(function, "cu_seqlens", v, "there are", tokens, "tokens");
 }
 
 }  // namespace detail
