@@ -6,5 +6,6 @@
 #include "rl/group.hpp"
 #include "rl/kl.hpp"
 #include "rl/moments.hpp"
+#include "rl/preference.hpp"
 #include "rl/running_stats.hpp"
 #include "rl/whiten.hpp"
