@@ -85,6 +85,32 @@ void add_gae(index_t sequences, index_t time, bool time_major) {
   });
 }
 
+void add_td_lambda(index_t sequences, index_t time) {
+  const steps s{sequences, time};
+  add<float>("td_lambda", s.shape(), s.work(1), [=](mlkit::cpu exec) {
+    return [=, returns = s.of("returns")] {
+      rl::td_lambda_returns(exec, s.rollout(), {.gamma = 0.99, .lambda = 0.95}, returns);
+    };
+  });
+}
+
+void add_vtrace(index_t sequences, index_t time) {
+  const steps s{sequences, time};
+  add<float>("vtrace", s.shape(), s.work(2, 1), [=](mlkit::cpu exec) {
+    return [=, a = s.of("a"), vs = s.of("returns")] {
+      rl::vtrace(exec,
+                 {.rewards = s.of("r"),
+                  .values = s.of("v"),
+                  .log_ratios = s.of("ratio"),
+                  .terminated = s.view(s.terminated.data()),
+                  .truncated = s.view(s.truncated.data()),
+                  .final_values = s.of("final"),
+                  .bootstrap = s.bootstrap()},
+                 {}, {.vs = vs, .advantages = a});
+    };
+  });
+}
+
 template <class T>
 void add_log_prob(index_t rows, index_t vocabulary) {
   const std::string shape = bench::shape(rows, vocabulary);
@@ -107,6 +133,38 @@ void add_log_prob(index_t rows, index_t vocabulary) {
             dlogp = of_rows("dlogp")] {
       rl::log_probs_and_gradient(
           exec, z, ids, {}, [&](index_t row, float) { return dlogp(row); }, {.logp = logp}, dz);
+    };
+  });
+}
+
+// The language model's head with the cross-entropy of its tokens, and the bare products of the same shapes: [tokens,
+// vocabulary] from hidden states and weights, and, with gradients, two more from it.
+template <class T>
+void add_head(index_t tokens, index_t vocabulary, index_t width) {
+  const std::string shape = bench::shape(tokens, vocabulary, width);
+  const double product = 2.0 * static_cast<double>(tokens * vocabulary * width);
+  const auto hidden = [=]() -> auto& { return operand<T>("hidden", tokens, width); };
+  const auto weight = [=]() -> auto& { return operand<T>("head", vocabulary, width); };
+  const auto logits = [=]() -> auto& { return operand<T>("head logits", tokens, vocabulary); };
+  const auto dhidden = [=]() -> auto& { return operand<T>("dhidden", tokens, width); };
+  const auto dweight = [=]() -> auto& { return operand<T>("dhead", vocabulary, width); };
+  const auto labels = [=] { return draws<std::int32_t>(tokens, vocabulary, 1); };
+  add<T>("lm_head_gemm", shape, {.flop = product}, [=](mlkit::cpu exec) {
+    return [=, &h = hidden(), &w = weight(), &z = logits()] { mlkit::matmul(exec, h, mlkit::transposed(w), z); };
+  });
+  add<T>("lm_head", shape, {.flop = product}, [=](mlkit::cpu exec) {
+    return [=, &h = hidden(), &w = weight(), ids = labels()] { rl::cross_entropy(exec, h, w, ids, {}); };
+  });
+  add<T>("lm_head_training_gemm", shape, {.flop = 3 * product}, [=](mlkit::cpu exec) {
+    return [=, &h = hidden(), &w = weight(), &z = logits(), &dh = dhidden(), &dw = dweight()] {
+      mlkit::matmul(exec, h, mlkit::transposed(w), z);
+      mlkit::matmul(exec, z, w, dh);
+      mlkit::matmul(exec, mlkit::transposed(z), h, dw);
+    };
+  });
+  add<T>("lm_head_training", shape, {.flop = 3 * product}, [=](mlkit::cpu exec) {
+    return [=, &h = hidden(), &w = weight(), ids = labels(), &dh = dhidden(), &dw = dweight()] {
+      rl::cross_entropy(exec, h, w, ids, {}, {.dhidden = mlkit::as_view(dh), .dweight = mlkit::as_view(dw)});
     };
   });
 }
@@ -142,6 +200,43 @@ void add_whiten(index_t sequences, index_t time) {
              });
 }
 
+mlkit::vector_view<float> numbers(const std::string& name, index_t n) {
+  return {operand<float>("preference " + name, 1, n).data(), {n}};
+}
+
+// One call over so many pairs, in whose time that of calling counts.
+template <class Loss>
+void add_pairs(const std::string& name, const Loss& loss, index_t pairs) {
+  add<float>(name, std::to_string(pairs), {}, [=](mlkit::cpu exec) {
+    return [=, in = typename Loss::template inputs<float>{numbers("chosen", pairs), numbers("rejected", pairs)},
+            dc = numbers("dchosen", pairs), dr = numbers("drejected", pairs),
+            ref_c = numbers("reference chosen", pairs), ref_r = numbers("reference rejected", pairs)]() mutable {
+      if constexpr (requires { in.reference_chosen; }) {
+        in.reference_chosen = ref_c;
+        in.reference_rejected = ref_r;
+      }
+      rl::preference_loss(exec, in, loss, {.chosen = dc, .rejected = dr});
+    };
+  });
+}
+void add_kto(index_t n) {
+  add<float>("kto", std::to_string(n), {}, [=](mlkit::cpu exec) {
+    return [=, p = numbers("chosen", n), ref = numbers("rejected", n), d = numbers("dchosen", n),
+            desirable = flags(n, 500, 4)] {
+      rl::preference_loss(exec, {.log_probs = p, .reference = ref, .desirable = desirable}, rl::kto{.kl = 0.1},
+                          {.log_probs = d});
+    };
+  });
+}
+void add_k_wise(index_t prompts, index_t completions) {
+  const index_t n = prompts * completions;
+  add<float>("k_wise", std::to_string(n), {}, [=](mlkit::cpu exec) {
+    return [=, r = numbers("chosen", n), d = numbers("dchosen", n)] {
+      rl::preference_loss(exec, {.rewards = r, .of = rl::groups(completions)}, rl::k_wise{}, {.rewards = d});
+    };
+  });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -153,6 +248,10 @@ int main(int argc, char** argv) {
   for (const auto& [sequences, time] :
        {rows_of{1024, 1024}, {8, 2048}, {256, 128}, {4096, 32}, {1, 32768}, {37, 1000}, {3, 7}})
     for (const bool time_major : {false, true}) add_gae(sequences, time, time_major);
+  for (const auto& [sequences, time] : {rows_of{1024, 1024}, {256, 128}}) {
+    add_td_lambda(sequences, time);
+    add_vtrace(sequences, time);
+  }
   for (const auto& [rows, vocabulary] : {rows_of{256, 50257}, {2048, 8192}, {37, 1000}, {3, 7}}) {
     add_log_prob<float>(rows, vocabulary);
     add_log_prob<bf16>(rows, vocabulary);
@@ -161,5 +260,17 @@ int main(int argc, char** argv) {
     add_ppo_loss(sequences, time);
     add_whiten(sequences, time);
   }
+  add_head<float>(512, 50257, 768);
+  add_head<bf16>(512, 50257, 768);
+  add_head<float>(37, 1000, 100);
+  add_head<bf16>(37, 1000, 100);
+  constexpr index_t pairs = 64;
+  add_pairs("bradley_terry", rl::bradley_terry{}, pairs);
+  add_pairs("dpo", rl::dpo{}, pairs);
+  add_pairs("ipo", rl::ipo{}, pairs);
+  add_pairs("orpo", rl::orpo{}, pairs);
+  add_pairs("simpo", rl::simpo{}, pairs);
+  add_kto(pairs);
+  add_k_wise(pairs / 4, 4);
   return bench::run(argc, argv);
 }

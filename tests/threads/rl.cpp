@@ -50,6 +50,8 @@ TEST_CASE("advantages of many sequences and of a long one, in both layouts, mask
       rl::gae(exec, in, {}, {.advantages = a, .returns = returns});
       rl::gae(exec, in, {}, {.advantages = mlkit::transposed(turned)});
       for (const auto* t : {&a, &returns, &turned}) append(all, *t);
+      rl::n_step_returns(exec, in, {.steps = 5}, returns);
+      append(all, returns);
       return all;
     });
   }
@@ -90,6 +92,38 @@ TEST_CASE("log-probabilities, entropies and their gradient, of many rows and of 
   }
 }
 
+TEST_CASE("the language model's head, with room for logits and without", "[threads]") {
+  for (const index_t tokens : {40, 300}) {
+    const index_t vocabulary = 5003, width = 64;
+    const matrix<float> hidden = noise(tokens, width, 1), weight = noise(vocabulary, width, 2);
+    auto labels = ids(tokens, vocabulary);
+    labels[1] = -100;
+    check([&](const cpu& exec) {
+      matrix<float> dh({tokens, width}), dw({vocabulary, width});
+      const auto result = rl::cross_entropy(exec, hidden, weight, labels, {},
+                                            {.dhidden = mlkit::as_view(dh), .dweight = mlkit::as_view(dw)});
+      outputs all;
+      append_stats(all, {result.loss});
+      append(all, dh), append(all, dw);
+      return all;
+    });
+  }
+}
+
+TEST_CASE("cross-entropy of completions", "[threads]") {
+  const matrix<float> logits = noise(300, 520, 1);
+  auto labels = ids(300, 520);
+  for (std::size_t i = 0; i < labels.size(); i += 4) labels[i] = -100;
+  check([&](const cpu& exec) {
+    matrix<float> gradient({300, 520});
+    outputs all;
+    append_stats(all,
+                 {rl::cross_entropy(exec, logits, labels, {.shift = true, .label_smoothing = 0.1}, gradient).loss});
+    append(all, gradient);
+    return all;
+  });
+}
+
 TEST_CASE("policy losses, by token and by sequence", "[threads]") {
   const index_t sequences = 130, time = 700;
   const matrix<float> logp = noise(sequences, time, 1), old = noise(sequences, time, 2), a = noise(sequences, time, 3),
@@ -114,6 +148,37 @@ TEST_CASE("policy losses, by token and by sequence", "[threads]") {
     };
     take(rl::ppo_loss(exec, batch, {.value_clip = 0.2, .entropy = 0.01}, {dlogp, dv, dh}));
     take(rl::policy_loss(exec, batch, rl::gspo{}, rl::sequence_mean_of_means{}, {}, {dlogp, dv, dh}));
+    return all;
+  });
+}
+
+TEST_CASE("divergences, preferences and log-probabilities of sequences", "[threads]") {
+  const index_t sequences = 300, time = 256, pairs = sequences * time;
+  const matrix<float> logp = noise(sequences, time, 1), reference = noise(sequences, time, 2);
+  const auto bytes = every(pairs, 7, false);
+  const mlkit::matrix_view<const std::uint8_t> mask(bytes.data(), {sequences, time});
+  const auto row = [&](const matrix<float>& m) { return mlkit::vector_view<const float>(m.data(), {pairs}); };
+  check([&](const cpu& exec) {
+    outputs all;
+    matrix<float> gradient({sequences, time}), other({sequences, time});
+    const mlkit::vector_view<float> d(gradient.data(), {pairs}), e(other.data(), {pairs});
+    const auto take = [&](double loss) {
+      append_stats(all, {loss});
+      append(all, gradient), append(all, other);
+    };
+    take(rl::kl_loss(exec, {.log_probs = logp, .reference = reference, .mask = mask}, {}, gradient).loss);
+    take(rl::preference_loss(exec, {.chosen = row(logp), .rejected = row(reference)}, rl::bradley_terry{},
+                             {.chosen = d, .rejected = e})
+             .loss);
+    take(rl::preference_loss(exec, {.log_probs = row(logp), .reference = row(reference), .desirable = bytes}, rl::kto{},
+                             {.log_probs = d})
+             .loss);
+    take(rl::preference_loss(exec, {.rewards = row(logp), .of = rl::groups(8)}, rl::k_wise{}, {.rewards = d}).loss);
+    mlkit::vector<float> sums({sequences});
+    rl::sequence_log_probs(exec, {.log_probs = logp, .mask = mask}, rl::sequence_reduction::mean, sums);
+    rl::sequence_log_probs_backward(exec, {.log_probs = logp, .mask = mask}, rl::sequence_reduction::mean, sums,
+                                    gradient);
+    append(all, sums), append(all, gradient);
     return all;
   });
 }
