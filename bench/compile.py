@@ -29,6 +29,12 @@ void attend(const mlkit::tensor<float, 4>& q, const mlkit::tensor<float, 4>& k, 
             mlkit::tensor<float, 4>& out) {
   mlkit::attention::forward(mlkit::cpu{}, q, k, v, out);
 }""",
+    "mlkit rl": """
+#include <mlkit/rl.hpp>
+void advantages(const mlkit::matrix<float>& rewards, const mlkit::matrix<float>& values, const mlkit::vector<float>& next,
+                mlkit::matrix<float>& out) {
+  mlkit::rl::gae(mlkit::cpu{}, {.rewards = rewards, .values = values, .bootstrap = next}, {}, {.advantages = out});
+}""",
     "eigen gemm": """
 #include <Eigen/Core>
 using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -86,7 +92,7 @@ def main():
     gcc = [CXX, "-std=c++20", "-O2"]
     eigen = ["/usr/include/eigen3"]
     cases = [("compile", by, gcc, UNITS[by], ".cpp", {"mlkit": [options.include], "eigen": eigen}.get(by.split()[0], []))
-             for by in ("mlkit matmul", "mlkit lora", "mlkit attention", "eigen gemm", "nlohmann/json parse")]
+             for by in ("mlkit matmul", "mlkit lora", "mlkit attention", "mlkit rl", "eigen gemm", "nlohmann/json parse")]
     nvcc = shutil.which("nvcc")
     if nvcc:
         cuda = [nvcc, "-std=c++20", "-O2", "-arch=sm_80"]

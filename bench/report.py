@@ -48,7 +48,8 @@ NAMES = {"gemm": "GEMM", SMALL: "GEMM", "linear": "linear", "plain": "plain line
          "lm_head": "LM head + cross-entropy", "lm_head_training_gemm": "the three GEMMs",
          "lm_head_training": "LM head + cross-entropy + gradients", "ppo_loss": "PPO loss + gradients", "whiten": "whitening",
          **{loss: f"{name} loss + gradients" for loss, name in (
-             ("bradley_terry", "Bradley-Terry"), ("dpo", "DPO"), ("ipo", "IPO"), ("kto", "KTO"), ("orpo", "ORPO"), ("simpo", "SimPO"))}}
+             ("bradley_terry", "Bradley-Terry"), ("dpo", "DPO"), ("ipo", "IPO"), ("kto", "KTO"), ("orpo", "ORPO"), ("simpo", "SimPO"),
+             ("k_wise", "K-wise"))}}
 RL = set(list(NAMES)[list(NAMES).index("gae"):])
 
 
@@ -326,7 +327,7 @@ def title(case, dtype, shape):
         keys = f"{numbers[-2]} keys" if case == "decode" else f"{numbers[-3]}×{numbers[-2]}"
         return f"{name} {dtype} {heads}, {keys}, d={numbers[-1]}"
     if case in RL:
-        extents = {1: f"{numbers[0]} pairs", 2: f"[{', '.join(numbers)}]"}.get(len(numbers)) or \
+        extents = {1: "16 prompts of 4" if case == "k_wise" else f"{numbers[0]} {'completions' if case == 'kto' else 'pairs'}", 2: f"[{', '.join(numbers)}]"}.get(len(numbers)) or \
             f"{numbers[0]} tokens, {numbers[2]}→{numbers[1]}"
         return f"{name} {dtype} {extents}"
     if case in ("gemm", SMALL):
@@ -744,8 +745,9 @@ def page(out, tables, targets):
               "- Attention is called `batch×heads`, or `batch×heads/kv heads`, then `queries×keys` and the width of a head, `d`; its flops are those "
               "of the pairs that a mask leaves. Backward is timed alone. A **trained** bias is one whose gradient is wanted: PyTorch then "
               "stores the scores, also in forward. Decoding is one query of each sequence.",
-              "- Advantages are called `[sequences, steps]`, and losses too; log-probabilities `[tokens, vocabulary]`; a kernel that writes "
-              "as much as it reads is held against the triad. Losses of preferences are those of so many pairs.",
+              "- Advantages are called `[sequences, steps]`, and losses too; log-probabilities `[tokens, vocabulary]`. What also writes is held "
+              "against the triad of a footprint of its size. The head's GEMMs are mlkit's own, of the same shapes: forward's, and those of "
+              "forward, of the gradient of its input and of the weight.",
               "- Threads are bound to cores. Eigen chooses its instruction set when compiled: it alone is built with `-march=native`; OpenBLAS "
               "runs with `OPENBLAS_CORETYPE=SkylakeX` where there is AVX-512, as it may not know the CPU.\n"]
     with open(os.path.join(out, "index.md"), "w") as file:

@@ -8,6 +8,7 @@
 import concurrent.futures
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,9 +23,11 @@ SETUP = """
 #include <mlkit/lora.hpp>
 #include <mlkit/lora/quantised.hpp>
 #include <mlkit/matmul.hpp>
+#include <mlkit/rl.hpp>
 #include <vector>
 namespace lora = mlkit::lora;
 namespace attention = mlkit::attention;
+namespace rl = mlkit::rl;
 using S = mlkit::accumulator_t<T>;
 #define CASE(NUMBER) void f##NUMBER(PARAMETERS)
 #define PARAMETERS mlkit::EXECUTOR& exec, mlkit::matrix<T>& x, mlkit::matrix<T>& w, mlkit::matrix<T>& y, \\
@@ -32,7 +35,7 @@ using S = mlkit::accumulator_t<T>;
        std::vector<mlkit::matmul_problem<T, T, T>>& group, lora::adapter<T>& adapter, std::vector<lora::adapter<T>>& adapters, \\
        std::vector<int>& ids, mlkit::vector<T>& magnitude, lora::nf4_matrix& codes4, lora::int8_matrix& codes8, \\
        mlkit::tensor<S, 3>& lse, mlkit::matrix<S>& packed_lse, std::vector<std::int32_t>& starts, \\
-       attention::kept<T>& kept, attention::rotary_table<S>& table
+       attention::kept<T>& kept, attention::rotary_table<S>& table, rl::running_stats& stats, mlkit::vector<S>& rows
 """
 
 OPERATIONS = [
@@ -122,30 +125,48 @@ OPERATIONS = [
          " batch, batch);"),
         ("merge of results", "attention::merge(exec, images, lse, images, lse);"),
     ]),
+    ("rl", [
+        ("affine scan of a functor", "rl::affine_scan<T>(exec, [](T r) { return rl::affine<T>{r, r}; }, {}, y, x);"),
+        ("GAE", "rl::gae<T>(exec, {.rewards = x, .values = x}, {}, {.advantages = y});"),
+        ("log-probabilities and entropies", "rl::log_probs(exec, x, ids, {}, {.logp = rows, .entropy = rows});"),
+        ("log-probabilities, with the gradient of a loss",
+         "rl::log_probs_and_gradient(exec, x, ids, {}, [](mlkit::index_t, S, S) { return rl::token_gradient<S>{1, 1}; }, {.logp = rows}, y);"),
+        ("whitening", "rl::whiten(exec, x); rl::whiten(exec, x, {}, {}, y);"),
+        ("running statistics", "stats.update(exec, x); stats.normalize(exec, x, {}, y);"),
+    ]),
 ]
 
 
-def compiles(snippets, type_name, executor):
+def refused(snippets, type_name, executor):
+    """The places of snippets that the compiler names in its errors, when it is given all of them. It may name but one of
+    several that fail for the same reason."""
     quantised = "double" if type_name == "double" else "mlkit::bf16"
-    cases = "".join(f"CASE({i}) {{ {snippet} }}\n" for i, snippet in enumerate(snippets))
-    source = (f"#include <mlkit/core/dtype.hpp>\nusing T = {type_name};\nusing QUANTISED = {quantised};\n"
-              f"#define EXECUTOR {executor}\n{SETUP}{cases}")
+    head = (f"#include <mlkit/core/dtype.hpp>\nusing T = {type_name};\nusing QUANTISED = {quantised};\n"
+            f"#define EXECUTOR {executor}\n{SETUP}")
+    source = head + "".join(f"CASE({i}) {{ {snippet} }}\n" for i, snippet in enumerate(snippets))
     with tempfile.NamedTemporaryFile("w", suffix=".cpp") as file:
         file.write(source)
         file.flush()
         done = subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-I", str(ROOT / "include"), file.name],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode and "-v" in sys.argv:
-        print(snippets, type_name, *[line for line in done.stdout.splitlines() if "error" in line][:8], sep="\n  ")
-    return done.returncode == 0
+        print(type_name, *[line for line in done.stdout.splitlines() if "error" in line], sep="\n  ")
+    if not done.returncode:
+        return set()
+    first = head.count("\n") + 1
+    named = {int(line) - first for line in re.findall(rf"^{re.escape(file.name)}:(\d+):", done.stdout, re.M)}
+    if not named & set(range(len(snippets))):
+        sys.exit(done.stdout)
+    return named
 
 
 def supported_by(type_name, executor):
-    """One compilation tells where all calls are supported, which is the rule; else each is tried by itself."""
+    """Which calls compile: all that remain when those that the compiler refuses are left out."""
     snippets = [snippet for _, operations in OPERATIONS for _, snippet in operations]
-    if compiles(snippets, type_name, executor):
-        return [True] * len(snippets)
-    return [compiles([snippet], type_name, executor) for snippet in snippets]
+    remain = list(range(len(snippets)))
+    while bad := refused([snippets[i] for i in remain], type_name, executor):
+        remain = [i for place, i in enumerate(remain) if place not in bad]
+    return [i in remain for i in range(len(snippets))]
 
 
 def table():

@@ -220,12 +220,38 @@ def orpo(chosen, rejected):
     return (-chosen - BETA * F.logsigmoid(odds)).mean()
 
 
-def kto(chosen, rejected, reference_chosen, reference_rejected):
-    """Half of the batch is desirable, half is not; the KL term is given."""
+def kto(desirable, undesirable, reference_desirable, reference_undesirable):
+    """The KL term is given."""
     kl = 0.1
-    good = 1 - torch.sigmoid(BETA * (chosen - reference_chosen - kl))
-    bad = 1 - torch.sigmoid(BETA * (kl - (rejected - reference_rejected)))
+    good = 1 - torch.sigmoid(BETA * (desirable - reference_desirable - kl))
+    bad = 1 - torch.sigmoid(BETA * (kl - (undesirable - reference_undesirable)))
     return torch.cat([good, bad]).mean()
+
+
+def k_wise(prompts, completions):
+    """All pairs of each prompt's completions, which are sorted."""
+    rewards = uniform(prompts, completions).requires_grad_()
+    better, worse = torch.triu_indices(completions, completions, 1)
+
+    def call():
+        loss = -F.logsigmoid(rewards[:, better] - rewards[:, worse]).mean()
+        return loss, torch.autograd.grad(loss, rewards)
+
+    return call
+
+
+def whiten(sequences, tokens):
+    """TRL's masked_whiten."""
+    values, mask = uniform(sequences, tokens), torch.rand(sequences, tokens) < 0.9
+
+    def call():
+        with torch.inference_mode():
+            mean = masked_mean(values, mask)
+            variance = masked_mean((values - mean) ** 2, mask)
+            count = mask.sum()
+            return (values - mean) * torch.rsqrt(variance * count / (count - 1) + 1e-8)
+
+    return call
 
 
 def main():
@@ -256,8 +282,10 @@ def main():
 
     for shape in ((256, 512), (37, 1000), (3, 7)):
         cases.add("ppo_loss", "f32", "x".join(map(str, shape)), "torch", lambda shape=shape: ppo_loss(*shape))
-    for loss, count in ((bradley_terry, 2), (dpo, 4), (ipo, 4), (kto, 4), (orpo, 2), (simpo, 2)):
-        cases.add(loss.__name__, "f32", "64", "torch", lambda loss=loss, count=count: with_gradients(loss, count, 64))
+        cases.add("whiten", "f32", "x".join(map(str, shape)), "torch", lambda shape=shape: whiten(*shape))
+    for loss, count, batch in ((bradley_terry, 2, 64), (dpo, 4, 64), (ipo, 4, 64), (kto, 4, 32), (orpo, 2, 64), (simpo, 2, 64)):
+        cases.add(loss.__name__, "f32", "64", "torch", lambda loss=loss, count=count, batch=batch: with_gradients(loss, count, batch))
+    cases.add("k_wise", "f32", "64", "torch", lambda: k_wise(16, 4))
     cases.run()
 
 
