@@ -1,6 +1,7 @@
 // Group advantages and best-of-n against their formulas in f64.
 #include <mlkit/rl/group.hpp>
 
+#include "../fixtures.hpp"
 #include "numbers.hpp"
 
 namespace rl = mlkit::rl;
@@ -89,6 +90,19 @@ TEMPLATE_TEST_CASE("group advantages are their formulas, in equal groups and oth
       }
     }
   }
+}
+
+TEST_CASE("group advantages are TRL's", "[rl][group]") {
+  const std::string file = "preference_fixtures.txt";
+  const std::vector<double>& r = fixture("group.rewards", file);
+  const auto check = [&](const std::string& name, const auto& method) {
+    std::vector<double> out(r.size());
+    rl::group_advantages(cpu{}, r, rl::groups{4}, method, out);
+    for (std::size_t i = 0; i < r.size(); ++i) CHECK(std::fabs(out[i] - fixture("group." + name, file)[i]) < 1e-14);
+  };
+  check("grpo", rl::grpo{});
+  check("dr_grpo", rl::dr_grpo{});
+  check("rloo", rl::rloo{});
 }
 
 TEST_CASE("groups of one, of equal rewards, empty groups and an empty batch", "[rl][group]") {

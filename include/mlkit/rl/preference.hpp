@@ -519,7 +519,7 @@ double kto_reference_point(const Executor& exec, const vector_view<const std::ty
   for (index_t i = 0; i < n; ++i)
     differences.data()[i] = static_cast<double>(log_probs(i)) - static_cast<double>(reference(i));
   const moments m =
-      detail::checked_moments(exec, function, "log_probs - reference",
+      detail::checked_moments(exec, function, "(log_probs - reference)",
                               vector_view<const double>(differences.data(), {n}), mask_view<1>{}, over_ranks);
   return std::max(0.0, m.mean);
 }
