@@ -254,6 +254,11 @@ TEST_CASE("pairs: braces, nothing, strides, and a loss of the user's own", "[rl]
   CHECK(empty.pairs == 0);
   rl::preference_loss(cpu{}, {.chosen = c, .rejected = r}, rl::simpo{}, {.chosen = dc, .rejected = dr});
 
+  std::vector<float> ones(3, 1), twos(3, 2), d(3);  // containers too
+  CHECK(rl::preference_loss(cpu{}, {.chosen = twos, .rejected = ones}, rl::bradley_terry{}, {.chosen = d}).accuracy ==
+        1);
+  CHECK(d[2] < 0);
+
   // Columns of one matrix, [n, 2].
   mlkit::matrix<float> both({40, 2}), gradients({40, 2});
   for (index_t i = 0; i < 40; ++i) both(i, 0) = c(i), both(i, 1) = r(i);

@@ -4,6 +4,7 @@
 
 #include "functions.hpp"
 #include "sequences.hpp"
+#include "steps.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
 
@@ -232,7 +233,7 @@ template <storage T, int Rank = 2>
 struct kl_reward_batch {
   tensor_view<const T, Rank> log_probs = {};
   tensor_view<const T, Rank> reference = {};
-  vector_view<const T> scores = {};                 ///< [batch]; without them the rewards are KL alone
+  batch_view<const T> scores = {};                  ///< [batch]; without them the rewards are KL alone
   mask_view<Rank> mask = {};                        ///< tokens that count; without it all do
   vector_view<const std::int32_t> cu_seqlens = {};  ///< with Rank 1: where each sequence starts, and the end
 };

@@ -5,6 +5,7 @@
 #include "group.hpp"
 #include "moments.hpp"
 #include "sequences.hpp"
+#include "steps.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
 
@@ -25,7 +26,7 @@ struct pair_term {
 /// given.
 template <storage T>
 struct reward_pairs {
-  vector_view<const T> chosen = {}, rejected = {}, margins = {};
+  batch_view<const T> chosen = {}, rejected = {}, margins = {};
   template <class F>
   void each_operand(F&& f) const {
     f(0, "chosen", chosen, true), f(1, "rejected", rejected, true), f(4, "margins", margins, false);
@@ -36,7 +37,7 @@ struct reward_pairs {
 /// sequence_log_probs makes them of its tokens.
 template <storage T>
 struct policy_pairs {
-  vector_view<const T> chosen = {}, rejected = {};
+  batch_view<const T> chosen = {}, rejected = {};
   template <class F>
   void each_operand(F&& f) const {
     f(0, "chosen", chosen, true), f(1, "rejected", rejected, true);
@@ -46,7 +47,7 @@ struct policy_pairs {
 /// The same, and under the reference.
 template <storage T>
 struct reference_pairs {
-  vector_view<const T> chosen = {}, rejected = {}, reference_chosen = {}, reference_rejected = {};
+  batch_view<const T> chosen = {}, rejected = {}, reference_chosen = {}, reference_rejected = {};
   template <class F>
   void each_operand(F&& f) const {
     f(0, "chosen", chosen, true), f(1, "rejected", rejected, true);
@@ -58,7 +59,7 @@ struct reference_pairs {
 /// is not written.
 template <storage T>
 struct pair_gradients {
-  vector_view<T> chosen = {}, rejected = {}, losses = {};
+  batch_view<T> chosen = {}, rejected = {}, losses = {};
 };
 
 /// Means over the batch.
@@ -222,12 +223,12 @@ concept pair_loss = requires(const L& loss, const pair_point<float>& x) {
 /// What KTO is given: log-probabilities [n] of completions under policy and reference, and which of them are desirable.
 template <storage T>
 struct labelled_completions {
-  vector_view<const T> log_probs = {}, reference = {};
+  batch_view<const T> log_probs = {}, reference = {};
   mask_view<1> desirable = {};
 };
 template <storage T>
 struct completion_gradients {
-  vector_view<T> log_probs = {}, losses = {};
+  batch_view<T> log_probs = {}, losses = {};
 };
 
 /// Of single completions, each desirable or not. With d = log pi - log ref and the reference point z (`kl`):
@@ -277,13 +278,13 @@ struct kto_stats {
 /// any order, with ranks [n], of which the lowest is the best. Equal ranks are not compared.
 template <storage T>
 struct ranked_completions {
-  vector_view<const T> rewards = {};
+  batch_view<const T> rewards = {};
   groups of = groups(1);
   vector_view<const std::int32_t> ranks = {};
 };
 template <storage T>
 struct ranked_gradients {
-  vector_view<T> rewards = {};
+  batch_view<T> rewards = {};
 };
 
 /// The mean over prompts of -log sigmoid(better - worse) over all pairs of its K completions / C(K, 2), or the number
@@ -505,8 +506,8 @@ kto_stats preference_loss(const Executor& exec, const labelled_completions<std::
 /// KTO's reference point: the mean of log pi - log ref over completions [n] that belong to other prompts, not below 0;
 /// over those of all ranks with over_ranks (as whiten has it). 0 where there is none. Throws as preference_loss.
 template <storage T = float, executor Executor>
-double kto_reference_point(const Executor& exec, const vector_view<const std::type_identity_t<T>>& log_probs,
-                           const vector_view<const std::type_identity_t<T>>& reference,
+double kto_reference_point(const Executor& exec, const batch_view<const std::type_identity_t<T>>& log_probs,
+                           const batch_view<const std::type_identity_t<T>>& reference,
                            const merge_over_ranks& over_ranks = {}) {
   constexpr std::string_view function = "rl::kto_reference_point";
   detail::check_preference_type<T>();

@@ -1,23 +1,15 @@
 // Where the sequences of a batch lie: rows, or parts of packed tokens.
 #pragma once
 
+#include "../core/starts.hpp"
 #include "mask.hpp"
 
 namespace MLKIT_NAMESPACE::rl::detail {
 
-// Starts of packed sequences, from 0 to `tokens`, [sequences + 1].
+// Starts of packed sequences, or of groups, among the elements of `of`.
 inline void check_sequence_starts(arguments& call, std::string_view function, std::string_view name,
                                   const vector_view<const std::int32_t>& starts, std::string_view of, index_t tokens) {
-  check_view(function, name, starts);
-  const index_t n = starts.extent(0);
-  if (n == 0) fail_shape(function, ": ", name, " is empty; it has one element more than there are sequences");
-  if (starts(0) != 0) fail_value(function, ": ", name, "[0] = ", starts(0), " is not 0");
-  for (index_t b = 1; b < n; ++b)
-    if (starts(b) < starts(b - 1))
-      fail_value(function, ": ", name, "[", b, "] = ", starts(b), " is less than ", name, "[", b - 1,
-                 "] = ", starts(b - 1));
-  if (starts(n - 1) != tokens)
-    fail_value(function, ": ", name, " ends with ", starts(n - 1), ", but ", of, " has ", tokens, " elements");
+  mlkit::detail::check_starts(function, name, starts, message(of, " has"), tokens, "elements");
   call.reads(name, starts);
 }
 

@@ -78,6 +78,7 @@ moments whiten(const cpu& exec, const tensor_view<const T, Rank>& x, const mask_
 /// values = (values - mean) / (deviation + epsilon), over the elements of [n] or [batch, time] that the mask keeps; the
 /// others are left as they are. Returns the moments that it used.
 ///
+/// What is stored time-major is given by its transposed view; elements are visited in the order of memory.
 /// No element, and nothing happens. Where the deviation is 0 (elements of one value; one element, whose sample variance
 /// is taken as 0), the result is 0, also with an epsilon of 0. With `over_ranks` mean and deviation are those of all
 /// ranks. f32, f64, bf16 and f16; the moments as find_moments has them; the same bits for any number of threads. Throws

@@ -48,7 +48,6 @@ void whiten_elements(const rl::detail::whiten_problem<T, Out>& p, index_t begin,
           continue;
         }
         if (whole) {
-          MLKIT_SIMD
           for (int l = 0; l < group; ++l) y[i + l] = mask[i + l] ? whitened<A>(p, x[i + l]) : y[i + l];
           i += group;
           continue;
