@@ -128,9 +128,29 @@ OPERATIONS = [
     ("rl", [
         ("affine scan of a functor", "rl::affine_scan<T>(exec, [](T r) { return rl::affine<T>{r, r}; }, {}, y, x);"),
         ("GAE", "rl::gae<T>(exec, {.rewards = x, .values = x}, {}, {.advantages = y});"),
+        ("discounted, TD(lambda) and n-step returns",
+         "rl::discounted_returns<T>(exec, {.rewards = x}, {}, y); rl::td_lambda_returns<T>(exec, {.rewards = x, .values = x}, {}, y);"
+         " rl::n_step_returns<T>(exec, {.rewards = x, .values = x}, {.steps = 3}, y);"),
+        ("V-trace, UPGO, Retrace",
+         "rl::vtrace<T>(exec, {.rewards = x, .values = x, .log_ratios = x}, {}, {.vs = y});"
+         " rl::upgo<T>(exec, {.rewards = x, .values = x}, {}, {.returns = y});"
+         " rl::retrace<T>(exec, {.rewards = x, .action_values = x, .expected_values = x, .log_ratios = x}, {}, y);"),
         ("log-probabilities and entropies", "rl::log_probs(exec, x, ids, {}, {.logp = rows, .entropy = rows});"),
         ("log-probabilities, with the gradient of a loss",
          "rl::log_probs_and_gradient(exec, x, ids, {}, [](mlkit::index_t, S, S) { return rl::token_gradient<S>{1, 1}; }, {.logp = rows}, y);"),
+        ("cross-entropy of completions", "rl::cross_entropy(exec, x, ids, {.shift = true}); rl::cross_entropy(exec, x, ids, {}, y);"),
+        ("head of a language model: log-probabilities, cross-entropy, gradients",
+         "rl::log_probs(exec, x, w, ids, {}, rows); rl::cross_entropy(exec, x, w, ids, {},"
+         " {.dhidden = mlkit::as_view(y), .dweight = mlkit::as_view(w)});"),
+        ("policy and value losses", "rl::ppo_loss(exec, rl::policy_batch<T>{.log_probs = x, .old_log_probs = x, .advantages = x}, {}, {.log_probs = y});"
+         " rl::value_loss(exec, rl::value_batch<T>{.values = x, .returns = x}, {}, y);"),
+        ("KL as an estimate, a reward, a loss",
+         "rl::kl<T>(exec, {.log_probs = x, .reference = x}); rl::kl_rewards<T>(exec, {.log_probs = x, .reference = x}, {}, y);"
+         " rl::kl_loss<T>(exec, {.log_probs = x, .reference = x}, {}, y);"),
+        ("group advantages", "rl::group_advantages(exec, bias, rl::groups(2), rl::grpo{}, bias);"),
+        ("preference losses", "rl::preference_loss<T>(exec, {.chosen = bias, .rejected = bias}, rl::bradley_terry{}, {.chosen = bias});"
+         " rl::preference_loss<T>(exec, {.log_probs = bias, .reference = bias}, rl::kto{});"
+         " rl::preference_loss<T>(exec, {.rewards = bias}, rl::k_wise{});"),
         ("whitening", "rl::whiten(exec, x); rl::whiten(exec, x, {}, {}, y);"),
         ("running statistics", "stats.update(exec, x); stats.normalize(exec, x, {}, y);"),
     ]),
