@@ -1,6 +1,7 @@
 // Log-probabilities, entropies and their gradient, against loops of doubles.
 #include <mlkit/rl/log_probs.hpp>
 
+#include "fixtures.hpp"
 #include "logits_reference.hpp"
 
 namespace rl = mlkit::rl;
@@ -120,4 +121,27 @@ TEMPLATE_TEST_CASE("log-probabilities, entropies and gradients of odd sizes", "[
       p.run(cpu{.threads = 1 + static_cast<int>(seed / 10 % 3)}, seed % 20 == 0, seed % 40 == 0);
       p.check(bound<TestType>);
     }
+}
+
+TEST_CASE("values and gradients of torch's Categorical", "[rl][log_probs]") {
+  for (const std::string name : {"plain", "warm", "large"}) {
+    const auto of = [&](const std::string& what) { return fixture(name + "." + what, "rl_logits_fixtures.txt"); };
+    const auto tokens = of("tokens"), logits = of("logits");
+    const auto rows = static_cast<index_t>(tokens.size());
+    problem<double> p(rows, static_cast<index_t>(logits.size()) / rows, 1);
+    p.memory = logits;
+    p.tokens.assign(tokens.begin(), tokens.end());
+    p.dlogp = of("dlogp");
+    p.dentropy = of("dentropy");
+    p.temperature = of("temperature")[0];
+    p.run(cpu{}, false);
+    double error = 0;
+    const auto note = [&](const std::vector<double>& have, const std::string& what) {
+      const auto want = of(what);
+      for (std::size_t i = 0; i < want.size(); ++i)
+        error = std::max(error, std::fabs(have[i] - want[i]) / std::max(1.0, std::fabs(want[i])));
+    };
+    note(p.logp, "logp"), note(p.entropy, "entropy"), note(p.lse, "lse"), note(p.gradient_memory, "dlogits");
+    CHECK(error < 1e-14);
+  }
 }
