@@ -1,6 +1,7 @@
 // Cross-entropy with labels that are ignored, shifted and packed, against loops of doubles.
 #include <mlkit/rl/cross_entropy.hpp>
 
+#include "fixtures.hpp"
 #include "logits_reference.hpp"
 
 namespace rl = mlkit::rl;
@@ -179,6 +180,22 @@ TEST_CASE("the gradient is that of the loss, by differences", "[rl][cross_entrop
     const double down = p.run(cpu{}).loss;
     p.logits[i] = before;
     CHECK(std::fabs((up - down) / (2 * step) - gradient[i]) < 1e-8);
+  }
+}
+
+TEST_CASE("cross-entropies of torch", "[rl][cross_entropy]") {
+  for (const std::string name : {"ignored", "shifted", "smoothed"}) {
+    const auto of = [&](const std::string& what) { return fixture(name + "." + what, "rl_logits_fixtures.txt"); };
+    problem p(2, 5, 7, 1);
+    p.logits = of("logits");
+    const auto labels = of("labels"), slopes = of("dlogits");
+    p.labels.assign(labels.begin(), labels.end());
+    p.options.shift = name == "shifted";
+    p.options.label_smoothing = name == "smoothed" ? 0.1 : 0;
+    CHECK(close(p.run(cpu{}).loss, of("loss")[0], 1e-14));
+    double error = 0;
+    for (std::size_t i = 0; i < slopes.size(); ++i) error = std::max(error, std::fabs(p.gradient[i] - slopes[i]));
+    CHECK(error < 1e-15);
   }
 }
 
