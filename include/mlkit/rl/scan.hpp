@@ -69,7 +69,8 @@ struct scan_problem {
   bool begins = false;                                                   // flags say it of the step before
   const std::int32_t* starts = nullptr;                                  // of packed sequences, which lie in row 0
   index_t sequences = 0, longest = 0;
-  const T* ends = nullptr;  // the value behind each sequence
+  const T* ends = nullptr;                                 // the value behind each sequence
+  bool flags_along_batch = true, flags_along_time = true;  // all that are given
   bool along_batch = false, far_reads = false, past_caches = false;
 
   index_t row(index_t s) const noexcept { return starts ? 0 : s; }
@@ -148,6 +149,7 @@ bool each_run(const Problem& p, const stream<U>& s, index_t first, index_t end, 
       if (!f(s.at(b, 0), p.time)) return false;
     return true;
   }
+  if (s.batch == 1 && s.time == end - first) return f(s.at(first, 0), (end - first) * p.time);
   for (index_t t = 0; t < p.time; ++t) {
     if (s.batch == 1) {
       if (!f(s.at(first, t), end - first)) return false;
@@ -256,6 +258,11 @@ void run_scan(std::string_view function, const cpu& exec, Problem& p, const scan
     p.longest = 0;
     for (index_t s = 0; s < p.sequences; ++s) p.longest = std::max(p.longest, p.last(s) - p.first(s));
   }
+  for (const auto* flags : {&p.terminated, &p.truncated, &p.mask})
+    if (*flags) {
+      p.flags_along_batch = p.flags_along_batch && flags->batch == 1 && flags->time != 1;
+      p.flags_along_time = p.flags_along_time && flags->time == 1;
+    }
   p.along_batch = !p.starts && p.in[0].time != 1 && p.in[0].batch == 1;
   p.far_reads = !p.along_batch && steps * index_t{sizeof(T)} * std::max(1, Problem::rule_type::inputs) > far_bytes;
   p.past_caches = !p.starts && steps * index_t{sizeof(T)} * Problem::rule_type::outputs > far_bytes;

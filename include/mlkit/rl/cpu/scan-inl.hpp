@@ -11,14 +11,27 @@
 inline constexpr index_t scan_ahead = 4 * scan_depth;
 
 typedef std::uint8_t code_row __attribute__((vector_size(16)));
+typedef std::uint8_t code_bytes __attribute__((vector_size(MLKIT_SET_BITS / 8)));
 
 // The codes of a step's lanes as integers of the width of T.
 template <class T>
 MLKIT_ALWAYS_INLINE typename vec<T>::native_int widen_codes(const std::uint8_t* p) noexcept {
-  typedef std::uint8_t few __attribute__((vector_size(vec<T>::width)));
-  few c;
-  __builtin_memcpy(&c, p, sizeof c);
-  return __builtin_convertvector(c, typename vec<T>::native_int);
+  using codes = typename vec<T>::native_int;
+#if MLKIT_SET_AVX512
+  const __m128i c = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+  return (codes)(sizeof(T) == 4 ? _mm512_cvtepu8_epi32(c) : _mm512_cvtepu8_epi64(c));
+#elif MLKIT_SET_AVX2
+  const __m128i c = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+  return (codes)(sizeof(T) == 4 ? _mm256_cvtepu8_epi32(c) : _mm256_cvtepu8_epi64(c));
+#elif MLKIT_X86
+  const __m128i zero = _mm_setzero_si128(), c = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i words = _mm_unpacklo_epi16(_mm_unpacklo_epi8(c, zero), zero);
+  return (codes)(sizeof(T) == 4 ? words : _mm_unpacklo_epi32(words, zero));
+#else
+  codes c;
+  for (int i = 0; i < vec<T>::width; ++i) c[i] = p[i];
+  return c;
+#endif
 }
 
 // What becomes of values where episodes are done; codes hold step_truncated only where step_terminated is not set.
@@ -51,41 +64,189 @@ MLKIT_ALWAYS_INLINE vec<T> apply_map(vec<T> a, vec<T> b, vec<T> x) noexcept {
   return fma(a, vec<T>::select(a == vec<T>::zero(), vec<T>::zero(), x), b);
 }
 
+// Elements of 16 bytes: what shuffles within parts of registers move.
 template <class T>
-MLKIT_ALWAYS_INLINE void interleave(vec<T> a, vec<T> b, vec<T>& low, vec<T>& high) noexcept {
-  constexpr int w = vec<T>::width;
-  if constexpr (w == 2) {
-    low = __builtin_shufflevector(a.v, b.v, 0, 2);
-    high = __builtin_shufflevector(a.v, b.v, 1, 3);
-  } else if constexpr (w == 4) {
-    low = __builtin_shufflevector(a.v, b.v, 0, 4, 1, 5);
-    high = __builtin_shufflevector(a.v, b.v, 2, 6, 3, 7);
-  } else if constexpr (w == 8) {
-    low = __builtin_shufflevector(a.v, b.v, 0, 8, 1, 9, 2, 10, 3, 11);
-    high = __builtin_shufflevector(a.v, b.v, 4, 12, 5, 13, 6, 14, 7, 15);
+inline constexpr int block_width = 16 / static_cast<int>(sizeof(T));
+
+// Alternating elements, or pairs of floats, of the lower and upper halves of each 16 bytes.
+template <class T>
+MLKIT_ALWAYS_INLINE void deal(vec<T> a, vec<T> b, vec<T>& low, vec<T>& high) noexcept {
+#if MLKIT_SET_AVX512
+  if constexpr (sizeof(T) == 4)
+    low = vec<T>(_mm512_unpacklo_ps(a.v, b.v)), high = vec<T>(_mm512_unpackhi_ps(a.v, b.v));
+  else
+    low = vec<T>(_mm512_unpacklo_pd(a.v, b.v)), high = vec<T>(_mm512_unpackhi_pd(a.v, b.v));
+#elif MLKIT_SET_AVX2
+  if constexpr (sizeof(T) == 4)
+    low = vec<T>(_mm256_unpacklo_ps(a.v, b.v)), high = vec<T>(_mm256_unpackhi_ps(a.v, b.v));
+  else
+    low = vec<T>(_mm256_unpacklo_pd(a.v, b.v)), high = vec<T>(_mm256_unpackhi_pd(a.v, b.v));
+#else
+  if constexpr (sizeof(T) == 4)
+    low = __builtin_shufflevector(a.v, b.v, 0, 4, 1, 5), high = __builtin_shufflevector(a.v, b.v, 2, 6, 3, 7);
+  else
+    low = __builtin_shufflevector(a.v, b.v, 0, 2), high = __builtin_shufflevector(a.v, b.v, 1, 3);
+#endif
+}
+MLKIT_ALWAYS_INLINE void deal_pairs(vec<float> a, vec<float> b, vec<float>& low, vec<float>& high) noexcept {
+#if MLKIT_SET_AVX512
+  const __m512d x = _mm512_castps_pd(a.v), y = _mm512_castps_pd(b.v);
+  low = vec<float>(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)));
+  high = vec<float>(_mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+#elif MLKIT_SET_AVX2
+  const __m256d x = _mm256_castps_pd(a.v), y = _mm256_castps_pd(b.v);
+  low = vec<float>(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)));
+  high = vec<float>(_mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+#else
+  low = __builtin_shufflevector(a.v, b.v, 0, 1, 4, 5);
+  high = __builtin_shufflevector(a.v, b.v, 2, 3, 6, 7);
+#endif
+}
+
+// Transposes 4 x 4 floats, or 2 x 2 doubles, in each 16 bytes of as many registers.
+template <class T>
+MLKIT_ALWAYS_INLINE void turn_blocks(vec<T>* r) noexcept {
+  if constexpr (sizeof(T) == 4) {
+    vec<T> s[4];
+    deal(r[0], r[1], s[0], s[1]);
+    deal(r[2], r[3], s[2], s[3]);
+    deal_pairs(s[0], s[2], r[0], r[1]);
+    deal_pairs(s[1], s[3], r[2], r[3]);
   } else {
-    low = __builtin_shufflevector(a.v, b.v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    high = __builtin_shufflevector(a.v, b.v, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    vec<T> low, high;
+    deal(r[0], r[1], low, high);
+    r[0] = low, r[1] = high;
   }
 }
 
-// Lane j of register i becomes lane i of register j: each round deals the registers like two halves of a pack of cards.
+// Rows at equal distances, and rows anywhere.
 template <class T>
-MLKIT_ALWAYS_INLINE void transpose_registers(vec<T>* r) noexcept {
-  constexpr int w = vec<T>::width;
-  MLKIT_UNROLL
-  for (int round = 1; round < w; round *= 2) {
-    vec<T> s[w];
+struct spaced_rows {
+  T* first;
+  index_t step;
+  MLKIT_ALWAYS_INLINE T* operator[](int i) const noexcept { return first + i * step; }
+};
+
+// 16 bytes from each of rows j, j + block_width, ...: loads into parts of a register cost no shuffles.
+template <class T, class Rows>
+MLKIT_ALWAYS_INLINE vec<T> load_blocks(const Rows& rows, int j, index_t offset) noexcept {
+  constexpr int step = block_width<T>;
+#if MLKIT_SET_AVX512
+  if constexpr (sizeof(T) == 4) {
+    __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(rows[j] + offset));
+    x = _mm512_mask_broadcast_f32x4(x, 0x00f0, _mm_loadu_ps(rows[j + step] + offset));
+    x = _mm512_mask_broadcast_f32x4(x, 0x0f00, _mm_loadu_ps(rows[j + 2 * step] + offset));
+    return vec<T>(_mm512_mask_broadcast_f32x4(x, 0xf000, _mm_loadu_ps(rows[j + 3 * step] + offset)));
+  } else {
+    __m512d x = _mm512_castpd128_pd512(_mm_loadu_pd(rows[j] + offset));
+    x = _mm512_mask_broadcast_f64x2(x, 0x0c, _mm_loadu_pd(rows[j + step] + offset));
+    x = _mm512_mask_broadcast_f64x2(x, 0x30, _mm_loadu_pd(rows[j + 2 * step] + offset));
+    return vec<T>(_mm512_mask_broadcast_f64x2(x, 0xc0, _mm_loadu_pd(rows[j + 3 * step] + offset)));
+  }
+#elif MLKIT_SET_AVX2
+  if constexpr (sizeof(T) == 4)
+    return vec<T>(_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[j] + offset)),
+                                       _mm_loadu_ps(rows[j + step] + offset), 1));
+  else
+    return vec<T>(_mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(rows[j] + offset)),
+                                       _mm_loadu_pd(rows[j + step] + offset), 1));
+#else
+  (void)step;
+  return vec<T>::load(rows[j] + offset);
+#endif
+}
+template <class T, class Rows>
+MLKIT_ALWAYS_INLINE void store_blocks(vec<T> x, const Rows& rows, int j, index_t offset) noexcept {
+  constexpr int step = block_width<T>;
+#if MLKIT_SET_AVX512
+  if constexpr (sizeof(T) == 4) {
+    _mm_storeu_ps(rows[j] + offset, _mm512_castps512_ps128(x.v));
+    _mm_storeu_ps(rows[j + step] + offset, _mm512_extractf32x4_ps(x.v, 1));
+    _mm_storeu_ps(rows[j + 2 * step] + offset, _mm512_extractf32x4_ps(x.v, 2));
+    _mm_storeu_ps(rows[j + 3 * step] + offset, _mm512_extractf32x4_ps(x.v, 3));
+  } else {
+    _mm_storeu_pd(rows[j] + offset, _mm512_castpd512_pd128(x.v));
+    _mm_storeu_pd(rows[j + step] + offset, _mm512_extractf64x2_pd(x.v, 1));
+    _mm_storeu_pd(rows[j + 2 * step] + offset, _mm512_extractf64x2_pd(x.v, 2));
+    _mm_storeu_pd(rows[j + 3 * step] + offset, _mm512_extractf64x2_pd(x.v, 3));
+  }
+#elif MLKIT_SET_AVX2
+  if constexpr (sizeof(T) == 4) {
+    _mm_storeu_ps(rows[j] + offset, _mm256_castps256_ps128(x.v));
+    _mm_storeu_ps(rows[j + step] + offset, _mm256_extractf128_ps(x.v, 1));
+  } else {
+    _mm_storeu_pd(rows[j] + offset, _mm256_castpd256_pd128(x.v));
+    _mm_storeu_pd(rows[j + step] + offset, _mm256_extractf128_pd(x.v, 1));
+  }
+#else
+  (void)step;
+  x.store(rows[j] + offset);
+#endif
+}
+
+// to[k][i] = rows[i][k] and back, for scan_depth steps k and a register's lanes i. Some blocks of steps at once, so
+// that what is loaded fits into the registers.
+inline constexpr int blocks_at_once = MLKIT_SET_AVX512 ? 4 : 2;
+
+template <class T, class Rows>
+MLKIT_ALWAYS_INLINE void rows_to_lanes(const Rows& rows, T (*to)[vec<T>::width]) noexcept {
+  constexpr int n = block_width<T>;
+  for (int c = 0; c < scan_depth; c += blocks_at_once * n) {
+    vec<T> r[blocks_at_once][n];
     MLKIT_UNROLL
-    for (int i = 0; i < w / 2; ++i) interleave(r[i], r[i + w / 2], s[2 * i], s[2 * i + 1]);
+    for (int j = 0; j < n; ++j) {
+      MLKIT_UNROLL
+      for (int q = 0; q < blocks_at_once; ++q) r[q][j] = load_blocks<T>(rows, j, c + q * n);
+    }
     MLKIT_UNROLL
-    for (int i = 0; i < w; ++i) r[i] = s[i];
+    for (int q = 0; q < blocks_at_once; ++q) {
+      turn_blocks(r[q]);
+      MLKIT_UNROLL
+      for (int j = 0; j < n; ++j) r[q][j].store(to[c + q * n + j]);
+    }
+  }
+}
+template <class T, class Rows>
+MLKIT_ALWAYS_INLINE void lanes_to_rows(const T (*from)[vec<T>::width], const Rows& rows) noexcept {
+  constexpr int n = block_width<T>;
+  for (int c = 0; c < scan_depth; c += blocks_at_once * n) {
+    vec<T> r[blocks_at_once][n];
+    MLKIT_UNROLL
+    for (int q = 0; q < blocks_at_once; ++q) {
+      MLKIT_UNROLL
+      for (int j = 0; j < n; ++j) r[q][j] = vec<T>::load(from[c + q * n + j]);
+      turn_blocks(r[q]);
+    }
+    MLKIT_UNROLL
+    for (int j = 0; j < n; ++j) {
+      MLKIT_UNROLL
+      for (int q = 0; q < blocks_at_once; ++q) store_blocks(r[q][j], rows, j, c + q * n);
+    }
   }
 }
 
 // out[j][i] = rows[i][j], 16 x 16 bytes.
 MLKIT_ALWAYS_INLINE void transpose_bytes(const std::uint8_t (*rows)[16], std::uint8_t (*out)[16]) noexcept {
-#if MLKIT_X86
+#if MLKIT_SET_AVX512
+  // Four rows to a register: words of four rows together, their bytes in order of time, then the registers' words.
+  const __m512i words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  __m512i r[4];
+  MLKIT_UNROLL
+  for (int i = 0; i < 4; ++i)
+    r[i] = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(words, _mm512_load_si512(rows[4 * i])), bytes);
+  const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+  const __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+  r[0] = _mm512_unpacklo_epi64(a, c), r[1] = _mm512_unpackhi_epi64(a, c);
+  r[2] = _mm512_unpacklo_epi64(b, d), r[3] = _mm512_unpackhi_epi64(b, d);
+  MLKIT_UNROLL
+  for (int i = 0; i < 4; ++i) {  // times i, 4 + i, 8 + i, 12 + i
+    _mm_store_si128(reinterpret_cast<__m128i*>(out[i]), _mm512_castsi512_si128(r[i]));
+    _mm_store_si128(reinterpret_cast<__m128i*>(out[4 + i]), _mm512_extracti32x4_epi32(r[i], 1));
+    _mm_store_si128(reinterpret_cast<__m128i*>(out[8 + i]), _mm512_extracti32x4_epi32(r[i], 2));
+    _mm_store_si128(reinterpret_cast<__m128i*>(out[12 + i]), _mm512_extracti32x4_epi32(r[i], 3));
+  }
+#elif MLKIT_X86
   __m128i r[16], s[16];
   MLKIT_UNROLL
   for (int i = 0; i < 16; ++i) r[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(rows[i]));
@@ -172,6 +333,8 @@ struct recurrence<rl::detail::affine_rule<T, Inputs, F>> {
 
 // What a pass over tiles makes: the composed map of each lane, or the outputs, or both.
 enum class scan_pass { compose, emit, both };
+// What codes a tile has: none, of dones alone, or any.
+enum class tile_codes { none, dones, any };
 
 template <class Problem>
 struct scan_kernel {
@@ -197,14 +360,42 @@ struct scan_kernel {
   struct lanes {
     int count;
     bool beside;  // consecutive rows of a matrix, with the same steps
+    bool spaced;  // all lanes, each row_step rows and begin_step steps from the one before it
+    index_t row_step, begin_step;
+    index_t shortest, longest;  // steps
     unit of[width];
+
+    void measure() noexcept {
+      row_step = width > 1 ? of[1].row - of[0].row : 0;
+      begin_step = width > 1 ? of[1].begin - of[0].begin : 0;
+      spaced = count == width;
+      shortest = longest = of[0].end - of[0].begin;
+      for (int i = 1; i < width; ++i) {
+        spaced = spaced && of[i].row - of[i - 1].row == row_step && of[i].begin - of[i - 1].begin == begin_step;
+        const index_t steps = of[i].end - of[i].begin;
+        shortest = steps < shortest ? steps : shortest;
+        longest = steps > longest ? steps : longest;
+      }
+    }
+
+    // Where step `offset` of each lane is found.
+    template <class U>
+    MLKIT_ALWAYS_INLINE void places(const stream<U>& s, index_t offset, U** at) const noexcept {
+      for (int i = 0; i < width; ++i) at[i] = s.at(of[i].row, of[i].begin + offset);
+    }
+    template <class U>
+    MLKIT_ALWAYS_INLINE spaced_rows<U> spaced_places(const stream<U>& s, index_t offset) const noexcept {
+      return {s.at(of[0].row, of[0].begin + offset), row_step * s.batch + begin_step * s.time};
+    }
   };
 
   struct alignas(64) scratch {
     T in[inputs > 0 ? inputs : 1][scan_depth][width];
     T final_values[scan_depth][width];
     T out[outputs][scan_depth][width];
-    std::uint8_t code[scan_depth][16], flags[scan_depth][16], rows[16][16];
+    T rows[width][scan_depth];
+    std::uint8_t code[scan_depth][16], code_rows[16][16];
+    std::uint8_t terminated_rows[16][16], truncated_rows[16][16], mask_rows[16][16];  // 0 where there are none
   };
 
   // Where the tile of a stream is found: step k at data + k * step.
@@ -216,37 +407,35 @@ struct scan_kernel {
 
   // The tile of a matrix from step `offset` of each lane, n[i] steps in lane i, `top` at most.
   static tile_of<const T> read_tile(const stream<const T>& s, const lanes& g, index_t offset, const int* n, int top,
-                                    bool whole, T (*to)[width]) noexcept {
+                                    bool whole, T (*to)[width], scratch& w) noexcept {
     if (g.beside && s.batch == 1) {
       const T* from = s.at(g.of[0].row, g.of[0].begin + offset);
       if (g.count == width) return {from, s.time};
       for (int k = 0; k < top; ++k) V::load(from + k * s.time, g.count).store(to[k]);
       return {to[0], width};
     }
+    if (whole && s.time == 1 && g.spaced) {
+      rows_to_lanes<T>(g.spaced_places(s, offset), to);
+      return {to[0], width};
+    }
+    const T* from[width];
+    g.places(s, offset, from);
     if (s.time != 1) {
       for (int i = 0; i < width; ++i) {
-        const T* from = s.at(g.of[i].row, g.of[i].begin + offset);
-        for (int k = 0; k < n[i]; ++k) to[k][i] = from[k * s.time];
+        for (int k = 0; k < n[i]; ++k) to[k][i] = from[i][k * s.time];
         for (int k = n[i]; k < top; ++k) to[k][i] = T{};
       }
       return {to[0], width};
     }
-    const T* from[width];
-    for (int i = 0; i < width; ++i) from[i] = s.at(g.of[i].row, g.of[i].begin + offset);
-    for (int c = 0; c < top; c += width) {
-      V r[width];
-      if (whole) {
-        MLKIT_UNROLL
-        for (int i = 0; i < width; ++i) r[i] = V::load(from[i] + c);
-      } else {
-        for (int i = 0; i < width; ++i) {
-          const int some = n[i] - c;
-          r[i] = some <= 0 ? V::zero() : V::load(from[i] + c, some < width ? some : width);
-        }
+    if (whole) {
+      rows_to_lanes<T>(from, to);
+    } else {
+      const T* some[width];
+      for (int i = 0; i < width; ++i) {
+        __builtin_memcpy(w.rows[i], from[i], static_cast<std::size_t>(n[i]) * sizeof(T));
+        some[i] = w.rows[i];
       }
-      transpose_registers(r);
-      MLKIT_UNROLL
-      for (int j = 0; j < width; ++j) r[j].store(to[c + j]);
+      rows_to_lanes<T>(some, to);
     }
     return {to[0], width};
   }
@@ -257,87 +446,127 @@ struct scan_kernel {
     if (s.time != 1 || offset < scan_ahead) return;
     constexpr index_t line = 64 / index_t{sizeof(U)};
     if (line > scan_depth && offset % line != 0) return;
-    MLKIT_UNROLL
-    for (int i = 0; i < width; ++i) {
-      const U* at = s.at(g.of[i].row, g.of[i].begin + offset - scan_ahead);
-      for (index_t c = 0; c < scan_depth; c += line) __builtin_prefetch(at + c, 0, 3);
+    const auto fetch = [&](const auto& rows) {
+      for (index_t c = 0; c < scan_depth; c += line) {
+        MLKIT_UNROLL
+        for (int i = 0; i < width; ++i) __builtin_prefetch(rows[i] + c, 0, 3);
+      }
+    };
+    if (g.spaced) {
+      fetch(g.spaced_places(s, offset - scan_ahead));
+    } else {
+      const U* at[width];
+      g.places(s, offset - scan_ahead, at);
+      fetch(at);
     }
   }
 
-  // The same for flags, lane by lane in rows of 16 bytes. Lanes beyond the last are 0.
-  static void read_flags(const stream<const std::uint8_t>& s, const lanes& g, index_t offset, const int* n, int top,
-                         scratch& w) noexcept {
-    if (g.beside && s.batch == 1) {
-      const std::uint8_t* from = s.at(g.of[0].row, g.of[0].begin + offset);
-      for (int k = 0; k < top; ++k) {
-        if (g.count == width)
-          __builtin_memcpy(w.flags[k], from + k * s.time, width);
-        else
-          for (int i = 0; i < g.count; ++i) w.flags[k][i] = from[k * s.time + i];
-      }
-      return;
-    }
-    if (s.time != 1) {
-      for (int i = 0; i < g.count; ++i) {
-        const std::uint8_t* from = s.at(g.of[i].row, g.of[i].begin + offset);
-        for (int k = 0; k < n[i]; ++k) w.flags[k][i] = from[k * s.time];
-      }
-      return;
-    }
-    for (int i = 0; i < g.count; ++i) {
-      const std::uint8_t* from = s.at(g.of[i].row, g.of[i].begin + offset);
-      if (n[i] == depth)
-        __builtin_memcpy(w.rows[i], from, 16);
-      else
-        for (int k = 0; k < n[i]; ++k) w.rows[i][k] = from[k];
-    }
-    transpose_bytes(w.rows, w.flags);
-  }
-
-  static MLKIT_ALWAYS_INLINE code_row row_of(const std::uint8_t* p) noexcept {
-    code_row c;
+  static MLKIT_ALWAYS_INLINE code_bytes bytes_of(const std::uint8_t* p) noexcept {
+    code_bytes c;
     __builtin_memcpy(&c, p, sizeof c);
     return c;
   }
+  static MLKIT_ALWAYS_INLINE code_row row_of(const std::uint8_t* p, int n) noexcept {
+    code_row c{};
+    __builtin_memcpy(&c, p, static_cast<std::size_t>(n));
+    return c;
+  }
 
-  // The codes of a tile's steps; all of them in one.
-  static int read_codes(const Problem& p, const lanes& g, index_t offset, const int* n, int top, bool even,
+  // The codes of steps from their flags.
+  template <class Bytes>
+  static MLKIT_ALWAYS_INLINE Bytes codes_of(const Problem& p, Bytes terminated, Bytes truncated, Bytes mask) noexcept {
+    const Bytes zero{};
+    const Bytes ended = (Bytes)(terminated != zero);
+    Bytes c = (ended & step_terminated) | (~ended & (Bytes)(truncated != zero) & step_truncated);
+    if (p.mask) {
+      const Bytes skipped = (Bytes)(mask == zero);
+      c = (skipped & step_skipped) | (~skipped & c);
+    }
+    return c;
+  }
+
+  // The codes of a tile's steps; which bits there are among them.
+  static int read_codes(const Problem& p, const lanes& g, index_t offset, const int* n, int top, bool whole, bool even,
                         scratch& w) noexcept {
     const code_row zero{};
     code_row all{};
-    bool first = true;
-    const auto add = [&](const stream<const std::uint8_t>& s, bool set, int bit) {
-      if (!s) return;
-      read_flags(s, g, offset, n, top, w);
+    if (p.flags_along_batch && g.beside) {
+      const auto start = [&](const stream<const std::uint8_t>& s) {
+        return s ? s.at(g.of[0].row, g.of[0].begin + offset) : nullptr;
+      };
+      const std::uint8_t *terminated = start(p.terminated), *truncated = start(p.truncated), *mask = start(p.mask);
+      code_row lanes_there{};
+      for (int i = 0; i < g.count; ++i) lanes_there[i] = 0xff;
+      const auto load = [&](const std::uint8_t* at, index_t step, int k) {
+        return !at ? zero : g.count == width ? row_of(at + k * step, width) : row_of(at + k * step, g.count);
+      };
       for (int k = 0; k < top; ++k) {
-        const code_row flags = row_of(w.flags[k]);
-        const code_row chosen = (code_row)(set ? flags != zero : flags == zero);
-        code_row c = chosen & (zero + static_cast<std::uint8_t>(bit));
-        if (!first) c |= row_of(w.code[k]);
+        code_row c = codes_of(p, load(terminated, p.terminated.time, k), load(truncated, p.truncated.time, k),
+                              load(mask, p.mask.time, k));
+        c &= lanes_there;
         __builtin_memcpy(w.code[k], &c, sizeof c);
+        all |= c;
       }
-      first = false;
-    };
-    add(p.terminated, true, step_terminated);
-    add(p.truncated, true, step_truncated);
-    add(p.mask, false, step_skipped);
-    for (int k = 0; k < top; ++k) {
-      code_row c = first ? zero : row_of(w.code[k]);
-      const code_row ended = (code_row)((c & step_terminated) != zero);
-      c &= ~(ended & step_truncated);  // what is terminated needs no final value
-      if (p.mask) {
-        const code_row skipped = (code_row)((c & step_skipped) != zero);
-        c = (skipped & step_skipped) | (~skipped & c);
+    } else {
+      if (p.flags_along_time) {
+        const auto load = [&](const stream<const std::uint8_t>& s, std::uint8_t(*to)[16]) {
+          if (!s) return;
+          const auto copy = [&](const auto& rows) {
+            if (whole) {
+              MLKIT_UNROLL
+              for (int i = 0; i < width; ++i) __builtin_memcpy(to[i], rows[i], 16);
+            } else {
+              for (int i = 0; i < width; ++i) {
+                __builtin_memset(to[i], 0, 16);
+                __builtin_memcpy(to[i], rows[i], static_cast<std::size_t>(n[i]));
+              }
+            }
+          };
+          if (g.spaced) {
+            copy(g.spaced_places(s, offset));
+          } else {
+            const std::uint8_t* at[width];
+            g.places(s, offset, at);
+            copy(at);
+          }
+        };
+        load(p.terminated, w.terminated_rows);
+        load(p.truncated, w.truncated_rows);
+        load(p.mask, w.mask_rows);
+        code_bytes many{};
+        for (int i = 0; i < 16 * width; i += static_cast<int>(sizeof many)) {
+          const code_bytes c = codes_of(p, bytes_of(w.terminated_rows[0] + i), bytes_of(w.truncated_rows[0] + i),
+                                        bytes_of(w.mask_rows[0] + i));
+          __builtin_memcpy(w.code_rows[0] + i, &c, sizeof c);
+          many |= c;
+        }
+        code_row parts[sizeof many / sizeof all];
+        __builtin_memcpy(parts, &many, sizeof many);
+        for (const code_row& part : parts) all |= part;
+      } else {
+        for (int i = 0; i < width; ++i) {
+          const unit& u = g.of[i];
+          for (int k = 0; k < n[i]; ++k) {
+            const index_t t = u.begin + offset + k;
+            w.code_rows[i][k] = static_cast<std::uint8_t>(p.counts(u.row, t) ? p.code(u.row, t) : step_skipped);
+            all[k] |= w.code_rows[i][k];
+          }
+        }
       }
-      if (!even)
-        for (int i = 0; i < width; ++i) c[i] = k < n[i] ? c[i] : static_cast<std::uint8_t>(step_skipped);
-      __builtin_memcpy(w.code[k], &c, sizeof c);
-      if (width < 16)
-        for (int i = width; i < 16; ++i) c[i] = 0;
-      all |= c;
+      if (even && !any_bits(all)) return 0;
+      transpose_bytes(w.code_rows, w.code);
     }
+    if (!even) {
+      for (int i = 0; i < width; ++i)
+        for (int k = n[i]; k < top; ++k) w.code[k][i] = step_skipped;
+      all[0] |= step_skipped;
+    }
+    return any_bits(all);
+  }
+
+  static MLKIT_ALWAYS_INLINE int any_bits(code_row c) noexcept {
     std::uint64_t halves[2];
-    __builtin_memcpy(halves, &all, sizeof halves);
+    __builtin_memcpy(halves, &c, sizeof halves);
     std::uint64_t any = halves[0] | halves[1];
     any |= any >> 32, any |= any >> 16, any |= any >> 8;
     return static_cast<int>(any & 0xff);
@@ -353,10 +582,10 @@ struct scan_kernel {
   };
 
   template <scan_pass Pass, class Dones, class Keep>
-  static MLKIT_ALWAYS_INLINE void run_step(const Problem& p, int k, const V* now, V final_value, const Dones& dones,
-                                           const Keep& keep, const V* before, V* then, V* next, const tile_of<T>* out,
-                                           V& x, V& a, V& b) noexcept {
-    const auto map = recurrence_t::map(p.rule, now, final_value, dones, then);
+  static MLKIT_ALWAYS_INLINE void run_step(const Rule& rule, const V* now, V final_value, const Dones& dones,
+                                           const Keep& keep, const V* before, V* then, V* next, V& x, V& a, V& b,
+                                           V* result) noexcept {
+    const auto map = recurrence_t::map(rule, now, final_value, dones, then);
     if constexpr (Pass != scan_pass::emit) {
       b = keep(apply_map(map.a, map.b, b), b);
       a = keep(map.a * V::select(map.a == V::zero(), V::zero(), a), a);
@@ -364,98 +593,123 @@ struct scan_kernel {
     if constexpr (Pass != scan_pass::compose) {
       const V after = x;
       x = keep(apply_map(map.a, map.b, after), after);
-      V result[outputs];
-      recurrence_t::emit(p.rule, now, final_value, dones, before, after, x, result);
+      recurrence_t::emit(rule, now, final_value, dones, before, after, x, result);
       MLKIT_UNROLL
       for (int o = 0; o < outputs; ++o)
-        if (out[o].data)
-          (Rule::carries_through_mask ? result[o] : keep(result[o], V::zero())).store(out[o].data + k * out[o].step);
+        if constexpr (!Rule::carries_through_mask) result[o] = keep(result[o], V::zero());
     }
     MLKIT_UNROLL
     for (int i = 0; i < Rule::carried; ++i) next[i] = keep(then[i], next[i]);
   }
 
   // Steps top - 1 to 0 of a tile.
-  template <scan_pass Pass, bool Plain>
+  template <scan_pass Pass, tile_codes Codes>
   static void run_steps(const Problem& p, int top, const tile_of<const T>* in, tile_of<const T> finals,
                         const std::uint8_t (*codes)[16], const tile_of<T>* out, lanes_state& state) noexcept {
+    const Rule rule = p.rule;  // its own copy, which no store can change
+    const bool begins = p.begins;
     V x = state.x, a = state.a, b = state.b, next[carried];
     code_t later = state.code;
+    const T* from[inputs > 0 ? inputs : 1];
+    T* to[outputs];
+    MLKIT_UNROLL
     for (int i = 0; i < carried; ++i) next[i] = state.next[i];
-    for (int k = top - 1; k >= 0; --k) {
-      V now[inputs > 0 ? inputs : 1], then[carried], before[carried];
+    MLKIT_UNROLL
+    for (int i = 0; i < inputs; ++i) from[i] = in[i].data + (top - 1) * in[i].step;
+    const T* final_values = finals.data + (top - 1) * finals.step;
+    if constexpr (Pass != scan_pass::compose) {
       MLKIT_UNROLL
-      for (int i = 0; i < inputs; ++i) now[i] = V::load(in[i].data + k * in[i].step);
+      for (int o = 0; o < outputs; ++o) to[o] = out[o].data + (top - 1) * out[o].step;
+    }
+    for (int k = top - 1; k >= 0; --k) {
+      V now[inputs > 0 ? inputs : 1], then[carried], before[carried], result[outputs];
+      MLKIT_UNROLL
+      for (int i = 0; i < inputs; ++i) now[i] = V::load(from[i]), from[i] -= in[i].step;
       MLKIT_UNROLL
       for (int i = 0; i < carried; ++i) then[i] = before[i] = next[i];
-      if constexpr (Plain) {
-        run_step<Pass>(p, k, now, V::zero(), no_dones<T>{}, keep_fresh{}, before, then, next, out, x, a, b);
+      if constexpr (Codes == tile_codes::none) {
+        run_step<Pass>(rule, now, V::zero(), no_dones<T>{}, keep_fresh{}, before, then, next, x, a, b, result);
       } else {
+        const V final_value = V::load(final_values);
+        final_values -= finals.step;
         const code_t own = widen_codes<T>(codes[k]);
-        const code_t skipped = (own & step_skipped) != 0;
-        code_t code = own;
-        if (p.begins) {
-          code = later;
-          later = skipped ? later : own;
+        if constexpr (Codes == tile_codes::dones) {
+          run_step<Pass>(rule, now, final_value, some_dones<T>(own), keep_fresh{}, before, then, next, x, a, b, result);
+        } else {
+          const code_t skipped = (own & step_skipped) != 0;
+          code_t code = own;
+          if (begins) {
+            code = later;
+            later = skipped ? later : own;
+          }
+          run_step<Pass>(rule, now, final_value, some_dones<T>(code), keep_unless{skipped}, before, then, next, x, a, b,
+                         result);
         }
-        run_step<Pass>(p, k, now, V::load(finals.data + k * finals.step), some_dones<T>(code), keep_unless{skipped},
-                       before, then, next, out, x, a, b);
+      }
+      if constexpr (Pass != scan_pass::compose) {
+        MLKIT_UNROLL
+        for (int o = 0; o < outputs; ++o) result[o].store(to[o]), to[o] -= out[o].step;
       }
     }
     state.x = x, state.a = a, state.b = b, state.code = later;
+    MLKIT_UNROLL
     for (int i = 0; i < carried; ++i) state.next[i] = next[i];
   }
 
   static void write_tile(const stream<T>& s, const lanes& g, index_t offset, const int* n, int top, bool whole,
-                         bool past_caches, const T (*from)[width]) noexcept {
+                         bool past_caches, const T (*from)[width], scratch& w) noexcept {
     if (g.beside && s.batch == 1) {
       T* to = s.at(g.of[0].row, g.of[0].begin + offset);
       for (int k = 0; k < top; ++k) V::load(from[k]).store(to + k * s.time, g.count);
       return;
     }
-    if (s.time != 1) {
-      for (int i = 0; i < g.count; ++i) {
-        T* to = s.at(g.of[i].row, g.of[i].begin + offset);
-        for (int k = 0; k < n[i]; ++k) to[k * s.time] = from[k][i];
-      }
+    if (whole && s.time == 1 && g.spaced && !past_caches) {
+      lanes_to_rows<T>(from, g.spaced_places(s, offset));
       return;
     }
-    for (int c = 0; c < top; c += width) {
-      V r[width];
-      MLKIT_UNROLL
-      for (int j = 0; j < width; ++j) r[j] = V::load(from[c + j]);
-      transpose_registers(r);
-      if (whole && g.count == width) {
-        if (past_caches) {
-          MLKIT_UNROLL
-          for (int i = 0; i < width; ++i) stream_register(s.at(g.of[i].row, g.of[i].begin + offset + c), r[i]);
-        } else {
-          MLKIT_UNROLL
-          for (int i = 0; i < width; ++i) r[i].store(s.at(g.of[i].row, g.of[i].begin + offset + c));
-        }
-      } else {
-        for (int i = 0; i < g.count; ++i) {
-          const int some = n[i] - c;
-          if (some > 0) r[i].store(s.at(g.of[i].row, g.of[i].begin + offset + c), some < width ? some : width);
-        }
+    T* to[width];
+    g.places(s, offset, to);
+    if (s.time != 1) {
+      for (int i = 0; i < g.count; ++i)
+        for (int k = 0; k < n[i]; ++k) to[i][k * s.time] = from[k][i];
+      return;
+    }
+    if (whole && g.count == width && !past_caches) {
+      lanes_to_rows<T>(from, to);
+      return;
+    }
+    T* some[width];
+    for (int i = 0; i < width; ++i) some[i] = w.rows[i];
+    lanes_to_rows<T>(from, some);
+    if (whole && past_caches) {
+      for (int i = 0; i < g.count; ++i) {
+        MLKIT_UNROLL
+        for (int c = 0; c < depth; c += width) stream_register(to[i] + c, V::load(some[i] + c));
       }
+    } else {
+      for (int i = 0; i < g.count; ++i) __builtin_memcpy(to[i], some[i], static_cast<std::size_t>(n[i]) * sizeof(T));
     }
   }
 
   // Steps [offset, offset + depth) of each lane, as far as it has them.
   template <scan_pass Pass>
   static void run_tile(const Problem& p, const lanes& g, index_t offset, lanes_state& state, scratch& w) noexcept {
-    int n[width], top = 0, low = depth;
-    for (int i = 0; i < width; ++i) {
-      const index_t left = g.of[i].end - g.of[i].begin - offset;
-      n[i] = left <= 0 ? 0 : left < depth ? static_cast<int>(left) : depth;
-      top = n[i] > top ? n[i] : top;
-      low = n[i] < low ? n[i] : low;
+    if (g.longest <= offset) return;
+    const bool whole = g.shortest >= offset + depth;
+    int n[width], top = depth;
+    bool even = true;
+    if (whole) {
+      for (int i = 0; i < width; ++i) n[i] = depth;
+    } else {
+      for (int i = 0; i < width; ++i) {
+        const index_t left = g.of[i].end - g.of[i].begin - offset;
+        n[i] = left <= 0 ? 0 : left < depth ? static_cast<int>(left) : depth;
+      }
+      top = static_cast<int>(std::min<index_t>(depth, g.longest - offset));
+      even = g.shortest == g.longest;
     }
-    if (top == 0) return;
-    const bool even = low == top, whole = low == depth;
     int codes = even ? 0 : step_skipped;
-    if (!even || p.terminated || p.truncated || p.mask) codes = read_codes(p, g, offset, n, top, even, w);
+    if (!even || p.terminated || p.truncated || p.mask) codes = read_codes(p, g, offset, n, top, whole, even, w);
     if (p.begins) {
       std::int64_t lanes_of_code[width * sizeof(T) / 8];
       __builtin_memcpy(lanes_of_code, &state.code, sizeof state.code);
@@ -465,7 +719,7 @@ struct scan_kernel {
     }
     tile_of<const T> in[inputs > 0 ? inputs : 1], finals{w.final_values[0], width};
     for (int i = 0; i < inputs; ++i) {
-      in[i] = read_tile(p.in[i], g, offset, n, top, whole, w.in[i]);
+      in[i] = read_tile(p.in[i], g, offset, n, top, whole, w.in[i], w);
       if (p.far_reads) fetch_tile(p.in[i], g, offset);
     }
     if (p.far_reads) {
@@ -473,36 +727,41 @@ struct scan_kernel {
       if (p.truncated) fetch_tile(p.truncated, g, offset);
     }
     if ((codes & step_truncated) && p.final_values)
-      finals = read_tile(p.final_values, g, offset, n, top, whole, w.final_values);
+      finals = read_tile(p.final_values, g, offset, n, top, whole, w.final_values, w);
     tile_of<T> out[outputs];
     bool in_place[outputs];
     for (int o = 0; o < outputs; ++o) {
       const stream<T>& s = p.out[o];
-      in_place[o] = g.beside && g.count == width && s.batch == 1;
+      in_place[o] = s && g.beside && g.count == width && s.batch == 1;
       out[o] = {!s            ? nullptr
                 : in_place[o] ? s.at(g.of[0].row, g.of[0].begin + offset)
                               : w.out[o][0],
                 in_place[o] ? s.time : width};
     }
     if (codes == 0)
-      run_steps<Pass, true>(p, top, in, finals, w.code, out, state);
+      run_steps<Pass, tile_codes::none>(p, top, in, finals, w.code, out, state);
+    else if (!p.begins && !(codes & step_skipped))
+      run_steps<Pass, tile_codes::dones>(p, top, in, finals, w.code, out, state);
     else
-      run_steps<Pass, false>(p, top, in, finals, w.code, out, state);
+      run_steps<Pass, tile_codes::any>(p, top, in, finals, w.code, out, state);
     if constexpr (Pass != scan_pass::compose)
       for (int o = 0; o < outputs; ++o)
-        if (out[o].data && !in_place[o]) write_tile(p.out[o], g, offset, n, top, whole, p.past_caches, w.out[o]);
+        if (p.out[o] && !in_place[o]) write_tile(p.out[o], g, offset, n, top, whole, p.past_caches, w.out[o], w);
   }
 
   // The value that the scan has behind the sequence's end, and what it carries there.
   static void start_at_end(const Problem& p, const lanes& g, lanes_state& state) noexcept {
-    T ends[width];
-    std::int64_t dones[width];
-    for (int i = 0; i < width; ++i) {
-      ends[i] = p.ends ? p.ends[g.of[i].sequence] : T{};
-      dones[i] = p.begins ? p.last_code(g.of[i].sequence) : 0;
+    V end = V::zero();
+    if (p.ends && g.beside) {
+      end = V::load(p.ends + g.of[0].sequence, g.count);
+    } else if (p.ends) {
+      T ends[width];
+      for (int i = 0; i < width; ++i) ends[i] = p.ends[g.of[i].sequence];
+      end = V::load(ends);
     }
-    for (int i = 0; i < width; ++i) state.code[i] = static_cast<typename V::int_type>(dones[i]);
-    const V end = V::load(ends);
+    state.code = code_t{};
+    if (p.begins)
+      for (int i = 0; i < width; ++i) state.code[i] = static_cast<typename V::int_type>(p.last_code(g.of[i].sequence));
     state.x = recurrence_t::seed(p.rule, end);
     recurrence_t::end(p.rule, end, state.next);
     state.a = V(T(1)), state.b = V::zero();
@@ -537,7 +796,8 @@ struct scan_kernel {
     tile_of<const T> in[inputs > 0 ? inputs : 1];
     for (int s = 0; s < inputs; ++s) in[s] = {w.in[s][0], width};
     const V x = state.x;
-    run_steps<scan_pass::compose, false>(p, looked_at, in, {w.final_values[0], width}, w.code, nullptr, state);
+    run_steps<scan_pass::compose, tile_codes::any>(p, looked_at, in, {w.final_values[0], width}, w.code, nullptr,
+                                                   state);
     state.x = x, state.a = V(T(1)), state.b = V::zero();
   }
 
@@ -549,16 +809,26 @@ struct scan_kernel {
     g.count = static_cast<int>(count < width ? count : width);
     g.beside = false;
     for (int i = 0; i < width; ++i) g.of[i] = units[i < g.count ? i : 0];
+    g.measure();
   }
 
   // Part `part` of sequences [first, first + count).
   static void fill_part(const Problem& p, lanes& g, index_t first, index_t count, index_t part) noexcept {
     g.count = static_cast<int>(count < width ? count : width);
     g.beside = !p.starts;
-    for (int i = 0; i < width; ++i) {
-      const index_t s = first + (i < g.count ? i : 0), begin = p.first(s) + part * scan_part, last = p.last(s);
-      g.of[i] = {p.row(s), begin, begin + scan_part < last ? begin + scan_part : last, s};
+    if (g.beside) {
+      const index_t begin = part * scan_part, end = std::min(begin + scan_part, p.time);
+      for (int i = 0; i < width; ++i)
+        g.of[i] = {first + (i < g.count ? i : 0), begin, end, first + (i < g.count ? i : 0)};
+      g.shortest = g.longest = end - begin;
+      g.spaced = g.count == width, g.row_step = 1, g.begin_step = 0;
+      return;
     }
+    for (int i = 0; i < width; ++i) {
+      const index_t s = first + (i < g.count ? i : 0), begin = p.first(s) + part * scan_part;
+      g.of[i] = {0, begin, std::min(begin + scan_part, p.last(s)), s};
+    }
+    g.measure();
   }
 
   // Sequences [first, end), a strip of registers at a time; the parts of each one after another.
@@ -582,7 +852,7 @@ struct scan_kernel {
           if (part == parts - 1) start_at_end(p, g[j], state[j]);
           behind[j] = state[j].x;
           state[j].a = V(T(1)), state[j].b = V::zero();
-          for (int i = 0; i < g[j].count; ++i) steps = std::max(steps, g[j].of[i].end - g[j].of[i].begin);
+          steps = std::max(steps, g[j].longest);
         }
         for (index_t offset = (ceil_div(steps, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth)
           for (index_t j = 0; j < groups; ++j) {
@@ -630,9 +900,7 @@ struct scan_kernel {
     start_at_end(p, g, state);
     start_within(p, g, state, w);
     if (x) state.x = V::load(x, g.count);
-    index_t steps = 0;
-    for (int i = 0; i < g.count; ++i) steps = std::max(steps, g.of[i].end - g.of[i].begin);
-    for (index_t offset = (ceil_div(steps, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth)
+    for (index_t offset = (ceil_div(g.longest, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth)
       run_tile<Pass>(p, g, offset, state, w);
     return g.count;
   }
