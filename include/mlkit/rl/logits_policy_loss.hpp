@@ -71,9 +71,17 @@ policy_stats logits_policy_loss(std::string_view function, const cpu& exec, cons
       options.mask = tensor_view<const std::uint8_t, 1>(batch.mask.data, {shape[1]}, {batch.mask.strides[1]});
   }
   auto p = make_logits_problem<T, Rank - 1>(call, function, logits, tokens, options, same_memory(out.logits, logits));
-  batch.mask = {};  // named already
+  const policy_gradients<A> grads{.values = out.values};
+  batch.mask = {};  // which is named already
+  check_policy_batch(call, function, "logits' rows", shape, batch, uses_ratio<Policy>, true, o, grads);
+  batch.mask = given_batch.mask;
+  const batch_check check{call, function, "logits' rows", shape};
+  check.output("log_probs", out.log_probs);
+  check.output("entropies", out.entropies);
+  if (given(out.logits)) set_gradient<T, Rank>(call, function, out.logits, logits, p);
+
+  // Log-probabilities and entropies of all rows, in the user's memory or in our own.
   const bool with_entropy = o.entropy != 0 || given(out.entropies);
-  // The log-probabilities and entropies of all rows: the user's, or memory of our own.
   const index_t rows = shape[0] * shape[1];
   const workspace<A> own(2 * rows);
   const auto memory = [&](const sequence_view<A>& v, index_t at) -> matrix_view<A> {
@@ -82,20 +90,6 @@ policy_stats logits_policy_loss(std::string_view function, const cpu& exec, cons
   const matrix_view<A> log_probs = memory(out.log_probs, 0), entropies = memory(out.entropies, 1);
   batch.log_probs = tensor_view<const A, 2>(log_probs);
   if (with_entropy) batch.entropies = tensor_view<const A, 2>(entropies);
-  const policy_gradients<A> grads{.values = out.values};
-  {
-    policy_batch<A> rest = batch;
-    rest.entropies = {};
-    loss_options without = o;
-    without.entropy = std::isfinite(o.entropy) ? 0 : o.entropy;
-    check_policy_batch(call, function, "logits' rows", shape, rest, uses_ratio<Policy>, without, grads);
-  }
-  const batch_check check{call, function, "logits' rows", shape};
-  check.output("log_probs", out.log_probs);
-  check.output("entropies", out.entropies);
-  if (out.logits.data || out.logits.extents != extents_t<Rank>{})
-    set_gradient<T, Rank>(call, function, out.logits, logits, p);
-  batch.mask = given_batch.mask;
   if (rows == 0) return run_policy_batch(exec, batch, policy, weight, o, grads);
 
   p.with_entropy = with_entropy;

@@ -421,11 +421,14 @@ inline void check_aggregation(std::string_view function, const auto& aggregate) 
   if constexpr (requires { aggregate.check(function); }) aggregate.check(function);
 }
 
-// Everything of a batch but log_probs, whose shape is given.
+// Everything of a batch but log_probs, whose shape is given. with_ratio: old_log_probs are needed.
 template <class T>
 void check_policy_batch(arguments& call, std::string_view function, std::string_view of, const extents_t<2>& shape,
-                        const policy_batch<T>& batch, bool with_ratio, const loss_options& o,
+                        const policy_batch<T>& batch, bool with_ratio, bool with_entropies, const loss_options& o,
                         const policy_gradients<T>& grads) {
+  check_not_negative(function, "value_clip", o.value_clip);
+  check_not_negative(function, "value", o.value);
+  if (!std::isfinite(o.entropy)) fail_value(function, ": entropy = ", o.entropy, " is not finite");
   const batch_check check{call, function, of, shape};
   if (shape[0] * shape[1] != 0) {
     const auto needs = [&](std::string_view what, const auto&... names) {
@@ -433,7 +436,7 @@ void check_policy_batch(arguments& call, std::string_view function, std::string_
     };
     if (!given(batch.advantages)) needs("advantages");
     if (with_ratio && !given(batch.old_log_probs)) needs("old_log_probs");
-    if (o.entropy != 0 && !given(batch.entropies)) needs("entropies", ", but entropy = ", o.entropy);
+    if (o.entropy != 0 && !with_entropies) needs("entropies", ", but entropy = ", o.entropy);
     if (given(batch.values) && !given(batch.returns)) needs("returns", ", but values is");
     if (given(batch.values) && o.value_clip != 0 && !given(batch.old_values))
       needs("old_values", ", but value_clip = ", o.value_clip);
@@ -447,9 +450,6 @@ void check_policy_batch(arguments& call, std::string_view function, std::string_
   check.optional("old_values", batch.old_values);
   check.optional("returns", batch.returns);
   check.sequences(batch.mask, batch.cu_seqlens);
-  check_not_negative(function, "value_clip", o.value_clip);
-  check_not_negative(function, "value", o.value);
-  if (!std::isfinite(o.entropy)) fail_value(function, ": entropy = ", o.entropy, " is not finite");
   check.output("the gradient of log_probs", grads.log_probs);
   check.output("the gradient of values", grads.values);
   check.output("the gradient of entropies", grads.entropies);
@@ -516,7 +516,8 @@ policy_stats policy_loss(std::string_view function, const cpu& exec, const polic
   arguments call(function, exec);
   check_view(function, "log_probs", batch.log_probs);
   call.reads("log_probs", batch.log_probs);
-  check_policy_batch(call, function, "log_probs", batch.log_probs.extents, batch, uses_ratio<Policy>, o, grads);
+  check_policy_batch(call, function, "log_probs", batch.log_probs.extents, batch, uses_ratio<Policy>,
+                     given(batch.entropies), o, grads);
   return run_policy_batch(exec, batch, policy, weight, o, grads);
 }
 
