@@ -329,6 +329,25 @@ class weigher {
   double (*weight_)(const void*, const token_counts&);
 };
 
+// weights[b] = the weight of the tokens of sequence b. Where none counts it is that of another sequence, so that
+// weights differ where they must alone.
+template <class A>
+counted_tokens weigh_tokens(const plane<const std::uint8_t>& mask, const token_sequences& of, const weigher& weight,
+                            A* weights) {
+  const workspace<index_t> counts(of.sequences);
+  const counted_tokens n = count_tokens(mask, of, counts.data());
+  A any = 0;
+  for (index_t pass = 0; pass < 2; ++pass)
+    for (index_t b = 0; b < of.sequences; ++b) {
+      const auto here = static_cast<double>(counts.data()[b]);
+      if (pass == 1 && here == 0) weights[b] = any;
+      if (pass == 0 && here > 0)
+        any = weights[b] =
+            static_cast<A>(weight({here, static_cast<double>(n.tokens), static_cast<double>(n.sequences)}));
+    }
+  return n;
+}
+
 // Weighs tokens, runs the kernel over blocks of them, and adds up.
 template <class T, class Policy>
 loss_sums run_policy_loss(const cpu& exec, policy_loss_problem<T, Policy>& p, const weigher& weight,
@@ -337,22 +356,13 @@ loss_sums run_policy_loss(const cpu& exec, policy_loss_problem<T, Policy>& p, co
   using A = accumulator_t<T>;
   using Problem = policy_loss_problem<T, Policy>;
   const index_t sequences = p.sequences.sequences, tokens = p.shape.rows * p.shape.cols;
-  const workspace<index_t> counts(sequences);
   const workspace<A> per_sequence(3 * sequences);
-  counted = count_tokens(mask, p.sequences, counts.data());
+  A* const weights = per_sequence.data();
+  counted = weigh_tokens(mask, p.sequences, weight, weights);
   loss_sums total;
   if (counted.tokens > 0) {
-    A* const weights = per_sequence.data();
-    bool first = true;
-    for (index_t b = 0; b < sequences; ++b) {
-      weights[b] = A(0);
-      if (counts.data()[b] == 0) continue;
-      const token_counts n{static_cast<double>(counts.data()[b]), static_cast<double>(counted.tokens),
-                           static_cast<double>(counted.sequences)};
-      weights[b] = static_cast<A>(weight(n));
-      if (std::exchange(first, false)) p.weight = weights[b];
-      p.weights_differ = p.weights_differ || weights[b] != p.weight;
-    }
+    p.weight = weights[0];
+    p.weights_differ = std::any_of(weights, weights + sequences, [&](A w) { return w != p.weight; });
     p.weights = weights;
     if (values.data) {
       const auto at = [&](const plane<const T>& v) {
@@ -411,20 +421,22 @@ inline void check_aggregation(std::string_view function, const auto& aggregate) 
   if constexpr (requires { aggregate.check(function); }) aggregate.check(function);
 }
 
-template <class T, class Policy>
-policy_stats policy_loss(std::string_view function, const cpu& exec, const policy_batch<T>& batch, const Policy& policy,
-                         const weigher& weight, const loss_options& o, const policy_gradients<T>& grads) {
-  arguments call(function, exec);
-  check_view(function, "log_probs", batch.log_probs);
-  call.reads("log_probs", batch.log_probs);
-  const batch_check check{call, function, "log_probs", batch.log_probs.extents};
-  if (!batch.log_probs.empty()) {
+// Everything of a batch but log_probs, whose shape is given. with_ratio: old_log_probs are needed.
+template <class T>
+void check_policy_batch(arguments& call, std::string_view function, std::string_view of, const extents_t<2>& shape,
+                        const policy_batch<T>& batch, bool with_ratio, bool with_entropies, const loss_options& o,
+                        const policy_gradients<T>& grads) {
+  check_not_negative(function, "value_clip", o.value_clip);
+  check_not_negative(function, "value", o.value);
+  if (!std::isfinite(o.entropy)) fail_value(function, ": entropy = ", o.entropy, " is not finite");
+  const batch_check check{call, function, of, shape};
+  if (shape[0] * shape[1] != 0) {
     const auto needs = [&](std::string_view what, const auto&... names) {
       fail_value(function, ": ", what, " is not given", names...);
     };
     if (!given(batch.advantages)) needs("advantages");
-    if (uses_ratio<Policy> && !given(batch.old_log_probs)) needs("old_log_probs");
-    if (o.entropy != 0 && !given(batch.entropies)) needs("entropies", ", but entropy = ", o.entropy);
+    if (with_ratio && !given(batch.old_log_probs)) needs("old_log_probs");
+    if (o.entropy != 0 && !with_entropies) needs("entropies", ", but entropy = ", o.entropy);
     if (given(batch.values) && !given(batch.returns)) needs("returns", ", but values is");
     if (given(batch.values) && o.value_clip != 0 && !given(batch.old_values))
       needs("old_values", ", but value_clip = ", o.value_clip);
@@ -438,13 +450,15 @@ policy_stats policy_loss(std::string_view function, const cpu& exec, const polic
   check.optional("old_values", batch.old_values);
   check.optional("returns", batch.returns);
   check.sequences(batch.mask, batch.cu_seqlens);
-  check_not_negative(function, "value_clip", o.value_clip);
-  check_not_negative(function, "value", o.value);
-  if (!std::isfinite(o.entropy)) fail_value(function, ": entropy = ", o.entropy, " is not finite");
   check.output("the gradient of log_probs", grads.log_probs);
   check.output("the gradient of values", grads.values);
   check.output("the gradient of entropies", grads.entropies);
+}
 
+// What a batch that was checked gives.
+template <class T, class Policy>
+policy_stats run_policy_batch(const cpu& exec, const policy_batch<T>& batch, const Policy& policy,
+                              const weigher& weight, const loss_options& o, const policy_gradients<T>& grads) {
   policy_stats stats;
   stats.explained_variance = std::numeric_limits<double>::quiet_NaN();
   if (batch.log_probs.empty()) return stats;
@@ -496,6 +510,35 @@ policy_stats policy_loss(std::string_view function, const cpu& exec, const polic
   return stats;
 }
 
+template <class T, class Policy>
+policy_stats policy_loss(std::string_view function, const cpu& exec, const policy_batch<T>& batch, const Policy& policy,
+                         const weigher& weight, const loss_options& o, const policy_gradients<T>& grads) {
+  arguments call(function, exec);
+  check_view(function, "log_probs", batch.log_probs);
+  call.reads("log_probs", batch.log_probs);
+  check_policy_batch(call, function, "log_probs", batch.log_probs.extents, batch, uses_ratio<Policy>,
+                     given(batch.entropies), o, grads);
+  return run_policy_batch(exec, batch, policy, weight, o, grads);
+}
+
+// What ppo_options mean.
+struct ppo_parts {
+  dual_clip<ppo_clip> policy;
+  token_mean aggregate;
+  loss_options parts;
+};
+inline ppo_parts parts_of_ppo(std::string_view function, const ppo_options& o) {
+  check_clip(function, "clip", o.clip);
+  if (!std::isfinite(o.clip_high)) fail_value(function, ": clip_high = ", o.clip_high, " is not finite");
+  if (o.dual_clip != 0 && !(o.dual_clip > 1))
+    fail_value(function, ": dual_clip = ", o.dual_clip, " is neither 0 nor above 1");
+  check_not_negative(function, "tokens", o.tokens);
+  return {{.bound = o.dual_clip != 0 ? o.dual_clip : std::numeric_limits<double>::infinity(),
+           .term = {.low = o.clip, .high = o.clip_high < 0 ? o.clip : o.clip_high}},
+          {o.tokens},
+          {.value_clip = o.value_clip, .value = o.value, .entropy = o.entropy}};
+}
+
 }  // namespace detail
 
 /// The loss of a policy, of its values and of its entropy, its gradients and what is to be known of it, in one pass:
@@ -534,15 +577,7 @@ template <class T = float, executor Executor, class Batch = policy_batch<T>>
 policy_stats ppo_loss(const Executor& exec, const Batch& batch, const ppo_options& o,
                       const policy_gradients<typename Batch::value_type>& grads) {
   constexpr std::string_view function = "rl::ppo_loss";
-  detail::check_clip(function, "clip", o.clip);
-  if (!std::isfinite(o.clip_high)) detail::fail_value(function, ": clip_high = ", o.clip_high, " is not finite");
-  if (o.dual_clip != 0 && !(o.dual_clip > 1))
-    detail::fail_value(function, ": dual_clip = ", o.dual_clip, " is neither 0 nor above 1");
-  detail::check_not_negative(function, "tokens", o.tokens);
-  const dual_clip<ppo_clip> policy{.bound = o.dual_clip != 0 ? o.dual_clip : std::numeric_limits<double>::infinity(),
-                                   .term = {.low = o.clip, .high = o.clip_high < 0 ? o.clip : o.clip_high}};
-  const loss_options parts{.value_clip = o.value_clip, .value = o.value, .entropy = o.entropy};
-  const token_mean aggregate{o.tokens};
+  const auto [policy, aggregate, parts] = detail::parts_of_ppo(function, o);
   return detail::policy_loss(function, exec, batch, policy, detail::weigher(aggregate), parts, grads);
 }
 
