@@ -478,7 +478,7 @@ def head_table(table):
         if key[0] in ("lm_head", "lm_head_training") and row["workspace"] >= 1:
             tokens, vocabulary, width = extents(row["shape"])
             logits = tokens * vocabulary * BYTES[row["dtype"]]
-            rows.append([title(*key), size(row["workspace"]), size(logits), f"1/{logits / row['workspace']:.0f}",
+            rows.append([title(*key), size(row["workspace"]), size(logits), f"1/{logits / row['workspace']:.0f}" if logits > row["workspace"] else "",
                          size(peer["memory"]) if peer and peer["memory"] else "", size(vocabulary * width * BYTES[row["dtype"]])])
     header = ["case", "workspace at its peak", "the logits, which are not stored", "share", "PyTorch beside its operands", "the weight"]
     return markdown(header, rows) if rows else ""
@@ -590,10 +590,13 @@ set yrange [{below}:0.9]
     return True
 
 
-def plot_ceiling(table, path, keys, threads, heading):
-    """mlkit and its peers, each as the share of the ceiling that its time stands for; all of PEFT's kind in one series."""
+def plot_ceiling(table, path, keys, threads, heading, alone=False):
+    """mlkit and, unless it stands alone, its peers, each as the share of the ceiling that its time stands for; all of PEFT's kind in
+    one series."""
     groups = [("mlkit", ["mlkit"])]
-    if any(p in table.peers for p in ("peft", "bitsandbytes")):
+    if alone:
+        pass
+    elif any(p in table.peers for p in ("peft", "bitsandbytes")):
         groups.append(("PyTorch, PEFT, bitsandbytes", ["torch", "peft", "bitsandbytes"]))
     else:
         groups += [(PEERS[p], [p]) for p in table.peers]
@@ -679,7 +682,8 @@ def page(out, tables, targets):
             plots = [plot_ratio(table, f"{out}/rl.svg", keys, threads, f"Against the best peer, {count(threads, 'thread')}", targets,
                                 (), "times faster than the best of PyTorch, TorchRL and NumPy") and "rl.svg",
                      plot_ceiling(table, f"{out}/rl_ceiling.svg", [k for k in keys if table.ceiling(table.get(*k, threads, "mlkit"))[0]],
-                                  threads, f"Share of the memory bandwidth, {count(threads, 'thread')}") and "rl_ceiling.svg"]
+                                  threads, f"Share of the bandwidth, or of the FMA peak, {count(threads, 'thread')}", alone=True)
+                     and "rl_ceiling.svg"]
         else:
             adapted = [k for k in keys if k[0] != "plain"]
             plots = [plot_ratio(table, f"{out}/lora.svg", adapted, threads,
@@ -786,10 +790,14 @@ def readme(path, tables):
     threads = {count(table.threads[-1], "thread") for family, table in tables.items() if any(family in m for m in measured_on.values())}
     text = markdown([" or ".join(sorted(threads)), "mlkit", "rate", "of ceiling", "peer", "its time",
                      "mlkit is faster"], rows, left=(0, 4))
-    where = "; ".join((f"{', '.join(dates)}: " if len(measured_on) > 1 else "") + f"on {machine_text}, the last {max(dates.values())}"
-                      for machine_text, dates in measured_on.items())
-    text += (f"\nEach family was measured in one run with its peers, {where}; times of different machines do not compare, ratios within a "
-             "run do. Every case, its ceilings and its targets, met and missed, are in [docs/performance](docs/performance/index.md).\n")
+    if len(measured_on) == 1:
+        where = "".join(f" on {machine_text}, the last {max(dates.values())}" for machine_text, dates in measured_on.items())
+    else:  # of which times do not compare, but ratios do
+        where = ": " + "; ".join(f"{' and '.join(filter(None, (', '.join(list(dates)[:-1]), list(dates)[-1])))} on {machine_text}, "
+                                 f"{'the last ' if len(dates) > 1 else ''}{max(dates.values())}"
+                                 for machine_text, dates in measured_on.items())
+    text += (f"\nEach family was measured in one run with its peers{where}; every case, its ceilings and its targets, met and missed, are in "
+             "[docs/performance](docs/performance/index.md).\n")
     with open(path) as file:
         page_text = file.read()
     begin, end = "<!-- performance:begin -->\n", "<!-- performance:end -->"
