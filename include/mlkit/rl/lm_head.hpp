@@ -288,8 +288,7 @@ template <class H, class W, int Rank>
 head_problem<H, W> make_head(arguments& call, std::string_view function, const tensor_view<const H, Rank + 1>& hidden,
                              const matrix_view<const W>& weight, double temperature,
                              const lm_head_gradients<H, W, Rank>& to) {
-  static_assert(std::is_same_v<H, double> == std::is_same_v<W, double>,
-                "rl: f64 goes with f64 alone: hidden and lm_head are both f64, or neither is");
+  static_assert(std::is_same_v<H, W>, "rl: hidden and lm_head have one type of elements");
   check_view(function, "hidden", hidden);
   check_view(function, "lm_head", weight);
   check_extent(function, "lm_head", "columns", weight.extent(1), "hidden", hidden.extents[Rank]);
@@ -382,8 +381,8 @@ void head_log_probs(std::string_view function, const cpu& exec, const tensor_vie
 ///
 /// Logits are computed by chunks of the vocabulary, each of them a product of matmul's, and reduced where they lie, in
 /// cache: 2 rows d vocabulary flops, the weights read once for every 512 rows, and a workspace that the vocabulary does
-/// not decide: about 1 MiB of logits beside that of matmul. f32, f64, bf16 and f16, hidden and lm_head of one type or
-/// two (f64 with f64 alone); logits are f32 (f64 for f64), never rounded. The same bits for any number of threads.
+/// not decide: about 1 MiB of logits beside that of matmul. f32, f64, bf16 and f16, hidden and lm_head of one type;
+/// logits are f32 (f64 for f64), never rounded. The same bits for any number of threads.
 /// Throws shape_error where shapes do not fit or memory overlaps, value_error for a temperature that is not above 0 and
 /// finite and for a token outside the vocabulary, named by its index, before anything is written.
 template <executor Executor, detail::logits_like Hidden, viewable<2> Weight>

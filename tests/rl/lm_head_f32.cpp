@@ -1,4 +1,4 @@
-// The fused language-model head in f32, bf16 and f16: threads, memory, rounding.
+// The fused language-model head in f32: threads, memory, rounding.
 #include "head_reference.hpp"
 
 using namespace head_reference;
@@ -37,14 +37,4 @@ TEST_CASE("a fused head takes little memory", "[rl][lm_head]") {
   p.run(cpu{.threads = 2});
   CHECK(mlkit::workspace_peak_bytes() <
         512 * 50257 * 4 / 20);  // at the vocabulary of GPT-2, on which it does not depend
-}
-
-TEST_CASE("a fused head of bf16", "[rl][lm_head]") {
-  // Sums are f32 and values are not rounded; gradients are, to bf16, and so is dz on its way into them.
-  for (const bool accumulate : {false, true}) {
-    problem<mlkit::bf16> p(130, 140, 900, 17);
-    p.accumulate = accumulate;
-    p.run(cpu{});
-    p.require(1e-5, 0.03);
-  }
 }
