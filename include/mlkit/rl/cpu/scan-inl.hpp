@@ -553,7 +553,7 @@ struct scan_kernel {
           }
         }
       }
-      if (even && !any_bits(all)) return 0;
+      if (even && !p.begins && !any_bits(all)) return 0;
       transpose_bytes(w.code_rows, w.code);
     }
     if (!even) {
@@ -709,7 +709,8 @@ struct scan_kernel {
       even = g.shortest == g.longest;
     }
     int codes = even ? 0 : step_skipped;
-    if (!even || p.terminated || p.truncated || p.mask) codes = read_codes(p, g, offset, n, top, whole, even, w);
+    if (!even || p.begins || p.terminated || p.truncated || p.mask)
+      codes = read_codes(p, g, offset, n, top, whole, even, w);
     if (p.begins) {
       std::int64_t lanes_of_code[width * sizeof(T) / 8];
       __builtin_memcpy(lanes_of_code, &state.code, sizeof state.code);
@@ -733,17 +734,16 @@ struct scan_kernel {
     for (int o = 0; o < outputs; ++o) {
       const stream<T>& s = p.out[o];
       in_place[o] = s && g.beside && g.count == width && s.batch == 1;
-      out[o] = {!s            ? nullptr
-                : in_place[o] ? s.at(g.of[0].row, g.of[0].begin + offset)
-                              : w.out[o][0],
-                in_place[o] ? s.time : width};
+      out[o] = {in_place[o] ? s.at(g.of[0].row, g.of[0].begin + offset) : w.out[o][0], in_place[o] ? s.time : width};
     }
-    if (codes == 0)
-      run_steps<Pass, tile_codes::none>(p, top, in, finals, w.code, out, state);
-    else if (!p.begins && !(codes & step_skipped))
+    if (codes == 0 && Pass == scan_pass::emit) {
+      if constexpr (Pass == scan_pass::emit) run_steps<Pass, tile_codes::none>(p, top, in, finals, w.code, out, state);
+    } else if (!p.begins && !(codes & step_skipped)) {
+      if (codes == 0) __builtin_memset(w.code, 0, sizeof w.code);
       run_steps<Pass, tile_codes::dones>(p, top, in, finals, w.code, out, state);
-    else
+    } else {
       run_steps<Pass, tile_codes::any>(p, top, in, finals, w.code, out, state);
+    }
     if constexpr (Pass != scan_pass::compose)
       for (int o = 0; o < outputs; ++o)
         if (p.out[o] && !in_place[o]) write_tile(p.out[o], g, offset, n, top, whole, p.past_caches, w.out[o], w);
