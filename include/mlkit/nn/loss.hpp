@@ -1,6 +1,7 @@
 // Losses: one number from a prediction.
 #pragma once
 
+#include "../rl/cross_entropy.hpp"
 #include "ops.hpp"
 
 namespace MLKIT_NAMESPACE::nn {
@@ -39,45 +40,39 @@ inline constexpr std::int32_t ignore_label = -100;
 
 /// The mean of -log softmax(logits)[label] over the rows whose label is not ignore_label.
 /// logits [..., classes], one label for each row, in [0, classes). The largest logit is subtracted first, so that no
-/// exponential overflows. Throws value_error if every row is ignored.
+/// exponential overflows. Throws value_error if every row is ignored. The gradient is computed in the same pass: see
+/// rl::cross_entropy.
 template <real T>
 var<T> cross_entropy(var<T> logits, std::span<const std::int32_t> labels) {
   const index_t rows = logits.rows(), classes = logits.columns();
   detail::check_extent("nn::cross_entropy", "labels", "elements", static_cast<index_t>(labels.size()),
                        "the number of logit rows", rows);
-  index_t counted = 0;
+  bool counts = false;
   for (const std::int32_t label : labels) {
     if (label == ignore_label) continue;
     if (label < 0 || label >= classes)
       detail::fail_value("nn::cross_entropy: label ", label, " is outside the ", classes, " classes");
-    ++counted;
+    counts = true;
   }
-  if (counted == 0) detail::fail_value("nn::cross_entropy: no row has a label");
+  if (!counts) detail::fail_value("nn::cross_entropy: no row has a label");
   tape<T>& t = logits.on();
   const var<T> y = t.make(shape{}, {logits});
-  auto* kept = t.template scratch_of<std::int32_t>(rows);
-  std::copy(labels.begin(), labels.end(), kept);
-  T* log_sum = t.scratch(rows);
-  const T* p = logits.data();
-  detail::for_rows(t.exec(), rows, classes, [=](index_t r) {
-    const T* a = p + r * classes;
-    const T high = *std::max_element(a, a + classes);
-    double s = 0;
-    for (index_t c = 0; c < classes; ++c) s += static_cast<double>(std::exp(a[c] - high));
-    log_sum[r] = high + static_cast<T>(std::log(s));
-  });
-  const double total = detail::sum_of(t.exec(), rows, [=](index_t r) {
-    return kept[r] == ignore_label ? 0.0 : static_cast<double>(log_sum[r] - p[r * classes + kept[r]]);
-  });
-  *y.data() = static_cast<T>(total / static_cast<double>(counted));
+  const vector_view<const std::int32_t> of(labels.data(), {rows});
+  const rl::cross_entropy_options options{.ignore = ignore_label};
+  if (!y.needs_grad()) {
+    *y.data() = static_cast<T>(rl::cross_entropy(t.exec(), logits.matrix(), of, options).loss);
+    return y;
+  }
+  T* const gradient = t.scratch(logits.size());
+  *y.data() = static_cast<T>(
+      rl::cross_entropy(t.exec(), logits.matrix(), of, options, matrix_view<T>(gradient, {rows, classes})).loss);
   t.on_backward(y, [=] {
-    const T factor = *y.grad_data() / static_cast<T>(counted);
-    T* d = logits.grad_data();
-    detail::for_rows(y.on().exec(), rows, classes, [=](index_t r) {
-      if (kept[r] == ignore_label) return;
-      for (index_t c = 0; c < classes; ++c)
-        d[r * classes + c] += factor * (std::exp(p[r * classes + c] - log_sum[r]) - (c == kept[r] ? T{1} : T{0}));
-    });
+    const T factor = *y.grad_data();
+    if (T* const fresh = logits.fresh_grad())
+      detail::for_each(y.on().exec(), rows * classes, [=](index_t i) { fresh[i] = factor * gradient[i]; });
+    else
+      detail::for_each(y.on().exec(), rows * classes,
+                       [=, d = logits.grad_data()](index_t i) { d[i] += factor * gradient[i]; });
   });
   return y;
 }
