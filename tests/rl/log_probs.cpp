@@ -40,3 +40,12 @@ TEST_CASE("values and gradients of torch's Categorical", "[rl][log_probs]") {
     CHECK(error < 1e-14);
   }
 }
+
+TEMPLATE_TEST_CASE("a gradient larger than the caches is that in the place of the logits", "[rl][log_probs]", double,
+                   mlkit::bf16) {
+  const index_t classes = (index_t{17} << 20) / index_t{sizeof(TestType)} + 3;
+  problem<TestType> p(1, classes, 43), q(1, classes, 43);
+  p.run(cpu{.threads = 2}, false);
+  q.run(cpu{.threads = 2}, false, true);
+  CHECK(std::memcmp(p.gradient_memory.data(), q.gradient_memory.data(), p.memory.size() * sizeof(TestType)) == 0);
+}

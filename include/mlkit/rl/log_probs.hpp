@@ -307,8 +307,8 @@ void set_gradient(arguments& call, std::string_view function, const tensor_view<
   call.writes("dlogits", dlogits);
   if (p.rows() == 0 || p.classes == 0) return;
   p.gradient = dlogits.data;
-  p.streams_gradient = p.gradient != p.logits && p.class_stride == 1 && dlogits.strides[Rank - 1] == 1 &&
-                       dlogits.size() * index_t{sizeof(T)} > cached_bytes;
+  p.streams_gradient = sizeof(T) >= 4 && p.gradient != p.logits && p.class_stride == 1 &&
+                       dlogits.strides[Rank - 1] == 1 && dlogits.size() * index_t{sizeof(T)} > cached_bytes;
   p.gradient_batch_stride = Rank == 3 ? dlogits.strides[0] : 0;
   p.gradient_time_stride = dlogits.strides[Rank - 2];
   p.gradient_class_stride = dlogits.strides[Rank - 1];

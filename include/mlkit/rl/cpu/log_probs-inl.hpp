@@ -318,6 +318,8 @@ struct logit_rows {
 #else
       _mm_stream_pd(out, x.v);
 #endif
+    } else {
+      x.store(out);
     }
 #else
     x.store(out);
