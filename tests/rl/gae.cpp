@@ -128,6 +128,58 @@ TEST_CASE("gae: outputs that are left out, inputs that are not there", "[rl][gae
   rl::gae(mlkit::cpu{}, {.rewards = no_steps, .values = no_steps}, {}, {.advantages = no_steps});
 }
 
+TEST_CASE("gae: rows of a batch beyond the caches are those of each alone", "[rl][gae]") {
+  const index_t batch = 530, time = 512;
+  const window w = make_window(batch, time, {.bootstrap = true});
+  for (const bool columns : {false, true}) {
+    const mlkit::extents_t<2> shape = columns ? mlkit::extents_t<2>{time, 544} : mlkit::extents_t<2>{batch, time};
+    mlkit::matrix<float> r(shape), v(shape), fv(shape), a(shape), g(shape);  // aligned, unlike a vector's
+    std::vector<std::uint8_t> te(at(r.size())), tr(at(r.size()));
+    const auto view = [&](auto* data) {
+      using U = std::remove_pointer_t<decltype(data)>;
+      return mlkit::tensor_view<U, 2>(data, {batch, time}, {columns ? 1 : time, columns ? 544 : 1});
+    };
+    for (index_t b = 0; b < batch; ++b)
+      for (index_t t = 0; t < time; ++t) {
+        const std::size_t i = at(b * time + t);
+        view(r.data())(b, t) = static_cast<float>(w.r[i]), view(v.data())(b, t) = static_cast<float>(w.v[i]);
+        view(fv.data())(b, t) = static_cast<float>(w.fv[i]);
+        view(te.data())(b, t) = w.te[i], view(tr.data())(b, t) = w.tr[i];
+      }
+    std::vector<float> boot(w.boot.begin(), w.boot.end());
+    rl::gae(mlkit::cpu{.threads = 3},
+            {.rewards = view(r.data()),
+             .values = view(v.data()),
+             .terminated = view(te.data()),
+             .truncated = view(tr.data()),
+             .final_values = view(fv.data()),
+             .bootstrap = boot},
+            {}, {.advantages = view(a.data()), .returns = view(g.data())});
+    arguments<float> all(w, layout::rows);
+    for (index_t b = 0; b < batch; ++b) {
+      const auto row = [&](const auto& x) {
+        return std::vector(x.data.begin() + b * time, x.data.begin() + (b + 1) * time);
+      };
+      std::vector<float> alone(at(time)), returns(at(time)), there, there_returns;
+      rl::gae(mlkit::cpu{},
+              {.rewards = row(all.r),
+               .values = row(all.v),
+               .terminated = row(all.te),
+               .truncated = row(all.tr),
+               .final_values = row(all.fv),
+               .bootstrap = std::vector<float>{boot[at(b)]}},
+              {}, {.advantages = alone, .returns = returns});
+      for (index_t t = 0; t < time; ++t) {
+        there.push_back(view(a.data())(b, t));
+        there_returns.push_back(view(g.data())(b, t));
+      }
+      INFO((columns ? "columns, " : "rows, ") << b);
+      REQUIRE(same_bits(there, alone));
+      REQUIRE(same_bits(there_returns, returns));
+    }
+  }
+}
+
 TEST_CASE("gae refuses bad input before it writes", "[rl][gae][bad input]") {
   const window w = make_window(3, 20, {.bootstrap = true, .done = 0});
   arguments<float> given(w, layout::rows);

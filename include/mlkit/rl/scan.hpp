@@ -71,7 +71,7 @@ struct scan_problem {
   index_t sequences = 0, longest = 0;
   const T* ends = nullptr;                                 // the value behind each sequence
   bool flags_along_batch = true, flags_along_time = true;  // all that are given
-  bool along_batch = false, far_reads = false, past_caches = false;
+  bool along_batch = false, far_reads = false, far_lanes = false, past_caches = false;
 
   index_t row(index_t s) const noexcept { return starts ? 0 : s; }
   index_t first(index_t s) const noexcept { return starts ? starts[s] : 0; }
@@ -216,10 +216,10 @@ inline constexpr index_t steps_per_thread = 1 << 13;
 inline constexpr index_t far_bytes = index_t{1} << 21;
 
 template <class T>
-bool whole_lines(const stream<T>& s) noexcept {
+bool whole_lines(const stream<T>& s, bool along_batch) noexcept {
   constexpr index_t line = 64;
-  return reinterpret_cast<std::uintptr_t>(s.data) % line == 0 && s.time == 1 &&
-         s.batch * index_t{sizeof(T)} % line == 0;
+  const index_t run = along_batch ? s.batch : s.time, step = along_batch ? s.time : s.batch;
+  return reinterpret_cast<std::uintptr_t>(s.data) % line == 0 && run == 1 && step * index_t{sizeof(T)} % line == 0;
 }
 
 inline cpu limit_scan_threads(const cpu& exec, index_t steps) {
@@ -264,9 +264,11 @@ void run_scan(std::string_view function, const cpu& exec, Problem& p, const scan
       p.flags_along_time = p.flags_along_time && flags->time == 1;
     }
   p.along_batch = !p.starts && p.in[0].time != 1 && p.in[0].batch == 1;
-  p.far_reads = !p.along_batch && steps * index_t{sizeof(T)} * std::max(1, Problem::rule_type::inputs) > far_bytes;
+  p.far_reads = p.far_lanes = steps * index_t{sizeof(T)} * std::max(1, Problem::rule_type::inputs) > far_bytes;
+  p.far_reads = p.far_reads && !p.along_batch;
+  p.far_lanes = p.far_lanes && p.along_batch;
   p.past_caches = !p.starts && steps * index_t{sizeof(T)} * Problem::rule_type::outputs > far_bytes;
-  for (const auto& s : p.out) p.past_caches = p.past_caches && (!s || whole_lines(s));
+  for (const auto& s : p.out) p.past_caches = p.past_caches && (!s || whole_lines(s, p.along_batch));
   const cpu limited = limit_scan_threads(exec, steps);
   const workspace<T> ends(p.sequences);
   inspect_all(function, limited, p, kernels, needs, ends.data());

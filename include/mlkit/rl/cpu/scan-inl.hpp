@@ -7,7 +7,10 @@
 // composed to one map, and the value behind the part before is this map of it: so parts may be scanned one after
 // another or all at once, and the bits are those of the sequence alone, wherever and beside whatever it lies.
 
-// Twice the steps of a tile, in steps ahead of it: where rows are read along time, each from a page of its own.
+// Groups of lanes ahead of which those beside them are asked for.
+inline constexpr index_t groups_ahead = 4;
+
+// How many steps ahead what a tile needs is asked for, where rows are read along time, each from a page of its own.
 inline constexpr index_t scan_ahead = 4 * scan_depth;
 
 typedef std::uint8_t code_row __attribute__((vector_size(16)));
@@ -348,6 +351,7 @@ struct scan_kernel {
   using unit = rl::detail::scan_unit;
   static constexpr int width = V::width, depth = static_cast<int>(scan_depth);
   static constexpr int inputs = Rule::inputs, outputs = Rule::outputs;
+  static constexpr bool whole_lines = width * sizeof(T) == 64;
   static constexpr int carried = Rule::carried > 0 ? Rule::carried : 1;
 
   // What goes from tile to tile.
@@ -605,9 +609,10 @@ struct scan_kernel {
   // Steps top - 1 to 0 of a tile.
   template <scan_pass Pass, tile_codes Codes>
   static void run_steps(const Problem& p, int top, const tile_of<const T>* in, tile_of<const T> finals,
-                        const std::uint8_t (*codes)[16], const tile_of<T>* out, lanes_state& state) noexcept {
+                        const std::uint8_t (*codes)[16], const tile_of<T>* out, bool in_place,
+                        lanes_state& state) noexcept {
     const Rule rule = p.rule;  // its own copy, which no store can change
-    const bool begins = p.begins;
+    const bool begins = p.begins, past_caches = p.past_caches && p.along_batch && in_place;
     V x = state.x, a = state.a, b = state.b, next[carried];
     code_t later = state.code;
     const T* from[inputs > 0 ? inputs : 1];
@@ -648,7 +653,13 @@ struct scan_kernel {
       }
       if constexpr (Pass != scan_pass::compose) {
         MLKIT_UNROLL
-        for (int o = 0; o < outputs; ++o) result[o].store(to[o]), to[o] -= out[o].step;
+        for (int o = 0; o < outputs; ++o) {
+          if (whole_lines && past_caches)
+            stream_register(to[o], result[o]);
+          else
+            result[o].store(to[o]);
+          to[o] -= out[o].step;
+        }
       }
     }
     state.x = x, state.a = a, state.b = b, state.code = later;
@@ -730,19 +741,21 @@ struct scan_kernel {
     if ((codes & step_truncated) && p.final_values)
       finals = read_tile(p.final_values, g, offset, n, top, whole, w.final_values, w);
     tile_of<T> out[outputs];
-    bool in_place[outputs];
+    bool in_place[outputs], all_in_place = true;
     for (int o = 0; o < outputs; ++o) {
       const stream<T>& s = p.out[o];
       in_place[o] = s && g.beside && g.count == width && s.batch == 1;
+      all_in_place = all_in_place && in_place[o];
       out[o] = {in_place[o] ? s.at(g.of[0].row, g.of[0].begin + offset) : w.out[o][0], in_place[o] ? s.time : width};
     }
     if (codes == 0 && Pass == scan_pass::emit) {
-      if constexpr (Pass == scan_pass::emit) run_steps<Pass, tile_codes::none>(p, top, in, finals, w.code, out, state);
+      if constexpr (Pass == scan_pass::emit)
+        run_steps<Pass, tile_codes::none>(p, top, in, finals, w.code, out, all_in_place, state);
     } else if (!p.begins && !(codes & step_skipped)) {
       if (codes == 0) __builtin_memset(w.code, 0, sizeof w.code);
-      run_steps<Pass, tile_codes::dones>(p, top, in, finals, w.code, out, state);
+      run_steps<Pass, tile_codes::dones>(p, top, in, finals, w.code, out, all_in_place, state);
     } else {
-      run_steps<Pass, tile_codes::any>(p, top, in, finals, w.code, out, state);
+      run_steps<Pass, tile_codes::any>(p, top, in, finals, w.code, out, all_in_place, state);
     }
     if constexpr (Pass != scan_pass::compose)
       for (int o = 0; o < outputs; ++o)
@@ -796,7 +809,7 @@ struct scan_kernel {
     tile_of<const T> in[inputs > 0 ? inputs : 1];
     for (int s = 0; s < inputs; ++s) in[s] = {w.in[s][0], width};
     const V x = state.x;
-    run_steps<scan_pass::compose, tile_codes::any>(p, looked_at, in, {w.final_values[0], width}, w.code, nullptr,
+    run_steps<scan_pass::compose, tile_codes::any>(p, looked_at, in, {w.final_values[0], width}, w.code, nullptr, false,
                                                    state);
     state.x = x, state.a = V(T(1)), state.b = V::zero();
   }
@@ -831,6 +844,22 @@ struct scan_kernel {
     g.measure();
   }
 
+  // Asks for what group j of a strip will read at `offset`: each step is in a page of its own, too many for the
+  // processor to follow. Behind the last group come the steps before.
+  static void fetch_beside(const Problem& p, const lanes* g, index_t groups, index_t offset, index_t j) noexcept {
+    if (j >= groups) j -= groups, offset -= scan_depth;
+    if (j >= groups || offset < 0) return;
+    const unit& first = g[j].of[0];
+    const index_t steps = std::min(scan_depth, first.end - first.begin - offset);
+    const auto fetch = [&](const auto& s) {
+      if (!s || s.batch != 1) return;
+      for (index_t k = 0; k < steps; ++k) __builtin_prefetch(s.at(first.row, first.begin + offset + k), 0, 2);
+    };
+    for (const auto& s : p.in) fetch(s);
+    if (j % (64 / width) != 0) return;  // flags of as many lie in a line
+    fetch(p.terminated), fetch(p.truncated), fetch(p.mask);
+  }
+
   // Sequences [first, end), a strip of registers at a time; the parts of each one after another.
   static void scan_sequences(const Problem& p, index_t first, index_t end) noexcept {
     constexpr index_t most_groups = 64;
@@ -856,6 +885,7 @@ struct scan_kernel {
         }
         for (index_t offset = (ceil_div(steps, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth)
           for (index_t j = 0; j < groups; ++j) {
+            if (p.far_lanes) fetch_beside(p, g, groups, offset, j + groups_ahead);
             if (part > 0)
               run_tile<scan_pass::both>(p, g[j], offset, state[j], w);
             else
