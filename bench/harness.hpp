@@ -17,8 +17,8 @@ struct label {
 };
 
 /// What one call does: the useful flops, and the bytes that have to move at least once, of which `written` are written;
-/// `weights` are the bytes that a quantised base takes. `calls`: the function to time makes that many calls in a row; the
-/// times are those of one.
+/// `weights` are the bytes that a quantised base takes. `calls`: the function to time makes that many calls in a row;
+/// the times are those of one.
 struct work {
   double flop = 0, bytes = 0, written = 0, weights = 0;
   int calls = 1;
