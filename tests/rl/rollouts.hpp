@@ -231,8 +231,9 @@ void check_bits(Run&& run) {
     arguments<T> given(w, l);
     return run(mlkit::cpu{.threads = threads}, given);
   };
+  // Few ends of episodes, so that much goes from one part of a sequence to the next.
   for (const auto& [b, t] : std::vector<std::pair<index_t, index_t>>{{3, 7}, {2, 700}, {41, 530}, {1, 4500}}) {
-    const window w = make_window(b, t, {.masked = b == 41, .bootstrap = true});
+    const window w = make_window(b, t, {.masked = b == 41, .bootstrap = true, .done = 0.001});
     const outputs<T> want = bits(w, layout::rows, 1);
     for (const layout l : {layout::rows, layout::columns, layout::strided})
       for (const int threads : {1, 2, 3, 8}) {
@@ -241,34 +242,25 @@ void check_bits(Run&& run) {
         for (std::size_t o = 0; o < want.size(); ++o) CHECK(same_bits(have[o], want[o]));
       }
   }
-  // Sequences of a packed batch, each alone.
-  const window packed = make_window(1, packed_starts.back(), {.bootstrap = true, .starts = packed_starts});
-  const outputs<T> all = bits(packed, layout::rows, 2);
-  for (index_t s = 0; s < packed.sequences(); ++s) {
-    const index_t first = packed_starts[at(s)], last = packed_starts[at(s + 1)];
-    const auto cut = [&](const auto& x) {
-      return std::remove_cvref_t<decltype(x)>(x.begin() + first, x.begin() + last);
-    };
-    const auto of = [&](const auto& x) { return std::remove_cvref_t<decltype(x)>{x[at(s)]}; };
-    window w{1,
-             last - first,
-             cut(packed.r),
-             cut(packed.v),
-             cut(packed.fv),
-             cut(packed.log_ratio),
-             cut(packed.expected),
-             cut(packed.q),
-             cut(packed.te),
-             cut(packed.tr),
-             {},
-             of(packed.boot),
-             of(packed.lte),
-             of(packed.ltr),
-             {},
-             false};
-    const outputs<T> have = bits(w, layout::rows, 1);
-    INFO("sequence " << s);
-    for (std::size_t o = 0; o < all.size(); ++o) CHECK(same_bits(have[o], cut(all[o])));
+  // Each sequence alone: of a packed batch, and of one with enough rows to be scanned side by side.
+  for (const window& w :
+       {make_window(1, packed_starts.back(), {.bootstrap = true, .starts = packed_starts, .done = 0.001}),
+        make_window(40, 600, {.bootstrap = true, .done = 0.001})}) {
+    const outputs<T> all = bits(w, layout::rows, 2);
+    for (index_t s = 0; s < w.sequences(); ++s) {
+      const index_t first = w.starts.empty() ? s * w.time : w.starts[at(s)],
+                    last = w.starts.empty() ? first + w.time : w.starts[at(s + 1)];
+      const auto cut = [&](const auto& x) {
+        return std::remove_cvref_t<decltype(x)>(x.begin() + first, x.begin() + last);
+      };
+      const auto of = [&](const auto& x) { return std::remove_cvref_t<decltype(x)>{x[at(s)]}; };
+      const window one{1,        last - first, cut(w.r),  cut(w.v), cut(w.fv),  cut(w.log_ratio), cut(w.expected),
+                       cut(w.q), cut(w.te),    cut(w.tr), {},       of(w.boot), of(w.lte),        of(w.ltr),
+                       {},       false};
+      const outputs<T> have = bits(one, layout::rows, 1);
+      INFO(text(w) << ", sequence " << s);
+      for (std::size_t o = 0; o < all.size(); ++o) CHECK(same_bits(have[o], cut(all[o])));
+    }
   }
 }
 
