@@ -62,7 +62,7 @@ def trl(name, loss_type, level="token", low=0.2, high=0.2, delta=None, **more):
         model=types.SimpleNamespace(training=True),
         args=types.SimpleNamespace(delta=delta, steps_per_generation=1, **more),
         _metrics=defaultdict(lambda: defaultdict(list)),
-        _get_per_token_logps_and_entropies=lambda *a, **k: (leaf, torch.zeros_like(leaf), None)[: 2 + 1],
+        _get_per_token_logps_and_entropies=lambda *a, **k: (leaf, torch.zeros_like(leaf), None),
     )
     inputs = {
         "prompt_ids": torch.zeros(batch, 1, dtype=torch.long),

@@ -21,7 +21,8 @@ sample fixture_sample() {
   s.entropies.assign(s.size(), 0);
   for (const double m : from_file("mask")) s.mask.push_back(m != 0);
   for (std::size_t i = 0; i < s.size(); ++i)  // what is masked is not read
-    if (!s.mask[i]) s.logp[i] = s.old_logp[i] = s.advantages[i] = s.values[i] = s.old_values[i] = s.returns[i] = not_a_number;
+    if (!s.mask[i])
+      s.logp[i] = s.old_logp[i] = s.advantages[i] = s.values[i] = s.old_values[i] = s.returns[i] = not_a_number;
   return s;
 }
 

@@ -49,7 +49,9 @@ inline sample make_sample(index_t batch, index_t time, double kept = 0.8, std::u
   std::uint64_t at = 0;
   for (std::size_t i = 0; i < n; ++i) {
     const bool on = random.uniform(1'000'000 + i) < kept;
-    const auto normal = [&](double mean, double scale) { return on ? mean + scale * random.normal(at++) : not_a_number; };
+    const auto normal = [&](double mean, double scale) {
+      return on ? mean + scale * random.normal(at++) : not_a_number;
+    };
     s.mask.push_back(on);
     s.logp.push_back(normal(-1.5, 0.4));
     s.old_logp.push_back(on ? s.logp.back() + 0.3 * random.normal(at++) : not_a_number);
