@@ -133,7 +133,7 @@ TEMPLATE_TEST_CASE("biases of minus infinity, and others that are as large as ca
         if (i % 7 == 5) b = j < 30 ? -INFINITY : h == 0 ? -80 : 0;
       }
   for (index_t i = 0; i < 70; i += 7) p.dlse(0, 1, i) = std::nanf("");  // merging two of nothing is 0 / 0
-  check_errors<float>(p, s, std::is_same_v<T, float> ? 80 : 4);  // an lse of -80 is rounded by as much
+  check_errors<float>(p, s, std::is_same_v<T, float> ? 80 : 4);         // an lse of -80 is rounded by as much
   for (index_t i = 0; i < 70; i += 7) {
     REQUIRE(p.lse(0, 1, i) == -INFINITY);
     REQUIRE(p.out(0, 1, i, 4) == static_cast<T>(0.0f));

@@ -370,13 +370,12 @@ void backward(const Executor& exec, const Q& q, const K& k, const V& v, const se
   detail::check_one_type<T, K, V>();
   using View = tensor_view<const T, 3>;
   const bool with_dlse = dlse.data || !dlse.empty();
-  detail::backward(
-      exec, detail::packed_heads(View(as_view(q))), detail::packed_heads(View(as_view(k))),
-      detail::packed_heads(View(as_view(v))), s,
-      detail::packed_heads(tensor_view<const element_t<const Out>, 3>(as_view(out))),
-      detail::packed_lse(matrix_view<const A>(as_view(lse))),
-      detail::packed_heads(tensor_view<const element_t<const D>, 3>(as_view(dout))), g,
-      with_dlse ? detail::packed_lse(dlse) : tensor_view<const A, 3>{}, &packed);
+  detail::backward(exec, detail::packed_heads(View(as_view(q))), detail::packed_heads(View(as_view(k))),
+                   detail::packed_heads(View(as_view(v))), s,
+                   detail::packed_heads(tensor_view<const element_t<const Out>, 3>(as_view(out))),
+                   detail::packed_lse(matrix_view<const A>(as_view(lse))),
+                   detail::packed_heads(tensor_view<const element_t<const D>, 3>(as_view(dout))), g,
+                   with_dlse ? detail::packed_lse(dlse) : tensor_view<const A, 3>{}, &packed);
 }
 
 template <executor Executor, viewable<3> Q, viewable<3> K, viewable<3> V, class... Stages, viewable<3> Out,

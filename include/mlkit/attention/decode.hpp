@@ -112,28 +112,33 @@ void decode(const Executor& exec, const Q& query, const Cache& cache, Out&& outp
       kernels.run(p, s.b, s.kv, s.begin, s.end, states.data() + i * state, scratch.data());
     }
   });
-  for (index_t first = 0; first < static_cast<index_t>(parts.size());) {
+  // Parts of a sequence's kv head lie beside each other.
+  std::vector<index_t> firsts;
+  for (index_t i = 0; i < static_cast<index_t>(parts.size()); ++i)
+    if (parts[static_cast<std::size_t>(i)].begin == 0) firsts.push_back(i);
+  firsts.push_back(static_cast<index_t>(parts.size()));
+  const cpu merging = detail::limit_threads(exec, static_cast<double>(parts.size()) * static_cast<double>(state));
+  parallel_for(merging, static_cast<index_t>(firsts.size()) - 1, [&](index_t at) {
+    const index_t first = firsts[static_cast<std::size_t>(at)], last = firsts[static_cast<std::size_t>(at) + 1];
     const part& s = parts[static_cast<std::size_t>(first)];
-    index_t last = first + 1;
-    while (last < static_cast<index_t>(parts.size()) && parts[static_cast<std::size_t>(last)].begin > 0) ++last;
     for (index_t r = 0; r < p.group; ++r) {
-      const auto at = [&](index_t i) { return states.data() + i * state + r * (d_v + 2); };
+      const auto of = [&](index_t i) { return states.data() + i * state + r * (d_v + 2); };
       A top = -std::numeric_limits<A>::infinity(), total = 0;
-      for (index_t i = first; i < last; ++i) top = std::max(top, at(i)[0]);
-      for (index_t i = first; i < last; ++i) {  // from here on at(i)[0] is the factor of part i
-        at(i)[0] = at(i)[1] == 0 ? A{} : std::exp(at(i)[0] - top);
-        total += at(i)[0] * at(i)[1];
+      for (index_t i = first; i < last; ++i) top = std::max(top, of(i)[0]);
+      A* const sum = of(first) + 2;
+      for (index_t i = first; i < last; ++i) {
+        const A* const from = of(i) + 2;
+        const A factor = of(i)[1] == 0 ? A{} : std::exp(of(i)[0] - top);
+        total += factor * of(i)[1];
+        MLKIT_SIMD
+        for (index_t c = 0; c < d_v; ++c) sum[c] = factor * from[c] + (i == first ? A{} : sum[c]);
       }
       const index_t h = s.kv * p.group + r;
-      for (index_t c = 0; c < d_v; ++c) {
-        A sum = 0;
-        for (index_t i = first; i < last; ++i) sum += at(i)[0] * at(i)[2 + c];
-        out(s.b, h, c) = static_cast<element_t<std::remove_reference_t<Out>>>(total == 0 ? A{} : sum / total);
-      }
+      for (index_t c = 0; c < d_v; ++c)
+        out(s.b, h, c) = static_cast<element_t<std::remove_reference_t<Out>>>(total == 0 ? A{} : sum[c] / total);
       if (lse.data) lse(s.b, h) = total == 0 ? -std::numeric_limits<A>::infinity() : top + std::log(total);
     }
-    first = last;
-  }
+  });
 }
 
 /// Merges attention over two sets of keys: out and lse become those over both. out and other [batch, heads, queries,

@@ -272,6 +272,22 @@ struct edit_problem : Problem {
   index_t source = 0;  // where in the batch it is
   std::vector<target> targets{};
   tensor_view<sum, 3> attention{};  // [items, heads, queries]
+  // Keys [begin, end) whose values are not all zeros, in order, if not all are such; between multiples of
+  // `values_step`.
+  struct key_span {
+    index_t begin, end;
+  };
+  std::vector<key_span> valued{};
+  bool all_valued = true;
+  static constexpr index_t values_step = 8;
+
+  // Calls f(begin, end) for those among the keys [from, to).
+  template <class F>
+  void each_valued(index_t from, index_t to, F&& f) const noexcept {
+    if (all_valued) return f(from, to);
+    for (const key_span& s : valued)
+      if (std::max(from, s.begin) < std::min(to, s.end)) f(std::max(from, s.begin), std::min(to, s.end));
+  }
 
   template <class F>
   void each_out(index_t, index_t h, F&& f) const noexcept {
@@ -390,7 +406,7 @@ class edited_attention {
       for (const auto& x : recipes_[e].entries) ++first[e][static_cast<std::size_t>(x.source) + 1];
       for (std::size_t s = 1; s < first[e].size(); ++s) first[e][s] += first[e][s - 1];
     }
-    parallel_ranges(exec_, kv_heads() * keys(), [&](index_t begin, index_t end) {
+    parallel_ranges(for_values(r), kv_heads() * keys(), [&](index_t begin, index_t end) {
       const workspace<sum> row(r.d_v);
       for (index_t at = begin; at < end; ++at) {
         const index_t kv = at / keys(), s = at % keys();
@@ -403,8 +419,7 @@ class edited_attention {
             if (target.of_words)
               to[0] += static_cast<sum>(weight * blend_->weights()(item, t));
             else
-              for (index_t c = 0; c < d_v; ++c)
-                to[c] += static_cast<sum>(weight) * static_cast<sum>(p_.v(source_ + item, kv, t, c));
+              scale_value(item, kv, t, weight, [to](index_t c, sum x) { to[c] += x; });
           };
           if (s < there) {
             if (item == 0 || recipes_[static_cast<std::size_t>(item - 1)].whole) {
@@ -426,16 +441,41 @@ class edited_attention {
     use(r, values);
     const index_t there = limit(item);
     const std::vector<double>& factors = recipes_[static_cast<std::size_t>(item - 1)].own;
-    parallel_for(exec_, kv_heads() * keys(), [&](index_t at) {
+    r.all_valued = false;
+    for (index_t t = 0; t < keys(); ++t) {
+      if (factors[static_cast<std::size_t>(t)] == 0 || (!r.valued.empty() && t < r.valued.back().end)) continue;
+      const index_t begin = t / r.values_step * r.values_step, end = std::min(keys(), begin + r.values_step);
+      if (!r.valued.empty() && r.valued.back().end == begin)
+        r.valued.back().end = end;
+      else
+        r.valued.push_back({begin, end});
+    }
+    parallel_for(for_values(r), kv_heads() * keys(), [&](index_t at) {
       const index_t kv = at / keys(), t = at % keys();
       T* to = values + at * r.d_v;
       const double factor = factors[static_cast<std::size_t>(t)];
-      for (index_t c = 0; c < p_.d_v; ++c)
-        to[c] = t < there && factor != 0
-                    ? static_cast<T>(static_cast<sum>(factor) * static_cast<sum>(p_.v(source_ + item, kv, t, c)))
-                    : T{};
+      if (t < there && factor != 0)
+        scale_value(item, kv, t, factor, [to](index_t c, sum x) { to[c] = static_cast<T>(x); });
+      else
+        std::fill_n(to, p_.d_v, T{});
       if (blend_) to[p_.d_v] = static_cast<T>(static_cast<sum>(factor * blend_->weights()(item, t)));
     });
+  }
+  // Calls f(c, x) with the elements of a value, times a weight.
+  template <class F>
+  void scale_value(index_t item, index_t kv, index_t t, double weight, F&& f) const noexcept {
+    const T* from = &p_.v(source_ + item, kv, t, 0);
+    const index_t step = p_.v.strides[3], d_v = p_.d_v;
+    const sum factor = static_cast<sum>(weight);
+    if (step == 1) {
+      MLKIT_SIMD
+      for (index_t c = 0; c < d_v; ++c) f(c, factor * static_cast<sum>(from[c]));
+    } else {
+      for (index_t c = 0; c < d_v; ++c) f(c, factor * static_cast<sum>(from[c * step]));
+    }
+  }
+  cpu for_values(const edited& r) const noexcept {
+    return limit_threads(exec_, 2 * static_cast<double>(kv_heads() * keys() * r.d_v));
   }
 
   void add_to_blend() const {

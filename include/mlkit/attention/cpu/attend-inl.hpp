@@ -162,6 +162,13 @@ struct attend {
   template <class Out, class Add = std::false_type>
   static void write_turned(const sum* turned, index_t lanes, index_t count, const attention::detail::head_rows<Out>& to,
                            index_t first, sum* memory, Add add = {}) noexcept {
+    if (to.cols == 1) {
+      for (index_t i = 0; i < count; ++i) {
+        Out& y = to.data[(first + i) * to.row_stride];
+        y = static_cast<Out>(add ? static_cast<sum>(y) + turned[i] : turned[i]);
+      }
+      return;
+    }
     for (index_t c = 0; c < to.cols; c += keys_at_once) {
       const index_t n = std::min(keys_at_once, to.cols - c);
       if constexpr (std::is_same_v<Out, sum>)
@@ -172,8 +179,12 @@ struct attend {
       transpose(turned + c * lanes, lanes, n, lanes, memory, n);
       for (index_t i = 0; i < count; ++i) {
         Out* y = to.data + (first + i) * to.row_stride + c * to.col_stride;
-        if (add)
-          for (index_t l = 0; l < n; ++l) memory[i * n + l] += static_cast<sum>(y[l * to.col_stride]);
+        if (add) {
+          sum there[keys_at_once];
+          decode_run(set_tag{}, dense_source<Out>{y, 1, n, n, to.col_stride}, 0, 0, n, there);
+          MLKIT_SIMD
+          for (index_t l = 0; l < n; ++l) memory[i * n + l] += there[l];
+        }
         if (to.col_stride == 1)
           decode_run(set_tag{}, dense_source<sum>{memory + i * n, 1, n, n, 1}, 0, 0, n, y);
         else

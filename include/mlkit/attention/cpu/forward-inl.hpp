@@ -38,6 +38,7 @@ struct attend_forward : attend<Element> {
     kept_map<Element, Problem> map;
   };
   static constexpr bool own_probabilities = !std::is_same_v<Element, sum>;
+  static_assert(keys_at_once % compute<Element>::elements_per_word == 0);
   static constexpr bool drops = attention::detail::any_dropout<typename Problem::scores_type>;
   static constexpr bool only_scaled = attention::detail::only_scaled<typename Problem::scores_type>;
   static constexpr bool has_bias = attention::detail::any_bias<typename Problem::scores_type>;
@@ -130,10 +131,16 @@ struct attend_forward : attend<Element> {
         sum* out = s.out + at / sliver * out_size(p);
         for (index_t l = 0; l < lanes; l += 4 * width) softmax(p, shape, place, at, l, count, lanes, n, plan, out, s);
         if constexpr (captures) s.map.keep(p, b, at, j, n, lanes, plan, s.scores, s.level + at);
-        plan.each_run(n, [&](index_t from, index_t to) {
+        const auto add_values = [&](index_t from, index_t to) {
           constexpr index_t per_word = compute<Element>::elements_per_word;
           base::multiply(words<Element>(to - from), s.values + from / per_word, p.d_v,
                          s.probabilities + from / per_word * lanes, lanes, lanes, out, lanes, true);
+        };
+        plan.each_run(n, [&](index_t from, index_t to) {
+          if constexpr (requires { p.each_valued(from, to, add_values); })
+            p.each_valued(j + from, j + to, [&](index_t begin, index_t end) { add_values(begin - j, end - j); });
+          else
+            add_values(from, to);
         });
       });
     }
