@@ -105,7 +105,7 @@ TEMPLATE_TEST_CASE("losses of pairs, gradients and statistics are their formulas
     for (const index_t n : {1, 2, 15, 16, 17, 64, 1000, 2100}) {
       const batch<TestType> b(n, means ? 0.7 : 4, means);
       mlkit::vector<TestType> dc({n}), dr({n}), each({n});
-      const rl::preference_stats s = rl::preference_loss<TestType>(cpu{}, b.of(loss), loss, {.normalizer = 50},
+      const rl::preference_stats s = rl::preference_loss<TestType>(cpu{}, b.of(loss), loss, {.normaliser = 50},
                                                                    {.chosen = dc, .rejected = dr, .losses = each});
       double total = 0, right = 0, of_chosen = 0, of_rejected = 0, worst = 0;
       for (index_t i = 0; i < n; ++i) {
@@ -325,8 +325,8 @@ TEST_CASE("bad input of pairs is refused in words, and nothing is written", "[rl
           rl::preference_loss(exec, {c, r}, rl::orpo{.nll = -1}, {.chosen = out});
         }) == value + "nll = -1 is negative or not finite");
   CHECK(said([&] {
-          rl::preference_loss(exec, {c, r}, rl::simpo{}, {.normalizer = -1}, {.chosen = out});
-        }) == value + "normalizer = -1 is negative or not finite");
+          rl::preference_loss(exec, {c, r}, rl::simpo{}, {.normaliser = -1}, {.chosen = out});
+        }) == value + "normaliser = -1 is negative or not finite");
   CHECK(said([&] {
           rl::preference_loss(exec, {c, r}, rl::simpo{}, {.chosen = four});
         }) == shape + "gradients.chosen has 4 elements, but chosen has 3");

@@ -63,7 +63,7 @@ TEMPLATE_TEST_CASE("KTO is its formula, for any number and at extremes", "[rl][p
     mlkit::vector<TestType> d({n});
     const auto s =
         rl::preference_loss<TestType>(cpu{}, {.log_probs = x, .reference = reference, .desirable = desirable}, loss,
-                                      {.normalizer = 7}, {.log_probs = d});
+                                      {.normaliser = 7}, {.log_probs = d});
     double total = 0, worst = 0;
     for (index_t i = 0; i < n; ++i) {
       const bool good = desirable[static_cast<std::size_t>(i)];
@@ -256,9 +256,8 @@ TEMPLATE_TEST_CASE("log-probabilities of sequences: sums and means of what count
         const index_t n = batch * time;
         const rl::token_batch<T> rows{.log_probs = x, .mask = mask};
         const rl::token_batch<T> columns{.log_probs = transposed(std::as_const(turned)), .mask = turned_mask};
-        const rl::packed_token_batch<T> packed{.log_probs = mlkit::vector_view<const T>(x.data(), {n}),
-                                               .mask = bits,
-                                               .cu_seqlens = {starts.data(), {batch + 1}}};
+        const rl::token_batch<T> packed{
+            .log_probs = mlkit::vector_view<const T>(x.data(), {n}), .mask = bits, .cu_seqlens = starts};
         mlkit::vector<T> y({batch}), y_columns({batch}), y_packed({batch});
         rl::sequence_log_probs(cpu{}, rows, reduction, y);
         rl::sequence_log_probs(cpu{}, columns, reduction, y_columns);
@@ -300,7 +299,10 @@ TEST_CASE("bad input of sequences is refused in words", "[rl][preference][errors
   CHECK(said([&] { rl::sequence_log_probs_backward(cpu{}, rl::token_batch<float>{}, sum, three, d); }) ==
         shape + "_backward: d_out has 3 elements, but the number of sequences has 2");
   const std::vector<std::int32_t> starts{0, 2};
-  const rl::packed_token_batch<float> packed{.log_probs = three, .cu_seqlens = {starts.data(), {2}}};
-  CHECK(said([&] { rl::sequence_log_probs(cpu{}, packed, sum, y); }) ==
-        value + ": cu_seqlens ends with 2, but log_probs has 3 elements");
+  CHECK(said([&] { rl::sequence_log_probs(cpu{}, {.log_probs = three, .cu_seqlens = starts}, sum, y); }) ==
+        value + ": cu_seqlens ends with 2, but there are 3 tokens");
+  CHECK(said([&] { rl::sequence_log_probs(cpu{}, {.log_probs = x, .cu_seqlens = starts}, sum, y); }) ==
+        shape + ": log_probs has shape [2, 3], but cu_seqlens packs sequences of [tokens] alone");
+  CHECK(said([&] { rl::sequence_log_probs_backward(cpu{}, {.cu_seqlens = starts}, sum, y, d); }) ==
+        shape + "_backward: d_log_probs has shape [2, 3], but cu_seqlens packs sequences of [tokens] alone");
 }

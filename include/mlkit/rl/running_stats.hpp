@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "moments.hpp"
+#include "options.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
 
@@ -115,8 +116,7 @@ class running_stats {
     check_columns(function, v);
     detail::check_output(function, "out", out);
     detail::check_same_shape<2>(function, "out", out.extents, "x", v.extents);
-    if (!(std::isfinite(o.epsilon) && o.epsilon >= 0))
-      detail::fail_value(function, ": epsilon = ", o.epsilon, " is negative or not finite");
+    detail::check_non_negative(function, "epsilon", o.epsilon);
     if (!(o.clip > 0)) detail::fail_value(function, ": clip = ", o.clip, " is not positive");
     const bool in_place =
         static_cast<const void*>(v.data) == out.data && v.strides == out.strides && sizeof(T) == sizeof(O);
@@ -203,7 +203,7 @@ class reward_scaling {
   /// Throws value_error for gamma outside [0, 1], or no environment.
   explicit reward_scaling(index_t environments, double gamma = 0.99) : gamma_(gamma) {
     if (environments < 1) detail::fail_value("rl::reward_scaling: environments = ", environments, " is less than 1");
-    if (!(gamma >= 0 && gamma <= 1)) detail::fail_value("rl::reward_scaling: gamma = ", gamma, " is outside [0, 1]");
+    detail::check_unit_interval("rl::reward_scaling", "gamma", gamma);
     returns_.resize(static_cast<std::size_t>(environments));
   }
 

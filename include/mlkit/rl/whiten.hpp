@@ -2,6 +2,7 @@
 #pragma once
 
 #include "moments.hpp"
+#include "options.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
 
@@ -46,8 +47,7 @@ moments whiten(const cpu& exec, const tensor_view<const T, Rank>& x, const mask_
   check_same_shape<Rank>(function, "out", out.extents, "values", x.extents);
   check_mask(call, function, mask, "values", x.extents);
   for (const auto& [name, value] : {std::pair{"epsilon", o.epsilon}, {"variance_epsilon", o.variance_epsilon}})
-    if (!(std::isfinite(value) && value >= 0))
-      fail_value(function, ": ", name, " = ", value, " is negative or not finite");
+    check_non_negative(function, name, value);
   const bool in_place =
       static_cast<const void*>(x.data) == out.data && x.strides == out.strides && sizeof(T) == sizeof(Out);
   if (!in_place) call.reads("values", x);
