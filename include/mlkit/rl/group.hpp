@@ -179,7 +179,7 @@ void group_advantages(const Executor& exec, const R& rewards, const groups& of, 
   const detail::group_places places = detail::check_groups(call, function, of, "rewards", r.extent(0));
   detail::check_view(function, "advantages", out);
   detail::check_extent(function, "advantages", "elements", out.extent(0), "rewards", r.extent(0));
-  if (r.data != out.data || r.strides != out.strides) call.reads("rewards", r);
+  if (!detail::same_elements(r, out)) call.reads("rewards", r);
   call.writes("advantages", out);
   detail::name_non_finite(function, "rewards", r, {});
   detail::advantages_of(exec, function, r, places, method, out);

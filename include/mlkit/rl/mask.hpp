@@ -71,6 +71,12 @@ void check_mask(arguments& call, std::string_view function, const mask_view<Rank
   call.reads("mask", mask.values);
 }
 
+/// Whether each element of out is stored where that of x is, so that a kernel which reads before it writes may do both.
+template <class T, class Out, int Rank>
+bool same_elements(const tensor_view<T, Rank>& x, const tensor_view<Out, Rank>& out) noexcept {
+  return static_cast<const void*>(x.data) == out.data && x.strides == out.strides && sizeof(T) == sizeof(Out);
+}
+
 /// A view of rank 1 or 2 as rows of columns, or one row of another operand of the same shape.
 template <class T>
 struct plane {

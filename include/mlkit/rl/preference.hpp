@@ -366,6 +366,13 @@ void check_all_finite(std::string_view function, std::string_view name, const ve
 }
 
 template <class T>
+void check_read(arguments& call, std::string_view function, std::string_view name, const vector_view<T>& v,
+                std::string_view other, index_t n) {
+  check_view(function, name, v);
+  check_extent(function, name, "elements", v.extents[0], other, n);
+  call.reads(name, v);
+}
+template <class T>
 void check_written(arguments& call, std::string_view function, std::string_view name, const vector_view<T>& v,
                    std::string_view other, index_t n) {
   if (!v.data && v.extents[0] == 0) return;
@@ -417,9 +424,7 @@ preference_stats preference_loss(const Executor& exec,
   detail::pair_problem<T, Loss> p{};
   in.each_operand([&](int at, std::string_view name, const vector_view<const T>& v, bool needed) {
     if (!needed && !v.data && v.extents[0] == 0) return;
-    detail::check_view(function, name, v);
-    detail::check_extent(function, name, "elements", v.extents[0], "chosen", n);
-    call.reads(name, v);
+    detail::check_read(call, function, name, v, "chosen", n);
     p.operands[at] = v;
   });
   detail::check_written(call, function, "gradients.chosen", out.chosen, "chosen", n);
@@ -460,14 +465,9 @@ kto_stats preference_loss(const Executor& exec, const labelled_completions<std::
   detail::arguments call(function, exec);
   loss.check(function);
   const index_t n = in.log_probs.extent(0);
-  detail::check_view(function, "log_probs", in.log_probs);
-  detail::check_view(function, "reference", in.reference);
-  detail::check_extent(function, "reference", "elements", in.reference.extent(0), "log_probs", n);
-  detail::check_view(function, "desirable", in.desirable);
-  detail::check_extent(function, "desirable", "elements", in.desirable.extent(0), "log_probs", n);
-  call.reads("log_probs", in.log_probs);
-  call.reads("reference", in.reference);
-  call.reads("desirable", in.desirable);
+  detail::check_read(call, function, "log_probs", in.log_probs, "log_probs", n);
+  detail::check_read(call, function, "reference", in.reference, "log_probs", n);
+  detail::check_read(call, function, "desirable", in.desirable, "log_probs", n);
   detail::check_written(call, function, "gradients.log_probs", out.log_probs, "log_probs", n);
   detail::check_written(call, function, "losses", out.losses, "log_probs", n);
   const double normaliser = detail::checked_normaliser(function, o, n);
@@ -502,10 +502,9 @@ double kto_reference_point(const Executor& exec, const batch_view<const std::typ
   constexpr std::string_view function = "rl::kto_reference_point";
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
-  detail::check_view(function, "log_probs", log_probs);
-  detail::check_view(function, "reference", reference);
-  detail::check_extent(function, "reference", "elements", reference.extent(0), "log_probs", log_probs.extent(0));
   const index_t n = log_probs.extent(0);
+  detail::check_read(call, function, "log_probs", log_probs, "log_probs", n);
+  detail::check_read(call, function, "reference", reference, "log_probs", n);
   const detail::workspace<double> differences(n);
   for (index_t i = 0; i < n; ++i)
     differences.data()[i] = static_cast<double>(log_probs(i)) - static_cast<double>(reference(i));
@@ -526,13 +525,10 @@ preference_stats preference_loss(const Executor& exec, const ranked_completions<
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
   const index_t n = in.rewards.extent(0);
-  detail::check_view(function, "rewards", in.rewards);
+  detail::check_read(call, function, "rewards", in.rewards, "rewards", n);
   const detail::group_places places = detail::check_groups(call, function, in.of, "rewards", n);
-  call.reads("rewards", in.rewards);
   if (in.ranks.data || in.ranks.extent(0) != 0) {
-    detail::check_view(function, "ranks", in.ranks);
-    detail::check_extent(function, "ranks", "elements", in.ranks.extent(0), "rewards", n);
-    call.reads("ranks", in.ranks);
+    detail::check_read(call, function, "ranks", in.ranks, "rewards", n);
   }
   detail::check_written(call, function, "gradients.rewards", out.rewards, "rewards", n);
   detail::checked_normaliser(function, o, n);

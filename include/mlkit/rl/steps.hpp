@@ -196,7 +196,6 @@ class step_arguments {
   }
 
   std::string_view first_name() const noexcept { return first_; }
-  const sequence_places& places() const noexcept { return places_; }
 
   /// Whether an operand that may be left out is there.
   template <class U, int Rank>
