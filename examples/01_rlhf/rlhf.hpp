@@ -282,15 +282,10 @@ inline void ppo::iterate(const mlkit::cpu& exec, const verses& text, const rewar
 
   // Rewards: -beta times the divergence of each token, and the score on the last one. An end of a continuation is its
   // last token, so there is nothing behind it to bootstrap from.
-  const auto view = [](auto& x) { return mlkit::vector_view(x.data(), {static_cast<index_t>(x.size())}); };
-  const rl::kl_reward_stats kl = rl::kl_rewards<float, 1>(exec,
-                                                          {.log_probs = view(all.log_probs),
-                                                           .reference = view(reference),
-                                                           .scores = view(score),
-                                                           .cu_seqlens = view(all.starts)},
-                                                          {.beta = control_.beta}, rl::k1{}, view(rewards));
-  const rl::kl_stats k3 =
-      rl::kl<float, 1>(exec, {.log_probs = view(all.log_probs), .reference = view(reference)}, rl::k3{});
+  const rl::kl_reward_stats kl = rl::kl_rewards(
+      exec, {.log_probs = all.log_probs, .reference = reference, .scores = score, .cu_seqlens = all.starts},
+      {.beta = control_.beta}, rl::k1{}, rewards);
+  const rl::kl_stats k3 = rl::kl(exec, {.log_probs = all.log_probs, .reference = reference}, rl::k3{});
   std::vector<std::uint8_t> ended(tokens);
   for (std::size_t b = 1; b < all.starts.size(); ++b) ended[static_cast<std::size_t>(all.starts[b] - 1)] = 1;
   rl::gae(exec, {.rewards = rewards, .values = values, .terminated = ended, .cu_seqlens = all.starts},

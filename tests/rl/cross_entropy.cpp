@@ -237,7 +237,7 @@ TEST_CASE("what cross_entropy refuses", "[rl][cross_entropy]") {
   says("value_error: rl::cross_entropy: normaliser = -2 is negative or not finite");
   const std::vector<std::int32_t> starts{0, 2, 6}, wrong{0, 2, 5}, down{0, 4, 3, 6};
   p.options.cu_seqlens = starts;
-  says("shape_error: rl::cross_entropy: cu_seqlens is given, but labels have rank 2; packed tokens have rank 1");
+  says("shape_error: rl::cross_entropy: labels has shape [2, 3], but cu_seqlens packs sequences of [tokens] alone");
   const auto packed = [&](const std::vector<std::int32_t>& s) {
     problem q(1, 6, 4, 7);
     q.options.cu_seqlens = s;

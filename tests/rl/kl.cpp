@@ -72,7 +72,7 @@ TEMPLATE_TEST_CASE("estimates of tokens, their sum and their loss", "[rl][kl]", 
       const rl::kl_batch<TestType> batch{.log_probs = in.log_probs, .reference = in.reference, .mask = in.mask};
       const rl::kl_stats sum = rl::kl(cpu{}, batch, rl::k3{}, values);
       const rl::kl_loss_stats loss = rl::kl_loss(cpu{}, batch, {.coefficient = 0.3}, rl::k3{}, of_k3);
-      const rl::kl_loss_stats given = rl::kl_loss(cpu{}, batch, {.coefficient = 0.3, .normalizer = 50}, of_kl);
+      const rl::kl_loss_stats given = rl::kl_loss(cpu{}, batch, {.coefficient = 0.3, .normaliser = 50}, of_kl);
       double total = 0, count = 0;
       for (const std::uint8_t bit : in.bits) count += bit;
       for (index_t i = 0; i < rows * cols; ++i) {
@@ -153,11 +153,11 @@ TEMPLATE_TEST_CASE("rewards are -beta kl, with the score on the last token that 
     const auto flat = [&](auto* data) {
       return mlkit::vector_view<std::remove_pointer_t<decltype(data)>>(data, {batch * time});
     };
-    const rl::packed_kl_reward_batch<TestType> of_packed{.log_probs = flat(in.log_probs.data()),
-                                                         .reference = flat(in.reference.data()),
-                                                         .scores = in.scores,
-                                                         .mask = in.bits,
-                                                         .cu_seqlens = {starts.data(), {batch + 1}}};
+    const rl::kl_reward_batch<TestType> of_packed{.log_probs = flat(in.log_probs.data()),
+                                                  .reference = flat(in.reference.data()),
+                                                  .scores = in.scores,
+                                                  .mask = in.bits,
+                                                  .cu_seqlens = starts};
     rl::kl_rewards(cpu{}, of_packed, {.beta = 0.3}, rl::k1{}, flat(packed.data()));
     double total = 0, sequences = 0;
     for (index_t b = 0; b < batch; ++b) {
@@ -213,11 +213,15 @@ TEST_CASE("braces, empty batches, and sequences without tokens", "[rl][kl]") {
   mlkit::vector<float> tokens({3}), three({3});
   three(0) = 5, three(1) = 6, three(2) = 7;
   mlkit::vector<float> rewards({3});
-  const rl::packed_kl_reward_batch<float> packed{
-      .log_probs = tokens, .reference = tokens, .scores = three, .cu_seqlens = {starts.data(), {4}}};
+  const rl::kl_reward_batch<float> packed{
+      .log_probs = tokens, .reference = tokens, .scores = three, .cu_seqlens = starts};
   CHECK(rl::kl_rewards(cpu{}, packed, {}, rewards).sequences == 1);
   CHECK(rewards(2) == 6);
   CHECK(rewards(0) == 0);
+  const std::vector<float> x{-1, -2, -3}, y{-2, -2, -2}, score{4};
+  std::vector<float> one(3);
+  CHECK(rl::kl_rewards(cpu{}, {.log_probs = x, .reference = y, .scores = score}, {.beta = 1}, one).sequences == 1);
+  CHECK(one == std::vector<float>{-1, 0, 5});
 }
 
 TEST_CASE("KL of tokens: the same bits for any number of threads", "[rl][kl]") {
@@ -284,8 +288,8 @@ TEST_CASE("bad input of KL is refused in words, and nothing is written", "[rl][k
         shape + ": out [2, 3] overlaps reference [2, 3]");
   CHECK(said([&] { rl::kl_loss(exec, {.log_probs = l, .reference = r}, {.coefficient = inf}, out); }) ==
         value + "_loss: coefficient = inf is not finite");
-  CHECK(said([&] { rl::kl_loss(exec, {.log_probs = l, .reference = r}, {.normalizer = -2}, out); }) ==
-        value + "_loss: normalizer = -2 is negative or not finite");
+  CHECK(said([&] { rl::kl_loss(exec, {.log_probs = l, .reference = r}, {.normaliser = -2}, out); }) ==
+        value + "_loss: normaliser = -2 is negative or not finite");
   CHECK(said([&] { rl::kl_rewards(exec, {.log_probs = l, .reference = r, .scores = three}, {}, out); }) ==
         shape + "_rewards: scores has 3 elements, but the number of sequences has 2");
   CHECK(said([&] { rl::kl_rewards(exec, {.log_probs = l, .reference = r}, {.beta = no_number}, out); }) ==
@@ -296,18 +300,22 @@ TEST_CASE("bad input of KL is refused in words, and nothing is written", "[rl][k
   CHECK(said([&] { rl::kl_rewards(exec, {.log_probs = l, .reference = r, .scores = scores}, {}, out); }) ==
         value + "_rewards: scores[1] = -inf is not finite");
   const std::vector<std::int32_t> starts{0, 2, 1, 3};
-  const mlkit::vector_view<const std::int32_t> offsets(starts.data(), {4});
-  CHECK(said([&] { rl::kl_rewards(exec, {.log_probs = l, .reference = r, .cu_seqlens = offsets}, {}, out); }) ==
-        shape + "_rewards: cu_seqlens go with packed tokens [tokens], not with [batch, time]");
+  CHECK(said([&] { rl::kl_rewards(exec, {.log_probs = l, .reference = r, .cu_seqlens = starts}, {}, out); }) ==
+        shape + "_rewards: log_probs has shape [2, 3], but cu_seqlens packs sequences of [tokens] alone");
   const auto packed = [&](std::vector<std::int32_t> s) {
     mlkit::vector<float> tokens({3}), rewards({3});
-    const rl::packed_kl_reward_batch<float> in{
-        .log_probs = tokens, .reference = tokens, .cu_seqlens = {s.data(), {static_cast<index_t>(s.size())}}};
-    return said([&] { rl::kl_rewards(exec, in, {}, rewards); });
+    s.reserve(1);  // none are still given
+    return said(
+        [&] { rl::kl_rewards(exec, {.log_probs = tokens, .reference = tokens, .cu_seqlens = s}, {}, rewards); });
   };
   CHECK(packed({}) == shape + "_rewards: cu_seqlens is empty; it has one element more than there are sequences");
   CHECK(packed({1, 3}) == value + "_rewards: cu_seqlens[0] = 1 is not 0");
   CHECK(packed({0, 2, 1, 3}) == value + "_rewards: cu_seqlens[2] = 1 is less than cu_seqlens[1] = 2");
-  CHECK(packed({0, 2}) == value + "_rewards: cu_seqlens ends with 2, but log_probs has 3 elements");
+  CHECK(packed({0, 2}) == value + "_rewards: cu_seqlens ends with 2, but there are 3 tokens");
+  const mlkit::vector_view<const std::int32_t> every_other(starts.data(), {2}, {3});
+  mlkit::vector<float> tokens({3});
+  CHECK(said([&] {
+          rl::kl_rewards(exec, {.log_probs = tokens, .reference = tokens, .cu_seqlens = every_other}, {}, tokens);
+        }) == shape + "_rewards: cu_seqlens has a stride of 3, not 1");
   for (index_t i = 0; i < 6; ++i) CHECK(out.data()[i] == 9);
 }

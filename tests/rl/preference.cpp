@@ -1,25 +1,13 @@
 // Losses of pairs against their formulas in f64, TRL's values, and differences of the loss.
-#include <functional>
-#include <mlkit/rl/preference.hpp>
+#include "preference.hpp"
 
-#include "../fixtures.hpp"
-#include "numbers.hpp"
+#include <functional>
 
 namespace rl = mlkit::rl;
 using mlkit::cpu;
 using namespace rl_test;
 
 namespace {
-
-const std::string file = "preference_fixtures.txt";
-
-template <class T>
-mlkit::vector<T> stored(const std::string& name) {
-  const std::vector<double>& x = fixture(name, file);
-  mlkit::vector<T> v({static_cast<index_t>(x.size())});
-  std::transform(x.begin(), x.end(), v.data(), [](double d) { return static_cast<T>(d); });
-  return v;
-}
 
 // The batch that a loss takes, of any it may be.
 template <class T>
@@ -48,7 +36,6 @@ struct batch {
   }
 };
 
-double log_sigmoid(double x) { return x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x)); }
 double log_odds(double x) { return x - std::log(-std::expm1(x)); }
 
 // The formulas.
@@ -105,7 +92,7 @@ TEMPLATE_TEST_CASE("losses of pairs, gradients and statistics are their formulas
     for (const index_t n : {1, 2, 15, 16, 17, 64, 1000, 2100}) {
       const batch<TestType> b(n, means ? 0.7 : 4, means);
       mlkit::vector<TestType> dc({n}), dr({n}), each({n});
-      const rl::preference_stats s = rl::preference_loss<TestType>(cpu{}, b.of(loss), loss, {.normalizer = 50},
+      const rl::preference_stats s = rl::preference_loss<TestType>(cpu{}, b.of(loss), loss, {.normaliser = 50},
                                                                    {.chosen = dc, .rejected = dr, .losses = each});
       double total = 0, right = 0, of_chosen = 0, of_rejected = 0, worst = 0;
       for (index_t i = 0; i < n; ++i) {
@@ -160,7 +147,7 @@ TEST_CASE("gradients are differences of the loss itself, in f64", "[rl][preferen
 
 TEMPLATE_TEST_CASE("losses and gradients are TRL's", "[rl][preference]", float, double) {
   const double tight = std::is_same_v<TestType, double> ? 1e-13 : 2e-5;
-  const auto v = stored<TestType>;
+  const auto v = stored_as<TestType>;
   const auto check = [&](const std::string& name, const auto& loss, const auto& in) {
     const index_t n = in.chosen.extent(0);
     mlkit::vector<TestType> dc({n}), dr({n}), each({n});
@@ -168,12 +155,12 @@ TEMPLATE_TEST_CASE("losses and gradients are TRL's", "[rl][preference]", float, 
     double total = 0;
     for (index_t i = 0; i < n; ++i) {
       const auto k = static_cast<std::size_t>(i);
-      const double want = fixture(name + ".losses", file)[k];
+      const double want = stored(name + ".losses")[k];
       total += want / static_cast<double>(n);
       INFO(name << " " << i);
       CHECK(std::fabs(static_cast<double>(each(i)) - want) < tight * (1 + want));
-      CHECK(std::fabs(static_cast<double>(dc(i)) - fixture(name + ".d_chosen", file)[k]) < tight);
-      CHECK(std::fabs(static_cast<double>(dr(i)) - fixture(name + ".d_rejected", file)[k]) < tight);
+      CHECK(std::fabs(static_cast<double>(dc(i)) - stored(name + ".d_chosen")[k]) < tight);
+      CHECK(std::fabs(static_cast<double>(dr(i)) - stored(name + ".d_rejected")[k]) < tight);
     }
     CHECK(std::fabs(s.loss - total) < tight * (1 + total));
   };
@@ -325,8 +312,8 @@ TEST_CASE("bad input of pairs is refused in words, and nothing is written", "[rl
           rl::preference_loss(exec, {c, r}, rl::orpo{.nll = -1}, {.chosen = out});
         }) == value + "nll = -1 is negative or not finite");
   CHECK(said([&] {
-          rl::preference_loss(exec, {c, r}, rl::simpo{}, {.normalizer = -1}, {.chosen = out});
-        }) == value + "normalizer = -1 is negative or not finite");
+          rl::preference_loss(exec, {c, r}, rl::simpo{}, {.normaliser = -1}, {.chosen = out});
+        }) == value + "normaliser = -1 is negative or not finite");
   CHECK(said([&] {
           rl::preference_loss(exec, {c, r}, rl::simpo{}, {.chosen = four});
         }) == shape + "gradients.chosen has 4 elements, but chosen has 3");

@@ -1,37 +1,17 @@
 // KTO, the K-wise loss, and log-probabilities of sequences: against their formulas in f64, and TRL's values.
-#include <mlkit/rl/preference.hpp>
-
-#include "../fixtures.hpp"
-#include "numbers.hpp"
+#include "preference.hpp"
 
 namespace rl = mlkit::rl;
 using mlkit::cpu;
 using namespace rl_test;
 
-namespace {
-
-const std::string file = "preference_fixtures.txt";
-
-template <class T>
-mlkit::vector<T> stored(const std::string& name) {
-  const std::vector<double>& x = fixture(name, file);
-  mlkit::vector<T> v({static_cast<index_t>(x.size())});
-  std::transform(x.begin(), x.end(), v.data(), [](double d) { return static_cast<T>(d); });
-  return v;
-}
-
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
-double log_sigmoid(double x) { return x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x)); }
-
-}  // namespace
-
 TEMPLATE_TEST_CASE("KTO is TRL's, with its reference point", "[rl][preference][kto]", float, double) {
   const double tight = std::is_same_v<TestType, double> ? 1e-13 : 2e-5;
-  const auto x = stored<TestType>("chosen"), reference = stored<TestType>("chosen_ref");
+  const auto x = stored_as<TestType>("chosen"), reference = stored_as<TestType>("chosen_ref");
   std::vector<std::uint8_t> desirable;
-  for (const double b : fixture("desirable", file)) desirable.push_back(b != 0);
+  for (const double b : stored("desirable")) desirable.push_back(b != 0);
   const double kl = rl::kto_reference_point<TestType>(cpu{}, x, reference);
-  CHECK(std::fabs(kl - fixture("kto.kl", file)[0]) < tight);
+  CHECK(std::fabs(kl - stored("kto.kl")[0]) < tight);
   CHECK(rl::kto_reference_point<TestType>(cpu{}, reference, x) == 0);  // of a negative mean
   mlkit::vector<TestType> d({37}), each({37});
   const rl::kto_stats s =
@@ -40,11 +20,11 @@ TEMPLATE_TEST_CASE("KTO is TRL's, with its reference point", "[rl][preference][k
                                     {.log_probs = d, .losses = each});
   double total = 0, good = 0, bad = 0, count = 0;
   for (std::size_t i = 0; i < 37; ++i) {
-    const double want = fixture("kto.losses", file)[i];
+    const double want = stored("kto.losses")[i];
     total += want / 37;
     CHECK(std::fabs(static_cast<double>(each(static_cast<index_t>(i))) - want) < tight);
-    CHECK(std::fabs(static_cast<double>(d(static_cast<index_t>(i))) - fixture("kto.d_chosen", file)[i]) < tight);
-    (desirable[i] ? good : bad) += 0.3 * (fixture("chosen", file)[i] - fixture("chosen_ref", file)[i]);
+    CHECK(std::fabs(static_cast<double>(d(static_cast<index_t>(i))) - stored("kto.d_chosen")[i]) < tight);
+    (desirable[i] ? good : bad) += 0.3 * (stored("chosen")[i] - stored("chosen_ref")[i]);
     count += desirable[i];
   }
   CHECK(std::fabs(s.loss - total) < tight);
@@ -63,7 +43,7 @@ TEMPLATE_TEST_CASE("KTO is its formula, for any number and at extremes", "[rl][p
     mlkit::vector<TestType> d({n});
     const auto s =
         rl::preference_loss<TestType>(cpu{}, {.log_probs = x, .reference = reference, .desirable = desirable}, loss,
-                                      {.normalizer = 7}, {.log_probs = d});
+                                      {.normaliser = 7}, {.log_probs = d});
     double total = 0, worst = 0;
     for (index_t i = 0; i < n; ++i) {
       const bool good = desirable[static_cast<std::size_t>(i)];
@@ -116,12 +96,12 @@ TEST_CASE("bad input of KTO is refused in words", "[rl][preference][errors]") {
 
 TEMPLATE_TEST_CASE("the K-wise loss is the mean over pairs of a prompt", "[rl][preference][k_wise]", float, double) {
   const double tight = std::is_same_v<TestType, double> ? 1e-13 : 1e-5;
-  const auto r = stored<TestType>("k_wise.rewards");
+  const auto r = stored_as<TestType>("k_wise.rewards");
   mlkit::vector<TestType> d({35});
   auto s = rl::preference_loss<TestType>(cpu{}, {.rewards = r, .of = rl::groups{5}}, rl::k_wise{}, {.rewards = d});
-  CHECK(std::fabs(s.loss - fixture("k_wise.loss", file)[0]) < tight);
+  CHECK(std::fabs(s.loss - stored("k_wise.loss")[0]) < tight);
   for (std::size_t i = 0; i < 35; ++i)
-    CHECK(std::fabs(static_cast<double>(d(static_cast<index_t>(i))) - fixture("k_wise.d", file)[i]) < tight);
+    CHECK(std::fabs(static_cast<double>(d(static_cast<index_t>(i))) - stored("k_wise.d")[i]) < tight);
   CHECK(s.pairs == 70);
 
   // Groups of all sizes, ranks in any order, some equal.
@@ -256,9 +236,8 @@ TEMPLATE_TEST_CASE("log-probabilities of sequences: sums and means of what count
         const index_t n = batch * time;
         const rl::token_batch<T> rows{.log_probs = x, .mask = mask};
         const rl::token_batch<T> columns{.log_probs = transposed(std::as_const(turned)), .mask = turned_mask};
-        const rl::packed_token_batch<T> packed{.log_probs = mlkit::vector_view<const T>(x.data(), {n}),
-                                               .mask = bits,
-                                               .cu_seqlens = {starts.data(), {batch + 1}}};
+        const rl::token_batch<T> packed{
+            .log_probs = mlkit::vector_view<const T>(x.data(), {n}), .mask = bits, .cu_seqlens = starts};
         mlkit::vector<T> y({batch}), y_columns({batch}), y_packed({batch});
         rl::sequence_log_probs(cpu{}, rows, reduction, y);
         rl::sequence_log_probs(cpu{}, columns, reduction, y_columns);
@@ -300,7 +279,10 @@ TEST_CASE("bad input of sequences is refused in words", "[rl][preference][errors
   CHECK(said([&] { rl::sequence_log_probs_backward(cpu{}, rl::token_batch<float>{}, sum, three, d); }) ==
         shape + "_backward: d_out has 3 elements, but the number of sequences has 2");
   const std::vector<std::int32_t> starts{0, 2};
-  const rl::packed_token_batch<float> packed{.log_probs = three, .cu_seqlens = {starts.data(), {2}}};
-  CHECK(said([&] { rl::sequence_log_probs(cpu{}, packed, sum, y); }) ==
-        value + ": cu_seqlens ends with 2, but log_probs has 3 elements");
+  CHECK(said([&] { rl::sequence_log_probs(cpu{}, {.log_probs = three, .cu_seqlens = starts}, sum, y); }) ==
+        value + ": cu_seqlens ends with 2, but there are 3 tokens");
+  CHECK(said([&] { rl::sequence_log_probs(cpu{}, {.log_probs = x, .cu_seqlens = starts}, sum, y); }) ==
+        shape + ": log_probs has shape [2, 3], but cu_seqlens packs sequences of [tokens] alone");
+  CHECK(said([&] { rl::sequence_log_probs_backward(cpu{}, {.cu_seqlens = starts}, sum, y, d); }) ==
+        shape + "_backward: d_log_probs has shape [2, 3], but cu_seqlens packs sequences of [tokens] alone");
 }

@@ -62,8 +62,7 @@ void gae(const Executor& exec, const rollout<std::type_identity_t<T>>& in, const
   detail::check_unit_interval(function, "lambda", options.lambda);
   Problem p{.rule = {static_cast<T>(options.gamma), static_cast<T>(options.gamma * options.lambda)}};
   detail::scan_call<Problem> call(function, exec, p);
-  call.steps("rewards", in.rewards, in.cu_seqlens);
-  call.read("rewards", in.rewards, p.in[0]);
+  call.steps("rewards", in.rewards, in.cu_seqlens, p.in[0]);
   call.read("values", in.values, p.in[1]);
   call.template episodes<Done>(in);
   call.write_optional("advantages", out.advantages, p.out[0]);

@@ -6,8 +6,9 @@
 #include <functional>
 #include <limits>
 
+#include "../core/starts.hpp"
 #include "moments.hpp"
-#include "sequences.hpp"
+#include "options.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
 
@@ -63,25 +64,14 @@ struct group_places {
 inline group_places check_groups(arguments& call, std::string_view function, const groups& g, std::string_view of,
                                  index_t n) {
   if (g.size == -1) {
-    check_sequence_starts(call, function, "offsets", g.offsets, of, n);
+    mlkit::detail::check_starts(function, "offsets", g.offsets, message(of, " has"), n, "elements");
+    call.reads("offsets", g.offsets);
     return {g.offsets.extent(0) - 1, 0, g.offsets};
   }
   if (g.size < 1) fail_value(function, ": groups of ", g.size, " elements");
   if (n % g.size != 0)
     fail_shape(function, ": ", of, " has ", n, " elements, which is no multiple of groups of ", g.size);
   return {n / g.size, g.size, {}};
-}
-
-template <class T>
-void check_finite(std::string_view function, std::string_view name, const vector_view<const T>& v) {
-  for (index_t i = 0; i < v.extent(0); ++i)
-    if (!std::isfinite(static_cast<double>(v(i))))
-      fail_value(function, ": ", name, index_text(i), " = ", static_cast<double>(v(i)), " is not finite");
-}
-
-inline void check_epsilon(std::string_view function, double epsilon) {
-  if (!(std::isfinite(epsilon) && epsilon >= 0))
-    fail_value(function, ": epsilon = ", epsilon, " is negative or not finite");
 }
 
 template <class T>
@@ -120,7 +110,7 @@ inline double inverse_deviation(const moments& m, variance_of kind, double epsil
 template <class T>
 void advantages_of(const cpu& exec, std::string_view function, const vector_view<const T>& r,
                    const group_places& places, const grpo& o, const vector_view<T>& out) {
-  check_epsilon(function, o.epsilon);
+  check_non_negative(function, "epsilon", o.epsilon);
   write_advantages(
       exec, r, places,
       [&](const moments& m) {
@@ -150,7 +140,7 @@ void advantages_of(const cpu& exec, std::string_view, const vector_view<const T>
 template <class T>
 void advantages_of(const cpu& exec, std::string_view function, const vector_view<const T>& r,
                    const group_places& places, const reinforce_pp& o, const vector_view<T>& out) {
-  check_epsilon(function, o.epsilon);
+  check_non_negative(function, "epsilon", o.epsilon);
   const index_t n = r.extent(0);
   const workspace<double> centered(n);
   double* x = centered.data();
@@ -189,9 +179,9 @@ void group_advantages(const Executor& exec, const R& rewards, const groups& of, 
   const detail::group_places places = detail::check_groups(call, function, of, "rewards", r.extent(0));
   detail::check_view(function, "advantages", out);
   detail::check_extent(function, "advantages", "elements", out.extent(0), "rewards", r.extent(0));
-  if (r.data != out.data || r.strides != out.strides) call.reads("rewards", r);
+  if (!detail::same_elements(r, out)) call.reads("rewards", r);
   call.writes("advantages", out);
-  detail::check_finite(function, "rewards", r);
+  detail::name_non_finite(function, "rewards", r, {});
   detail::advantages_of(exec, function, r, places, method, out);
 }
 
@@ -217,7 +207,7 @@ void best_of_n(const Executor& exec, const R& rewards, const groups& of, Best&& 
     if (places.begin(g) == places.end(g)) detail::fail_value(function, ": group ", g, " is empty");
   if (static_cast<std::uint64_t>(r.extent(0)) > static_cast<std::uint64_t>(std::numeric_limits<I>::max()))
     detail::fail_value(function, ": best cannot hold an index of ", r.extent(0), " rewards");
-  detail::check_finite(function, "rewards", r);
+  detail::name_non_finite(function, "rewards", r, {});
   for (index_t g = 0; g < places.count; ++g) {
     index_t at = places.begin(g);
     for (index_t i = at; i < places.end(g); ++i)

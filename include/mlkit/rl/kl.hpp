@@ -3,7 +3,7 @@
 #pragma once
 
 #include "functions.hpp"
-#include "sequences.hpp"
+#include "options.hpp"
 #include "steps.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
@@ -64,16 +64,13 @@ concept kl_estimator = requires(const F& f, float d) {
   { f(d) } -> std::same_as<kl_estimate<float>>;
 };
 
-/// Log-probabilities of tokens under the policy and its reference: [batch, time], or with Rank 1 any [tokens]; what is
-/// stored time-major is given by its transposed view.
-template <storage T, int Rank = 2>
+/// Log-probabilities of tokens under the policy and its reference: [batch, time] or any [tokens].
+template <storage T = float>
 struct kl_batch {
-  tensor_view<const T, Rank> log_probs = {};
-  tensor_view<const T, Rank> reference = {};
-  mask_view<Rank> mask = {};  ///< tokens that count; without it all do
+  sequence_view<const T> log_probs = {};
+  sequence_view<const T> reference = {};
+  flag_view mask = {};  ///< tokens that count; without it all do
 };
-template <storage T>
-using packed_kl_batch = kl_batch<T, 1>;
 
 /// The sum of the estimates of all tokens that count, and how many these are.
 struct kl_stats {
@@ -113,26 +110,25 @@ struct kl_part {
 namespace MLKIT_NAMESPACE::rl {
 namespace detail {
 
-template <class T, int Rank>
-void check_kl_batch(arguments& call, std::string_view function, const kl_batch<T, Rank>& in) {
+template <class T>
+sequence_places check_kl_batch(step_arguments& steps, const kl_batch<T>& in, const sequence_starts& cu_seqlens = {}) {
   static_assert(std::is_floating_point_v<T>, "rl: log-probabilities of a KL divergence are f32 or f64");
-  check_view(function, "log_probs", in.log_probs);
-  check_view(function, "reference", in.reference);
-  check_same_shape<Rank>(function, "reference", in.reference.extents, "log_probs", in.log_probs.extents);
-  check_mask(call, function, in.mask, "log_probs", in.log_probs.extents);
-  call.reads("log_probs", in.log_probs);
-  call.reads("reference", in.reference);
+  const sequence_places places = steps.first("log_probs", in.log_probs, cu_seqlens);
+  steps.read("log_probs", in.log_probs);
+  steps.read("reference", in.reference);
+  steps.read_optional("mask", in.mask);
+  return places;
 }
 
-template <class T, int Rank, class Estimator>
-kl_stats run_kl(const cpu& exec, const kl_batch<T, Rank>& in, const Estimator& estimator, T value_factor,
-                T derivative_factor, const tensor_view<T, Rank>& out) {
+template <class T, class Estimator>
+kl_stats run_kl(const cpu& exec, const kl_batch<T>& in, const Estimator& estimator, T value_factor, T derivative_factor,
+                const sequence_view<T>& out) {
   if (in.log_probs.empty()) return {};
   kl_problem<T, Estimator> p{};
-  p.shape = shape_of_planes(in.log_probs, in.reference, in.mask.values, out);
+  p.shape = shape_of_planes(in.log_probs, in.reference, in.mask, out);
   p.log_probs = plane_of(in.log_probs, p.shape);
   p.reference = plane_of(in.reference, p.shape);
-  p.mask = plane_of(in.mask.values, p.shape);
+  p.mask = plane_of(in.mask, p.shape);
   p.out = plane_of(out, p.shape);
   p.value_factor = value_factor;
   p.derivative_factor = derivative_factor;
@@ -151,11 +147,10 @@ kl_stats run_kl(const cpu& exec, const kl_batch<T, Rank>& in, const Estimator& e
   return all;
 }
 
-template <int Rank>
-index_t count_kept(const mask_view<Rank>& mask, const extents_t<Rank>& extents) noexcept {
-  if (!mask) return element_count<Rank>(extents);
-  const plane_shape s = shape_of_planes(mask.values);
-  const plane<const std::uint8_t> m = plane_of(mask.values, s);
+inline index_t count_kept(const flag_view& mask, const extents_t<2>& extents) noexcept {
+  if (!mask.data) return element_count<2>(extents);
+  const plane_shape s = shape_of_planes(mask);
+  const plane<const std::uint8_t> m = plane_of(mask, s);
   index_t n = 0;
   for (index_t i = 0; i < s.rows; ++i)
     for (index_t j = 0; j < s.cols; ++j) n += *m.at(i, j) != 0;
@@ -168,23 +163,21 @@ index_t count_kept(const mask_view<Rank>& mask, const extents_t<Rank>& extents) 
 /// left out: `rl::kl(exec, batch, rl::k3{})`. f32 and f64; sums in parts of 4096 tokens in T, the parts in f64 in
 /// order: the same bits for any number of threads. Throws shape_error where extents do not fit or out overlaps what is
 /// read. Log-probabilities that are not finite give estimates that are not. Reads both once.
-template <storage T = float, int Rank = 2, executor Executor, kl_estimator Estimator = k3>
-kl_stats kl(const Executor& exec, const kl_batch<T, Rank>& in, const Estimator& estimator = {},
-            const std::type_identity_t<tensor_view<T, Rank>>& out = {}) {
+template <storage T = float, executor Executor, kl_estimator Estimator = k3>
+kl_stats kl(const Executor& exec, const kl_batch<T>& in, const Estimator& estimator = {},
+            const sequence_view<std::type_identity_t<T>>& out = {}) {
   constexpr std::string_view function = "rl::kl";
   detail::arguments call(function, exec);
-  detail::check_kl_batch(call, function, in);
-  if (out.data || out.extents != extents_t<Rank>{}) {
-    detail::check_same_shape<Rank>(function, "out", out.extents, "log_probs", in.log_probs.extents);
-    call.writes("out", out);
-  }
+  detail::step_arguments steps(call, function);
+  detail::check_kl_batch(steps, in);
+  steps.write_optional("out", out);
   return detail::run_kl(exec, in, estimator, T(1), T(0), out);
 }
 
 /// What kl_loss may be told.
 struct kl_loss_options {
   double coefficient = 1;
-  double normalizer = 0;  ///< what the sum is divided by, such as the tokens of all ranks; 0: the tokens that count
+  double normaliser = 0;  ///< what the sum is divided by, such as the tokens of all ranks; 0: the tokens that count
 };
 
 /// What kl_loss returns.
@@ -192,53 +185,48 @@ struct kl_loss_stats : kl_stats {
   double loss = 0;
 };
 
-/// loss = coefficient / normalizer sum of the estimates of tokens that count, and its gradient by log_probs, 0 for
+/// loss = coefficient / normaliser sum of the estimates of tokens that count, and its gradient by log_probs, 0 for
 /// tokens that do not count. By what `estimator` names: k3 has the derivative of its own value, as GRPO has it;
 /// with_kl_gradient<k3> (the default) the unbiased gradient of KL(pi || ref) for tokens that the policy itself sampled.
 /// k1 is refused: its gradient averages to nothing. Without any token the loss is 0. As kl otherwise; also throws
-/// value_error for options that are not finite and a normalizer that is negative. Shao et al.: "DeepSeekMath", 2024,
+/// value_error for options that are not finite and a normaliser that is negative. Shao et al.: "DeepSeekMath", 2024,
 /// eq. 4 (k3).
-template <storage T = float, int Rank = 2, executor Executor, kl_estimator Estimator = with_kl_gradient<k3>>
-kl_loss_stats kl_loss(const Executor& exec, const kl_batch<T, Rank>& in, const kl_loss_options& o,
-                      const Estimator& estimator, const std::type_identity_t<tensor_view<T, Rank>>& gradient) {
+template <storage T = float, executor Executor, kl_estimator Estimator = with_kl_gradient<k3>>
+kl_loss_stats kl_loss(const Executor& exec, const kl_batch<T>& in, const kl_loss_options& o, const Estimator& estimator,
+                      const sequence_view<std::type_identity_t<T>>& gradient) {
   static_assert(!std::is_same_v<Estimator, k1>,
                 "rl: the gradient of k1 as a loss averages to nothing; take with_kl_gradient<k1>, k2 or k3");
   constexpr std::string_view function = "rl::kl_loss";
   detail::arguments call(function, exec);
-  detail::check_kl_batch(call, function, in);
-  if (!std::isfinite(o.coefficient)) detail::fail_value(function, ": coefficient = ", o.coefficient, " is not finite");
-  if (!(std::isfinite(o.normalizer) && o.normalizer >= 0))
-    detail::fail_value(function, ": normalizer = ", o.normalizer, " is negative or not finite");
-  if (gradient.data || gradient.extents != extents_t<Rank>{}) {
-    detail::check_same_shape<Rank>(function, "gradient", gradient.extents, "log_probs", in.log_probs.extents);
-    call.writes("gradient", gradient);
-  }
+  detail::step_arguments steps(call, function);
+  detail::check_kl_batch(steps, in);
+  detail::check_finite(function, "coefficient", o.coefficient);
+  detail::check_non_negative(function, "normaliser", o.normaliser);
+  steps.write_optional("gradient", gradient);
   const double n =
-      o.normalizer > 0 ? o.normalizer : static_cast<double>(detail::count_kept<Rank>(in.mask, in.log_probs.extents));
+      o.normaliser > 0 ? o.normaliser : static_cast<double>(detail::count_kept(in.mask, in.log_probs.extents));
   const double factor = n > 0 ? o.coefficient / n : 0;
   kl_loss_stats all;
   static_cast<kl_stats&>(all) = detail::run_kl(exec, in, estimator, T(0), static_cast<T>(factor), gradient);
   all.loss = all.tokens == 0 ? 0 : factor * all.total;
   return all;
 }
-template <storage T = float, int Rank = 2, executor Executor>
-kl_loss_stats kl_loss(const Executor& exec, const kl_batch<T, Rank>& in, const kl_loss_options& o,
-                      const std::type_identity_t<tensor_view<T, Rank>>& gradient) {
+template <storage T = float, executor Executor>
+kl_loss_stats kl_loss(const Executor& exec, const kl_batch<T>& in, const kl_loss_options& o,
+                      const sequence_view<std::type_identity_t<T>>& gradient) {
   return kl_loss(exec, in, o, with_kl_gradient<k3>{}, gradient);
 }
 
 /// What kl_rewards are computed from: a kl_batch, a score of each sequence, and where the sequences of packed tokens
 /// are.
-template <storage T, int Rank = 2>
+template <storage T = float>
 struct kl_reward_batch {
-  tensor_view<const T, Rank> log_probs = {};
-  tensor_view<const T, Rank> reference = {};
-  batch_view<const T> scores = {};                  ///< [batch]; without them the rewards are KL alone
-  mask_view<Rank> mask = {};                        ///< tokens that count; without it all do
-  vector_view<const std::int32_t> cu_seqlens = {};  ///< with Rank 1: where each sequence starts, and the end
+  sequence_view<const T> log_probs = {};
+  sequence_view<const T> reference = {};
+  batch_view<const T> scores = {};  ///< [batch]; without them the rewards are KL alone
+  flag_view mask = {};              ///< tokens that count; without it all do
+  sequence_starts cu_seqlens = {};  ///< [batch + 1] starts of packed sequences
 };
-template <storage T>
-using packed_kl_reward_batch = kl_reward_batch<T, 1>;
 
 /// What kl_rewards may be told.
 struct kl_reward_options {
@@ -256,38 +244,30 @@ struct kl_reward_stats : kl_stats {
 /// last column, says which that is, so that a token behind the end of a sequence never has it. Tokens that do not count
 /// get 0. A sequence without any gets no score.
 ///
-/// log_probs, reference and rewards [batch, time], or the [tokens] of packed sequences with cu_seqlens
-/// (packed_kl_reward_batch); scores [batch]. f32 and f64. As kl otherwise; also throws value_error for a beta that is
+/// log_probs, reference and rewards [batch, time], or the [tokens] of packed sequences with cu_seqlens, without which
+/// they are one sequence; scores [batch]. f32 and f64. As kl otherwise; also throws value_error for a beta that is
 /// not finite and for a score that is not finite and is wanted, named by its index, before rewards are touched. Ziegler
 /// et al.: "Fine-tuning language models from human preferences", 2019, eq. 2; Ouyang et al.: "Training language models
 /// to follow instructions with human feedback", 2022, eq. 2.
-template <storage T = float, int Rank = 2, executor Executor, kl_estimator Estimator>
-kl_reward_stats kl_rewards(const Executor& exec, const kl_reward_batch<T, Rank>& in, const kl_reward_options& o,
-                           const Estimator& estimator, const std::type_identity_t<tensor_view<T, Rank>>& rewards) {
+template <storage T = float, executor Executor, kl_estimator Estimator>
+kl_reward_stats kl_rewards(const Executor& exec, const kl_reward_batch<T>& in, const kl_reward_options& o,
+                           const Estimator& estimator, const sequence_view<std::type_identity_t<T>>& rewards) {
   constexpr std::string_view function = "rl::kl_rewards";
   detail::arguments call(function, exec);
-  const kl_batch<T, Rank> batch{in.log_probs, in.reference, in.mask};
-  detail::check_kl_batch(call, function, batch);
-  const detail::sequence_places places =
-      detail::check_sequences(call, function, in.log_probs, "log_probs", in.cu_seqlens);
-  const bool scored = in.scores.data || in.scores.extent(0) != 0;
-  if (scored) {
-    detail::check_view(function, "scores", in.scores);
-    detail::check_extent(function, "scores", "elements", in.scores.extent(0), "the number of sequences",
-                         places.sequences);
-    call.reads("scores", in.scores);
-  }
-  if (!std::isfinite(o.beta)) detail::fail_value(function, ": beta = ", o.beta, " is not finite");
-  detail::check_view(function, "rewards", rewards);
-  detail::check_same_shape<Rank>(function, "rewards", rewards.extents, "log_probs", in.log_probs.extents);
-  call.writes("rewards", rewards);
+  detail::step_arguments steps(call, function);
+  const kl_batch<T> batch{in.log_probs, in.reference, in.mask};
+  const detail::sequence_places places = detail::check_kl_batch(steps, batch, in.cu_seqlens);
+  const bool scored = steps.given(in.scores);
+  if (scored) steps.read_batch("scores", in.scores);
+  detail::check_finite(function, "beta", o.beta);
+  steps.write("rewards", rewards);
   const detail::workspace<index_t> last(places.sequences);  // the token that has the score, or -1
   kl_reward_stats all;
   for (index_t b = 0; b < places.sequences; ++b) {
     const auto [row, begin, count] = places(b);
     index_t t = begin + count - 1;
-    if (in.mask)
-      while (t >= begin && !detail::token(in.mask.values, row, t)) --t;
+    if (in.mask.data)
+      while (t >= begin && !in.mask(row, t)) --t;
     last.data()[b] = t < begin ? -1 : t;
     all.sequences += t >= begin;
     if (scored && t >= begin && !std::isfinite(in.scores(b)))
@@ -296,12 +276,12 @@ kl_reward_stats kl_rewards(const Executor& exec, const kl_reward_batch<T, Rank>&
   static_cast<kl_stats&>(all) = detail::run_kl(exec, batch, estimator, static_cast<T>(-o.beta), T(0), rewards);
   if (scored)
     for (index_t b = 0; b < places.sequences; ++b)
-      if (last.data()[b] >= 0) detail::token(rewards, places(b).row, last.data()[b]) += in.scores(b);
+      if (last.data()[b] >= 0) rewards(places(b).row, last.data()[b]) += in.scores(b);
   return all;
 }
-template <storage T = float, int Rank = 2, executor Executor>
-kl_reward_stats kl_rewards(const Executor& exec, const kl_reward_batch<T, Rank>& in, const kl_reward_options& o,
-                           const std::type_identity_t<tensor_view<T, Rank>>& rewards) {
+template <storage T = float, executor Executor>
+kl_reward_stats kl_rewards(const Executor& exec, const kl_reward_batch<T>& in, const kl_reward_options& o,
+                           const sequence_view<std::type_identity_t<T>>& rewards) {
   return kl_rewards(exec, in, o, k1{}, rewards);
 }
 

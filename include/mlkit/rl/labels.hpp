@@ -50,16 +50,9 @@ struct row_labels {
       fail_value(function, ": temperature = ", o.temperature, " is not above 0 and finite");
     if (!(o.label_smoothing >= 0 && o.label_smoothing < 1))
       fail_value(function, ": label_smoothing = ", o.label_smoothing, " is outside [0, 1)");
-    if (!(std::isfinite(o.normaliser) && o.normaliser >= 0))
-      fail_value(function, ": normaliser = ", o.normaliser, " is negative or not finite");
-    const bool packed = o.cu_seqlens.data || o.cu_seqlens.extent(0) > 0;
-    if (packed && Rank == 2)
-      fail_shape(function, ": cu_seqlens is given, but labels have rank 2; packed tokens have rank 1");
+    check_non_negative(function, "normaliser", o.normaliser);
+    const sequence_places places = check_sequences<Rank>(call, function, "labels", shape, o.cu_seqlens);
     const index_t batch = Rank == 2 ? shape[0] : 1, time = shape[Rank - 1];
-    if (packed) {
-      check_starts(function, o.cu_seqlens, time);
-      call.reads("cu_seqlens", o.cu_seqlens);
-    }
     of.assign(static_cast<std::size_t>(batch * time), 0);
     counts.assign(of.size(), 0);
     const auto label = [&](index_t b, index_t t) {
@@ -76,9 +69,9 @@ struct row_labels {
         if (y < 0 || y >= vocabulary)
           fail_value(function, ": ", index_text<Rank>("labels", b * time + t, shape), " = ", y, " is outside [0, ",
                      vocabulary, ") and not ", o.ignore, ", which is ignored");
-        if (packed)
-          while (o.cu_seqlens(sequence + 1) <= t) ++sequence;
-        const index_t start = packed ? o.cu_seqlens(sequence) : 0;
+        if (places.starts)
+          while (places.starts[sequence + 1] <= t) ++sequence;
+        const index_t start = places.starts ? places.starts[sequence] : 0;
         if (o.shift && t == start) continue;  // nothing predicts the first of a sequence
         const auto row = static_cast<std::size_t>(b * time + t - (o.shift ? 1 : 0));
         of[row] = y;

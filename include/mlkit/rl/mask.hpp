@@ -8,6 +8,21 @@
 #include "../core/memory.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
+namespace detail {
+
+using namespace mlkit::detail;
+
+template <class U>
+concept byte_element = std::integral<U> && sizeof(U) == 1;
+template <class R>
+concept contiguous_bytes = std::ranges::contiguous_range<R> && byte_element<std::ranges::range_value_t<R>>;
+
+template <class U>
+const std::uint8_t* as_bytes(const U* p) noexcept {
+  return reinterpret_cast<const std::uint8_t*>(p);
+}
+
+}  // namespace detail
 
 /// Which elements count: those whose byte is not 0. A view of std::uint8_t, bool or char of the shape of what it masks,
 /// or, of rank 1, a contiguous container of them; made from nothing, all count. What does not count is never read into
@@ -17,16 +32,12 @@ struct mask_view {
   tensor_view<const std::uint8_t, Rank> values;
 
   constexpr mask_view() = default;
-  template <std::integral U>
-    requires(sizeof(U) == 1)
-  mask_view(const tensor_view<U, Rank>& v)
-  noexcept : values(reinterpret_cast<const std::uint8_t*>(v.data), v.extents, v.strides) {}
-  template <std::ranges::contiguous_range R>
-    requires(Rank == 1 && std::integral<std::ranges::range_value_t<R>> && sizeof(std::ranges::range_value_t<R>) == 1)
+  template <detail::byte_element U>
+  mask_view(const tensor_view<U, Rank>& v) noexcept : values(detail::as_bytes(v.data), v.extents, v.strides) {}
+  template <detail::contiguous_bytes R>
+    requires(Rank == 1)
   mask_view(const R& r)
-  noexcept
-      : values(reinterpret_cast<const std::uint8_t*>(std::ranges::data(r)),
-               {static_cast<index_t>(std::ranges::size(r))}) {}
+  noexcept : values(detail::as_bytes(std::ranges::data(r)), {static_cast<index_t>(std::ranges::size(r))}) {}
 
   /// Whether there is a mask.
   constexpr explicit operator bool() const noexcept {
@@ -39,8 +50,6 @@ template <class X>
 concept batch_viewable = viewable<X, 1> || viewable<X, 2>;
 
 namespace detail {
-
-using namespace mlkit::detail;
 
 template <class X>
 inline constexpr int rank_of = std::remove_cvref_t<decltype(as_view(std::declval<X&>()))>::rank;
@@ -60,6 +69,12 @@ void check_mask(arguments& call, std::string_view function, const mask_view<Rank
   check_same_shape<Rank>(function, "mask", mask.values.extents, other, want);
   check_view(function, "mask", mask.values);
   call.reads("mask", mask.values);
+}
+
+/// Whether each element of out is stored where that of x is, so that a kernel which reads before it writes may do both.
+template <class T, class Out, int Rank>
+bool same_elements(const tensor_view<T, Rank>& x, const tensor_view<Out, Rank>& out) noexcept {
+  return static_cast<const void*>(x.data) == out.data && x.strides == out.strides && sizeof(T) == sizeof(Out);
 }
 
 /// A view of rank 1 or 2 as rows of columns, or one row of another operand of the same shape.

@@ -81,8 +81,7 @@ void upgo(const Executor& exec, const rollout<std::type_identity_t<T>>& in, cons
   detail::check_unit_interval(function, "gamma", options.gamma);
   Problem p{.rule = {static_cast<T>(options.gamma)}};
   detail::scan_call<Problem> call(function, exec, p);
-  call.steps("rewards", in.rewards, in.cu_seqlens);
-  call.read("rewards", in.rewards, p.in[0]);
+  call.steps("rewards", in.rewards, in.cu_seqlens, p.in[0]);
   call.read("values", in.values, p.in[1]);
   call.template episodes<Done>(in);
   call.write_optional("returns", out.returns, p.out[0]);
@@ -107,8 +106,7 @@ void retrace(const Executor& exec, const action_value_rollout<std::type_identity
   detail::check_unit_interval(function, "lambda", options.lambda);
   Problem p{.rule = {static_cast<T>(options.gamma), static_cast<T>(options.lambda)}};
   detail::scan_call<Problem> call(function, exec, p);
-  call.steps("rewards", in.rewards, in.cu_seqlens);
-  call.read("rewards", in.rewards, p.in[0]);
+  call.steps("rewards", in.rewards, in.cu_seqlens, p.in[0]);
   call.read("action_values", in.action_values, p.in[1]);
   call.read("expected_values", in.expected_values, p.in[2]);
   call.read("log_ratios", in.log_ratios, p.in[3]);

@@ -4,7 +4,7 @@
 #include "functions.hpp"
 #include "group.hpp"
 #include "moments.hpp"
-#include "sequences.hpp"
+#include "options.hpp"
 #include "steps.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
@@ -64,7 +64,7 @@ struct pair_gradients {
 
 /// Means over the batch.
 struct preference_stats {
-  double loss = 0;           ///< the sum of losses over the normalizer
+  double loss = 0;           ///< the sum of losses over the normaliser
   double accuracy = 0;       ///< the part of pairs whose chosen reward is the larger; equal ones do not count as right
   double chosen_reward = 0;  ///< what the loss takes as the reward of what was chosen
   double rejected_reward = 0;  ///< ... and of what was rejected
@@ -74,7 +74,7 @@ struct preference_stats {
 
 /// What every preference_loss may be told.
 struct preference_options {
-  double normalizer = 0;  ///< what the sum is divided by, such as the pairs of all ranks; 0: those of this call
+  double normaliser = 0;  ///< what the sum is divided by, such as the pairs of all ranks; 0: those of this call
 };
 
 /// -log sigmoid(c - r - margin) + centering (c + r)^2, of rewards c and r. The second term keeps rewards about 0, which
@@ -85,10 +85,7 @@ struct bradley_terry {
 
   template <storage T>
   using inputs = reward_pairs<T>;
-  void check(std::string_view function) const {
-    if (!(std::isfinite(centering) && centering >= 0))
-      detail::fail_value(function, ": centering = ", centering, " is negative or not finite");
-  }
+  void check(std::string_view function) const { detail::check_non_negative(function, "centering", centering); }
   template <std::floating_point T>
   MLKIT_RL_INLINE pair_term<T> operator()(const pair_point<T>& x) const noexcept {
     const detail::log_sigmoid<T> s(x.chosen - x.rejected - x.margin);
@@ -99,9 +96,6 @@ struct bradley_terry {
 
 namespace detail {
 
-inline void check_positive(std::string_view function, std::string_view name, double value) {
-  if (!(std::isfinite(value) && value > 0)) fail_value(function, ": ", name, " = ", value, " is not positive");
-}
 inline void check_smoothing(std::string_view function, double value) {
   if (!(value >= 0 && value < 0.5)) fail_value(function, ": label_smoothing = ", value, " is outside [0, 0.5)");
 }
@@ -169,7 +163,7 @@ struct simpo {
   using inputs = policy_pairs<T>;
   void check(std::string_view function) const {
     detail::check_positive(function, "beta", beta);
-    if (!std::isfinite(gamma)) detail::fail_value(function, ": gamma = ", gamma, " is not finite");
+    detail::check_finite(function, "gamma", gamma);
     detail::check_smoothing(function, label_smoothing);
   }
   template <std::floating_point T>
@@ -194,7 +188,7 @@ struct orpo {
   using inputs = policy_pairs<T>;
   void check(std::string_view function) const {
     detail::check_positive(function, "beta", beta);
-    if (!(std::isfinite(nll) && nll >= 0)) detail::fail_value(function, ": nll = ", nll, " is negative or not finite");
+    detail::check_non_negative(function, "nll", nll);
   }
   template <std::floating_point T>
   MLKIT_RL_INLINE pair_term<T> operator()(const pair_point<T>& x) const noexcept {
@@ -224,7 +218,7 @@ concept pair_loss = requires(const L& loss, const pair_point<float>& x) {
 template <storage T>
 struct labelled_completions {
   batch_view<const T> log_probs = {}, reference = {};
-  mask_view<1> desirable = {};
+  batch_flags desirable = {};
 };
 template <storage T>
 struct completion_gradients {
@@ -244,11 +238,9 @@ struct kto {
 
   void check(std::string_view function) const {
     detail::check_positive(function, "beta", beta);
-    if (!(std::isfinite(kl) && kl >= 0)) detail::fail_value(function, ": kl = ", kl, " is negative or not finite");
-    for (const auto& [name, value] :
-         {std::pair{"desirable_weight", desirable_weight}, {"undesirable_weight", undesirable_weight}})
-      if (!(std::isfinite(value) && value >= 0))
-        detail::fail_value(function, ": ", name, " = ", value, " is negative or not finite");
+    detail::check_non_negative(function, "kl", kl);
+    detail::check_non_negative(function, "desirable_weight", desirable_weight);
+    detail::check_non_negative(function, "undesirable_weight", undesirable_weight);
   }
   template <std::floating_point T>
   struct term {
@@ -347,8 +339,8 @@ struct k_wise_sums {
 template <class T>
 struct sequence_sum_problem {
   sequence_places places;
-  plane<const T> log_probs;
-  plane<const std::uint8_t> mask;
+  stream<const T> log_probs;
+  stream<const std::uint8_t> mask;
   bool mean;
 };
 
@@ -370,9 +362,16 @@ constexpr void check_preference_type() {
 template <class T>
 void check_all_finite(std::string_view function, std::string_view name, const vector_view<const T>& v) {
   const auto kernel = MLKIT_SELECT_WITHOUT_BF16(finite_elements<T>);
-  if (!kernel(v.data, v.strides[0], v.extents[0])) check_finite(function, name, v);
+  if (!kernel(v.data, v.strides[0], v.extents[0])) name_non_finite(function, name, v, {});
 }
 
+template <class T>
+void check_read(arguments& call, std::string_view function, std::string_view name, const vector_view<T>& v,
+                std::string_view other, index_t n) {
+  check_view(function, name, v);
+  check_extent(function, name, "elements", v.extents[0], other, n);
+  call.reads(name, v);
+}
 template <class T>
 void check_written(arguments& call, std::string_view function, std::string_view name, const vector_view<T>& v,
                    std::string_view other, index_t n) {
@@ -382,10 +381,9 @@ void check_written(arguments& call, std::string_view function, std::string_view 
   call.writes(name, v);
 }
 
-inline double checked_normalizer(std::string_view function, const preference_options& o, index_t n) {
-  if (!(std::isfinite(o.normalizer) && o.normalizer >= 0))
-    fail_value(function, ": normalizer = ", o.normalizer, " is negative or not finite");
-  return o.normalizer > 0 ? o.normalizer : static_cast<double>(std::max<index_t>(n, 1));
+inline double checked_normaliser(std::string_view function, const preference_options& o, index_t n) {
+  check_non_negative(function, "normaliser", o.normaliser);
+  return o.normaliser > 0 ? o.normaliser : static_cast<double>(std::max<index_t>(n, 1));
 }
 
 // f(begin, end) for chunks of [0, n), whose results are added in order.
@@ -426,22 +424,20 @@ preference_stats preference_loss(const Executor& exec,
   detail::pair_problem<T, Loss> p{};
   in.each_operand([&](int at, std::string_view name, const vector_view<const T>& v, bool needed) {
     if (!needed && !v.data && v.extents[0] == 0) return;
-    detail::check_view(function, name, v);
-    detail::check_extent(function, name, "elements", v.extents[0], "chosen", n);
-    call.reads(name, v);
+    detail::check_read(call, function, name, v, "chosen", n);
     p.operands[at] = v;
   });
   detail::check_written(call, function, "gradients.chosen", out.chosen, "chosen", n);
   detail::check_written(call, function, "gradients.rejected", out.rejected, "chosen", n);
   detail::check_written(call, function, "losses", out.losses, "chosen", n);
-  const double normalizer = detail::checked_normalizer(function, o, n);
+  const double normaliser = detail::checked_normaliser(function, o, n);
   in.each_operand([&](int, std::string_view name, const vector_view<const T>& v, bool) {
     detail::check_all_finite(function, name, v);
   });
   if (n == 0) return {};
   p.n = n;
   p.d_chosen = out.chosen, p.d_rejected = out.rejected, p.losses = out.losses;
-  p.factor = static_cast<T>(1 / normalizer);
+  p.factor = static_cast<T>(1 / normaliser);
   p.loss = &loss;
   const auto kernel = MLKIT_SELECT_WITHOUT_BF16(pair_losses<T, Loss>);
   const detail::pair_sums s = detail::sum_chunks<detail::pair_sums>(
@@ -450,7 +446,7 @@ preference_stats preference_loss(const Executor& exec,
         a.loss += b.loss, a.right += b.right, a.chosen += b.chosen, a.rejected += b.rejected;
       });
   const double count = static_cast<double>(n);
-  return {s.loss / normalizer, s.right / count, s.chosen / count, s.rejected / count, n};
+  return {s.loss / normaliser, s.right / count, s.chosen / count, s.rejected / count, n};
 }
 template <storage T = float, executor Executor, pair_loss Loss>
 preference_stats preference_loss(const Executor& exec,
@@ -469,23 +465,17 @@ kto_stats preference_loss(const Executor& exec, const labelled_completions<std::
   detail::arguments call(function, exec);
   loss.check(function);
   const index_t n = in.log_probs.extent(0);
-  detail::check_view(function, "log_probs", in.log_probs);
-  detail::check_view(function, "reference", in.reference);
-  detail::check_extent(function, "reference", "elements", in.reference.extent(0), "log_probs", n);
-  detail::check_view(function, "desirable", in.desirable.values);
-  detail::check_extent(function, "desirable", "elements", in.desirable.values.extent(0), "log_probs", n);
-  call.reads("log_probs", in.log_probs);
-  call.reads("reference", in.reference);
-  call.reads("desirable", in.desirable.values);
+  detail::check_read(call, function, "log_probs", in.log_probs, "log_probs", n);
+  detail::check_read(call, function, "reference", in.reference, "log_probs", n);
+  detail::check_read(call, function, "desirable", in.desirable, "log_probs", n);
   detail::check_written(call, function, "gradients.log_probs", out.log_probs, "log_probs", n);
   detail::check_written(call, function, "losses", out.losses, "log_probs", n);
-  const double normalizer = detail::checked_normalizer(function, o, n);
+  const double normaliser = detail::checked_normaliser(function, o, n);
   detail::check_all_finite(function, "log_probs", in.log_probs);
   detail::check_all_finite(function, "reference", in.reference);
   if (n == 0) return {};
   const detail::kto_problem<T> p{
-      n,   in.log_probs, in.reference, in.desirable.values, out.log_probs, out.losses, static_cast<T>(1 / normalizer),
-      loss};
+      n, in.log_probs, in.reference, in.desirable, out.log_probs, out.losses, static_cast<T>(1 / normaliser), loss};
   const auto kernel = MLKIT_SELECT_WITHOUT_BF16(kto_losses<T>);
   const detail::kto_sums s = detail::sum_chunks<detail::kto_sums>(
       exec, n, detail::preference_chunk, 4 * n, [&](index_t begin, index_t end) { return kernel(p, begin, end); },
@@ -494,7 +484,7 @@ kto_stats preference_loss(const Executor& exec, const labelled_completions<std::
         a.desirable += b.desirable;
       });
   const auto mean = [](double sum, index_t count) { return count == 0 ? 0 : sum / static_cast<double>(count); };
-  return {s.loss / normalizer, mean(s.desirable_reward, s.desirable), mean(s.undesirable_reward, n - s.desirable),
+  return {s.loss / normaliser, mean(s.desirable_reward, s.desirable), mean(s.undesirable_reward, n - s.desirable),
           s.desirable, n - s.desirable};
 }
 template <storage T = float, executor Executor>
@@ -512,10 +502,9 @@ double kto_reference_point(const Executor& exec, const batch_view<const std::typ
   constexpr std::string_view function = "rl::kto_reference_point";
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
-  detail::check_view(function, "log_probs", log_probs);
-  detail::check_view(function, "reference", reference);
-  detail::check_extent(function, "reference", "elements", reference.extent(0), "log_probs", log_probs.extent(0));
   const index_t n = log_probs.extent(0);
+  detail::check_read(call, function, "log_probs", log_probs, "log_probs", n);
+  detail::check_read(call, function, "reference", reference, "log_probs", n);
   const detail::workspace<double> differences(n);
   for (index_t i = 0; i < n; ++i)
     differences.data()[i] = static_cast<double>(log_probs(i)) - static_cast<double>(reference(i));
@@ -526,7 +515,7 @@ double kto_reference_point(const Executor& exec, const batch_view<const std::typ
 }
 
 /// The K-wise loss of ranked completions, its gradient by rewards, and statistics over pairs; as the above otherwise.
-/// K (K - 1) / 2 logarithms a prompt. normalizer stands for the number of prompts. Also throws as group_advantages does
+/// K (K - 1) / 2 logarithms a prompt. normaliser stands for the number of prompts. Also throws as group_advantages does
 /// for groups.
 template <storage T = float, executor Executor>
 preference_stats preference_loss(const Executor& exec, const ranked_completions<std::type_identity_t<T>>& in,
@@ -536,16 +525,13 @@ preference_stats preference_loss(const Executor& exec, const ranked_completions<
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
   const index_t n = in.rewards.extent(0);
-  detail::check_view(function, "rewards", in.rewards);
+  detail::check_read(call, function, "rewards", in.rewards, "rewards", n);
   const detail::group_places places = detail::check_groups(call, function, in.of, "rewards", n);
-  call.reads("rewards", in.rewards);
   if (in.ranks.data || in.ranks.extent(0) != 0) {
-    detail::check_view(function, "ranks", in.ranks);
-    detail::check_extent(function, "ranks", "elements", in.ranks.extent(0), "rewards", n);
-    call.reads("ranks", in.ranks);
+    detail::check_read(call, function, "ranks", in.ranks, "rewards", n);
   }
   detail::check_written(call, function, "gradients.rewards", out.rewards, "rewards", n);
-  detail::checked_normalizer(function, o, n);
+  detail::checked_normaliser(function, o, n);
   detail::check_all_finite(function, "rewards", in.rewards);
   detail::k_wise_problem<T> p{places, in.rewards, in.ranks, out.rewards, 0};
   index_t largest = 0, prompts = 0, work = 0;  // prompts: those with a pair
@@ -560,8 +546,8 @@ preference_stats preference_loss(const Executor& exec, const ranked_completions<
     largest = std::max(largest, end - begin);
     work += (end - begin) * (end - begin);
   }
-  const double normalizer = detail::checked_normalizer(function, o, prompts);
-  p.factor = 1 / normalizer;
+  const double normaliser = detail::checked_normaliser(function, o, prompts);
+  p.factor = 1 / normaliser;
   const auto kernel = MLKIT_SELECT_WITHOUT_BF16(k_wise_losses<T>);
   const detail::k_wise_sums s = detail::sum_chunks<detail::k_wise_sums>(
       exec, places.count, std::max<index_t>(1, detail::preference_chunk / std::max<index_t>(1, largest)), work,
@@ -573,7 +559,7 @@ preference_stats preference_loss(const Executor& exec, const ranked_completions<
         a.loss += b.loss, a.right += b.right, a.chosen += b.chosen, a.rejected += b.rejected, a.pairs += b.pairs;
       });
   const double pairs = std::max(s.pairs, 1.0);
-  return {s.loss / normalizer, s.right / pairs, s.chosen / pairs, s.rejected / pairs, static_cast<index_t>(s.pairs)};
+  return {s.loss / normaliser, s.right / pairs, s.chosen / pairs, s.rejected / pairs, static_cast<index_t>(s.pairs)};
 }
 template <storage T = float, executor Executor>
 preference_stats preference_loss(const Executor& exec, const ranked_completions<std::type_identity_t<T>>& in,
@@ -585,37 +571,30 @@ preference_stats preference_loss(const Executor& exec, const ranked_completions<
 /// and simpo.
 enum class sequence_reduction { sum, mean };
 
-/// Log-probabilities of tokens, [batch, time] (time-major storage through its transposed view), or with Rank 1 the
-/// [tokens] of packed sequences with cu_seqlens.
-template <storage T, int Rank = 2>
+/// Log-probabilities of tokens, [batch, time], or the [tokens] of packed sequences with cu_seqlens, without which they
+/// are one sequence.
+template <storage T = float>
 struct token_batch {
-  tensor_view<const T, Rank> log_probs = {};
-  mask_view<Rank> mask = {};                        ///< tokens that count, those of the completion; without it all do
-  vector_view<const std::int32_t> cu_seqlens = {};  ///< with Rank 1: where each sequence starts, and the end
+  sequence_view<const T> log_probs = {};
+  flag_view mask = {};              ///< tokens that count, those of the completion; without it all do
+  sequence_starts cu_seqlens = {};  ///< [batch + 1] starts of packed sequences
 };
-template <storage T>
-using packed_token_batch = token_batch<T, 1>;
 
 /// out[b] = the sum or the mean of log_probs[b, t] over the tokens that count; 0 where there is none. out [batch].
 /// f32 and f64; sums in T, in an order that the shape decides. Throws shape_error where extents do not fit, value_error
 /// for cu_seqlens that are none. Reads log_probs once.
-template <storage T = float, int Rank = 2, executor Executor>
-void sequence_log_probs(const Executor& exec, const token_batch<T, Rank>& in, sequence_reduction reduction,
-                        const std::type_identity_t<vector_view<T>>& out) {
+template <storage T = float, executor Executor>
+void sequence_log_probs(const Executor& exec, const token_batch<T>& in, sequence_reduction reduction,
+                        const batch_view<std::type_identity_t<T>>& out) {
   constexpr std::string_view function = "rl::sequence_log_probs";
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
-  detail::check_view(function, "log_probs", in.log_probs);
-  detail::check_mask(call, function, in.mask, "log_probs", in.log_probs.extents);
-  const detail::sequence_places places =
-      detail::check_sequences(call, function, in.log_probs, "log_probs", in.cu_seqlens);
-  detail::check_view(function, "out", out);
-  detail::check_extent(function, "out", "elements", out.extent(0), "the number of sequences", places.sequences);
-  call.reads("log_probs", in.log_probs);
-  call.writes("out", out);
-  const detail::sequence_sum_problem<T> p{places, detail::sequence_plane(in.log_probs),
-                                          detail::sequence_plane(in.mask.values),
-                                          reduction == sequence_reduction::mean};
+  detail::step_arguments steps(call, function);
+  const detail::sequence_places places = steps.first("log_probs", in.log_probs, in.cu_seqlens);
+  steps.read("log_probs", in.log_probs);
+  steps.read_optional("mask", in.mask);
+  steps.write_batch("out", out);
+  const detail::sequence_sum_problem<T> p{places, in.log_probs, in.mask, reduction == sequence_reduction::mean};
   const auto kernel = MLKIT_SELECT_WITHOUT_BF16(sequence_sum<T>);
   detail::parallel_ranges(detail::threads_for(exec, in.log_probs.size()), places.sequences,
                           [&](index_t begin, index_t end) {
@@ -624,32 +603,29 @@ void sequence_log_probs(const Executor& exec, const token_batch<T, Rank>& in, se
 }
 
 /// d_log_probs[b, t] = d_out[b], over the number of tokens for the mean, for tokens that count, 0 for others: what the
-/// gradient of a preference loss by chosen or rejected becomes for tokens.
-template <storage T = float, int Rank = 2, executor Executor>
-void sequence_log_probs_backward(const Executor& exec, const token_batch<T, Rank>& in, sequence_reduction reduction,
-                                 const std::type_identity_t<vector_view<const T>>& d_out,
-                                 const std::type_identity_t<tensor_view<T, Rank>>& d_log_probs) {
+/// gradient of a preference loss by chosen or rejected becomes for tokens. in.log_probs is not read and may be left
+/// out.
+template <storage T = float, executor Executor>
+void sequence_log_probs_backward(const Executor& exec, const token_batch<T>& in, sequence_reduction reduction,
+                                 const batch_view<const std::type_identity_t<T>>& d_out,
+                                 const sequence_view<std::type_identity_t<T>>& d_log_probs) {
   constexpr std::string_view function = "rl::sequence_log_probs_backward";
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
-  detail::check_view(function, "d_log_probs", d_log_probs);
-  detail::check_mask(call, function, in.mask, "d_log_probs", d_log_probs.extents);
-  const detail::sequence_places places =
-      detail::check_sequences(call, function, d_log_probs, "d_log_probs", in.cu_seqlens);
-  detail::check_view(function, "d_out", d_out);
-  detail::check_extent(function, "d_out", "elements", d_out.extent(0), "the number of sequences", places.sequences);
-  call.reads("d_out", d_out);
-  call.writes("d_log_probs", d_log_probs);
+  detail::step_arguments steps(call, function);
+  const detail::sequence_places places = steps.first("d_log_probs", d_log_probs, in.cu_seqlens);
+  steps.read_optional("mask", in.mask);
+  steps.read_batch("d_out", d_out);
+  steps.write("d_log_probs", d_log_probs);
+  const auto counts = [&](index_t row, index_t t) { return !in.mask.data || in.mask(row, t) != 0; };
   detail::parallel_ranges(
       detail::threads_for(exec, d_log_probs.size()), places.sequences, [&](index_t begin, index_t end) {
         for (index_t b = begin; b < end; ++b) {
           const auto [row, first, count] = places(b);
           index_t kept = 0;
-          for (index_t t = first; t < first + count; ++t)
-            kept += !in.mask || detail::token(in.mask.values, row, t) != 0;
+          for (index_t t = first; t < first + count; ++t) kept += counts(row, t);
           const T d = reduction == sequence_reduction::mean && kept > 0 ? d_out(b) / static_cast<T>(kept) : d_out(b);
-          for (index_t t = first; t < first + count; ++t)
-            detail::token(d_log_probs, row, t) = !in.mask || detail::token(in.mask.values, row, t) ? d : T{};
+          for (index_t t = first; t < first + count; ++t) d_log_probs(row, t) = counts(row, t) ? d : T{};
         }
       });
 }

@@ -97,8 +97,7 @@ void discounted_returns(const Executor& exec, const rollout<std::type_identity_t
   detail::check_unit_interval(function, "gamma", options.gamma);
   Problem p{.rule = {static_cast<T>(options.gamma)}};
   detail::scan_call<Problem> call(function, exec, p);
-  call.steps("rewards", in.rewards, in.cu_seqlens);
-  call.read("rewards", in.rewards, p.in[0]);
+  call.steps("rewards", in.rewards, in.cu_seqlens, p.in[0]);
   call.template episodes<Done>(in);
   call.write("returns", returns, p.out[0]);
   detail::run_scan(function, exec, p, {.end_values = false});
@@ -122,8 +121,7 @@ void td_lambda_returns(const Executor& exec, const rollout<std::type_identity_t<
   Problem p{.rule = {static_cast<T>(options.gamma), static_cast<T>(options.gamma * options.lambda),
                      static_cast<T>(options.gamma * (1 - options.lambda))}};
   detail::scan_call<Problem> call(function, exec, p);
-  call.steps("rewards", in.rewards, in.cu_seqlens);
-  call.read("rewards", in.rewards, p.in[0]);
+  call.steps("rewards", in.rewards, in.cu_seqlens, p.in[0]);
   call.read("values", in.values, p.in[1]);
   call.template episodes<Done>(in);
   call.write("returns", returns, p.out[0]);
@@ -147,8 +145,7 @@ void n_step_returns(const Executor& exec, const rollout<std::type_identity_t<T>>
   if (options.steps < 1) detail::fail_value(function, ": steps = ", options.steps, " is not positive");
   Problem p{.rule = {{static_cast<T>(options.gamma), 0, 0}, options.steps}};
   detail::scan_call<Problem> call(function, exec, p);
-  call.steps("rewards", in.rewards, in.cu_seqlens);
-  call.read("rewards", in.rewards, p.in[0]);
+  call.steps("rewards", in.rewards, in.cu_seqlens, p.in[0]);
   call.read("values", in.values, p.in[1]);
   call.template episodes<Done>(in);
   call.write("returns", returns, p.out[0]);

@@ -26,64 +26,49 @@ struct rollout {
 
 namespace detail {
 
-/// Names, checks and hands over the arguments of one call.
+/// Checks the arguments of one call, and hands them over to its problem.
 template <class Problem>
 class scan_call {
  public:
   using T = typename Problem::value_type;
 
   scan_call(std::string_view function, const cpu& exec, Problem& p)
-      : function_(function), call_(function, exec), p_(p) {}
+      : function_(function), call_(function, exec), steps_(call_, function), p_(p) {}
 
   /// The first of them; all others have its shape.
-  void steps(std::string_view name, const sequence_view<const T>& v, const sequence_starts& starts) {
-    check_view(function_, name, v);
-    first_ = name;
-    shape_ = v.extents;
+  void steps(std::string_view name, const sequence_view<const T>& v, const sequence_starts& starts,
+             stream<const T>& to) {
+    const sequence_places& places = steps_.first(name, v, starts);
     p_.batch = v.extent(0), p_.time = v.extent(1);
-    p_.sequences = p_.batch;
-    if (starts.data || starts.extent(0) > 0) {
-      if (p_.batch != 1)
-        fail_shape(function_, ": ", name, " has shape ", shape_text<2>(v.extents),
-                   ", but cu_seqlens packs sequences of [tokens] alone");
-      check_starts(function_, starts, p_.time);
-      p_.starts = starts.data;
-      p_.sequences = starts.extent(0) - 1;
-      call_.reads("cu_seqlens", starts);
-      starts_ = true;
-    }
-    call_.reads(name, v);
+    p_.sequences = places.sequences, p_.starts = places.starts;
+    read(name, v, to);
   }
   template <class U>
   void read(std::string_view name, const tensor_view<U, 2>& v, stream<U>& to) {
-    check_shape(name, v);
-    call_.reads(name, v);
+    steps_.read(name, v);
     to = stream<U>(v);
   }
   template <class U>
   void read_optional(std::string_view name, const tensor_view<U, 2>& v, stream<U>& to) {
-    if (given(v)) read(name, v, to);
+    if (steps_.given(v)) read(name, v, to);
   }
   template <class U>
   void read_optional(std::string_view name, const tensor_view<U, 1>& v, stream<U>& to) {
-    if (!v.data && v.extent(0) == 0) return;
-    check_view(function_, name, v);
-    check_extent(function_, name, "elements", v.extent(0), starts_ ? "the number of sequences" : first_, p_.sequences);
-    call_.reads(name, v);
+    if (!steps_.given(v)) return;
+    steps_.read_batch(name, v, p_.starts ? "the number of sequences" : steps_.first_name());
     to = stream<U>(v);
   }
   void mask(const flag_view& v) {
-    if (!given(v)) return;
-    if (starts_) fail_value(function_, ": mask and cu_seqlens are both given; packed tokens all count");
+    if (!steps_.given(v)) return;
+    if (p_.starts) fail_value(function_, ": mask and cu_seqlens are both given; packed tokens all count");
     read("mask", v, p_.mask);
   }
   void write(std::string_view name, const sequence_view<T>& v, stream<T>& to) {
-    check_shape(name, v);
-    call_.writes(name, v);
+    steps_.write(name, v);
     to = stream<T>(v);
   }
   void write_optional(std::string_view name, const sequence_view<T>& v, stream<T>& to) {
-    if (given(v)) write(name, v, to);
+    if (steps_.given(v)) write(name, v, to);
   }
 
   /// What all kinds of rollouts have.
@@ -105,23 +90,10 @@ class scan_call {
   }
 
  private:
-  template <class U>
-  static bool given(const tensor_view<U, 2>& v) noexcept {
-    return v.data || v.extents != extents_t<2>{};
-  }
-  template <class U>
-  void check_shape(std::string_view name, const tensor_view<U, 2>& v) {
-    if (v.extents != shape_)
-      fail_shape(function_, ": ", name, " has shape ", shape_text<2>(v.extents), ", but ", first_, " has ",
-                 shape_text<2>(shape_));
-    check_view(function_, name, v);
-  }
-
-  std::string_view function_, first_;
+  std::string_view function_;
   arguments call_;
+  step_arguments steps_;
   Problem& p_;
-  extents_t<2> shape_{};
-  bool starts_ = false;
 };
 
 }  // namespace detail
@@ -158,8 +130,10 @@ void affine_scan(const Executor& exec, const F& f, const scan_options<std::type_
   int i = 0;
   const auto input = [&](const sequence_view<const T>& v) {
     const std::string name = detail::message("input ", i);
-    if (i == 0) call.steps("input 0", v, options.cu_seqlens);
-    call.read(name, v, p.in[static_cast<std::size_t>(i)]);
+    if (i == 0)
+      call.steps("input 0", v, options.cu_seqlens, p.in[0]);
+    else
+      call.read(name, v, p.in[static_cast<std::size_t>(i)]);
     ++i;
   };
   (input(inputs), ...);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "moments.hpp"
+#include "options.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
 
@@ -115,12 +116,9 @@ class running_stats {
     check_columns(function, v);
     detail::check_output(function, "out", out);
     detail::check_same_shape<2>(function, "out", out.extents, "x", v.extents);
-    if (!(std::isfinite(o.epsilon) && o.epsilon >= 0))
-      detail::fail_value(function, ": epsilon = ", o.epsilon, " is negative or not finite");
+    detail::check_non_negative(function, "epsilon", o.epsilon);
     if (!(o.clip > 0)) detail::fail_value(function, ": clip = ", o.clip, " is not positive");
-    const bool in_place =
-        static_cast<const void*>(v.data) == out.data && v.strides == out.strides && sizeof(T) == sizeof(O);
-    if (!in_place) call.reads("x", v);
+    if (!detail::same_elements(v, out)) call.reads("x", v);
     call.writes("out", out);
     if (v.empty()) return;
     const index_t n = columns();
@@ -182,11 +180,9 @@ class running_stats {
   template <class T>
   [[noreturn]] static void refuse(std::string_view function, const tensor_view<const T, 2>& x,
                                   const mask_view<1>& mask) {
-    for (index_t i = 0; i < x.extent(0); ++i)
-      for (index_t j = 0; j < x.extent(1); ++j)
-        if ((!mask || mask.values(i)) && !std::isfinite(static_cast<double>(x(i, j))))
-          detail::fail_value(function, ": x", detail::index_text(i, j), " = ", static_cast<double>(x(i, j)),
-                             " is not finite");
+    mask_view<2> of_rows;
+    if (mask) of_rows.values = {mask.values.data, x.extents, {mask.values.strides[0], 0}};
+    detail::name_non_finite(function, "x", x, of_rows);
     detail::fail_value(function, ": squares of x are above the largest f64");
   }
 
@@ -203,7 +199,7 @@ class reward_scaling {
   /// Throws value_error for gamma outside [0, 1], or no environment.
   explicit reward_scaling(index_t environments, double gamma = 0.99) : gamma_(gamma) {
     if (environments < 1) detail::fail_value("rl::reward_scaling: environments = ", environments, " is less than 1");
-    if (!(gamma >= 0 && gamma <= 1)) detail::fail_value("rl::reward_scaling: gamma = ", gamma, " is outside [0, 1]");
+    detail::check_unit_interval("rl::reward_scaling", "gamma", gamma);
     returns_.resize(static_cast<std::size_t>(environments));
   }
 
@@ -215,9 +211,8 @@ class reward_scaling {
     constexpr std::string_view function = "rl::reward_scaling::restore";
     detail::check_extent(function, "returns", "elements", static_cast<index_t>(returns.size()), "this",
                          static_cast<index_t>(returns_.size()));
-    for (std::size_t i = 0; i < returns.size(); ++i)
-      if (!std::isfinite(returns[i]))
-        detail::fail_value(function, ": returns[", i, "] = ", returns[i], " is not finite");
+    detail::name_non_finite(function, "returns",
+                            vector_view<const double>(returns.data(), {static_cast<index_t>(returns.size())}), {});
     stats_.restore(state);
     returns_.assign(returns.begin(), returns.end());
   }
@@ -267,8 +262,7 @@ class reward_scaling {
     detail::check_view(function, "rewards", r);
     detail::check_output(function, "out", out);
     detail::check_same_shape<2>(function, "out", out.extents, "rewards", r.extents);
-    if (static_cast<const void*>(r.data) != out.data || r.strides != out.strides || sizeof(T) != sizeof(O))
-      call.reads("rewards", r);
+    if (!detail::same_elements(r, out)) call.reads("rewards", r);
     call.writes("out", out);
     normalize_options uncentered = o;
     uncentered.center = false;

@@ -8,6 +8,8 @@
 #include "../core/arguments.hpp"
 #include "../core/starts.hpp"
 #include "../core/tensor.hpp"
+#include "mask.hpp"
+#include "options.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
 
@@ -41,24 +43,6 @@ struct batch_view : tensor_view<T, 1> {
   constexpr batch_view(X&& x) noexcept : tensor_view<T, 1>(as_view(x)) {}
 };
 
-namespace detail {
-
-using namespace mlkit::detail;
-
-template <class R>
-concept contiguous_bytes = std::ranges::contiguous_range<R> && std::integral<std::ranges::range_value_t<R>> &&
-                           sizeof(std::ranges::range_value_t<R>) == 1;
-
-template <class U>
-concept byte_element = std::integral<U> && sizeof(U) == 1;
-
-template <class U>
-const std::uint8_t* as_bytes(const U* p) noexcept {
-  return reinterpret_cast<const std::uint8_t*>(p);
-}
-
-}  // namespace detail
-
 /// A flag for each step of each sequence, [batch, time]: views of one or two dimensions and containers of bool,
 /// std::uint8_t or char; what is not 0 is set. It owns nothing.
 struct flag_view : tensor_view<const std::uint8_t, 2> {
@@ -83,8 +67,8 @@ struct batch_flags : tensor_view<const std::uint8_t, 1> {
       : tensor_view(detail::as_bytes(std::ranges::data(r)), {static_cast<index_t>(std::ranges::size(r))}) {}
 };
 
-/// Where packed sequences start: sequence b is tokens starts[b] to starts[b + 1] - 1; [batch + 1] of std::int32_t, from
-/// 0 to the number of tokens. It owns nothing.
+/// Where packed sequences start: sequence b is tokens starts[b] to starts[b + 1] - 1; [batch + 1] of std::int32_t side
+/// by side, from 0 to the number of tokens. It owns nothing.
 struct sequence_starts : tensor_view<const std::int32_t, 1> {
   constexpr sequence_starts() = default;
   sequence_starts(const tensor_view<const std::int32_t, 1>& v) noexcept : tensor_view(v) {}
@@ -133,17 +117,109 @@ struct stream {
   T* at(index_t b, index_t t) const noexcept { return data + b * batch + t * time; }
 };
 
-inline void check_unit_interval(std::string_view function, std::string_view name, double value) {
-  if (!(value >= 0 && value <= 1)) fail_value(function, ": ", name, " = ", value, " is outside [0, 1]");
-}
-// Infinity is no bound.
-inline void check_bound(std::string_view function, std::string_view name, double value) {
-  if (!(value >= 0)) fail_value(function, ": ", name, " = ", value, " is negative or NaN");
-}
-
 inline void check_starts(std::string_view function, const tensor_view<const std::int32_t, 1>& v, index_t tokens) {
   mlkit::detail::check_starts(function, "cu_seqlens", v, "there are", tokens, "tokens");
 }
+
+// The steps of a sequence: `count` of them, the first in column `begin` of row `row`.
+struct sequence_place {
+  index_t row, begin, count;
+};
+
+// Each row of [batch, time] is a sequence, or a part of its only row is.
+struct sequence_places {
+  index_t sequences = 0, time = 0;
+  const std::int32_t* starts = nullptr;
+
+  sequence_place operator()(index_t b) const noexcept {
+    if (!starts) return {b, 0, time};
+    return {0, starts[b], starts[b + 1] - starts[b]};
+  }
+};
+
+/// Where the sequences of operands of this shape are, of which `of` names the first.
+template <int Rank>
+sequence_places check_sequences(arguments& call, std::string_view function, std::string_view of,
+                                const extents_t<Rank>& shape, const sequence_starts& cu_seqlens) {
+  const index_t rows = Rank == 1 ? 1 : shape[0], time = shape[Rank - 1];
+  if (!cu_seqlens.data && cu_seqlens.extent(0) == 0) return {rows, time};
+  if (rows != 1)
+    fail_shape(function, ": ", of, " has shape ", shape_text<Rank>(shape),
+               ", but cu_seqlens packs sequences of [tokens] alone");
+  check_starts(function, cu_seqlens, time);
+  if (cu_seqlens.extent(0) > 1 && cu_seqlens.stride(0) != 1)
+    fail_shape(function, ": cu_seqlens has a stride of ", cu_seqlens.stride(0), ", not 1");
+  call.reads("cu_seqlens", cu_seqlens);
+  return {cu_seqlens.extent(0) - 1, 0, cu_seqlens.data};
+}
+
+/// Checks operands of one call, [batch, time], which have the shape of the first of them, and hands them over.
+class step_arguments {
+ public:
+  step_arguments(arguments& call, std::string_view function) : call_(call), function_(function) {}
+
+  /// The first; it is read or written as the others are.
+  template <class U>
+  const sequence_places& first(std::string_view name, const tensor_view<U, 2>& v, const sequence_starts& cu_seqlens) {
+    check_view(function_, name, v);
+    first_ = name, shape_ = v.extents;
+    return places_ = check_sequences<2>(call_, function_, name, v.extents, cu_seqlens);
+  }
+  template <class U>
+  void read(std::string_view name, const tensor_view<U, 2>& v) {
+    check_shape(name, v);
+    call_.reads(name, v);
+  }
+  template <class U>
+  void write(std::string_view name, const tensor_view<U, 2>& v) {
+    check_shape(name, v);
+    call_.writes(name, v);
+  }
+  template <class U>
+  void read_optional(std::string_view name, const tensor_view<U, 2>& v) {
+    if (given(v)) read(name, v);
+  }
+  template <class U>
+  void write_optional(std::string_view name, const tensor_view<U, 2>& v) {
+    if (given(v)) write(name, v);
+  }
+  /// An element for each sequence, of which `of` has as many.
+  template <class U>
+  void read_batch(std::string_view name, const tensor_view<U, 1>& v, std::string_view of = "the number of sequences") {
+    check_batch(name, v, of);
+    call_.reads(name, v);
+  }
+  template <class U>
+  void write_batch(std::string_view name, const tensor_view<U, 1>& v, std::string_view of = "the number of sequences") {
+    check_batch(name, v, of);
+    call_.writes(name, v);
+  }
+
+  std::string_view first_name() const noexcept { return first_; }
+
+  /// Whether an operand that may be left out is there.
+  template <class U, int Rank>
+  static bool given(const tensor_view<U, Rank>& v) noexcept {
+    return v.data || v.extents != extents_t<Rank>{};
+  }
+
+ private:
+  template <class U>
+  void check_shape(std::string_view name, const tensor_view<U, 2>& v) const {
+    check_same_shape<2>(function_, name, v.extents, first_, shape_);
+    check_view(function_, name, v);
+  }
+  template <class U>
+  void check_batch(std::string_view name, const tensor_view<U, 1>& v, std::string_view of) const {
+    check_view(function_, name, v);
+    check_extent(function_, name, "elements", v.extent(0), of, places_.sequences);
+  }
+
+  arguments& call_;
+  std::string_view function_, first_;
+  extents_t<2> shape_{};
+  sequence_places places_{};
+};
 
 }  // namespace detail
 }  // namespace MLKIT_NAMESPACE::rl

@@ -79,8 +79,7 @@ void vtrace(const Executor& exec, const off_policy_rollout<std::type_identity_t<
   Problem p{.rule = {static_cast<T>(options.gamma), static_cast<T>(options.lambda), static_cast<T>(options.rho_clip),
                      static_cast<T>(options.c_clip), static_cast<T>(options.policy_rho_clip)}};
   detail::scan_call<Problem> call(function, exec, p);
-  call.steps("rewards", in.rewards, in.cu_seqlens);
-  call.read("rewards", in.rewards, p.in[0]);
+  call.steps("rewards", in.rewards, in.cu_seqlens, p.in[0]);
   call.read("values", in.values, p.in[1]);
   call.read("log_ratios", in.log_ratios, p.in[2]);
   call.template episodes<Done>(in);

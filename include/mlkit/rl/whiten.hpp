@@ -2,6 +2,7 @@
 #pragma once
 
 #include "moments.hpp"
+#include "options.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
 
@@ -45,12 +46,9 @@ moments whiten(const cpu& exec, const tensor_view<const T, Rank>& x, const mask_
   check_output(function, "out", out);
   check_same_shape<Rank>(function, "out", out.extents, "values", x.extents);
   check_mask(call, function, mask, "values", x.extents);
-  for (const auto& [name, value] : {std::pair{"epsilon", o.epsilon}, {"variance_epsilon", o.variance_epsilon}})
-    if (!(std::isfinite(value) && value >= 0))
-      fail_value(function, ": ", name, " = ", value, " is negative or not finite");
-  const bool in_place =
-      static_cast<const void*>(x.data) == out.data && x.strides == out.strides && sizeof(T) == sizeof(Out);
-  if (!in_place) call.reads("values", x);
+  check_non_negative(function, "epsilon", o.epsilon);
+  check_non_negative(function, "variance_epsilon", o.variance_epsilon);
+  if (!same_elements(x, out)) call.reads("values", x);
   call.writes("out", out);
   const moments m = checked_moments(exec, function, "values", x, mask, o.over_ranks);
   if (x.empty()) return m;

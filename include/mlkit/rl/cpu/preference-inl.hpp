@@ -200,7 +200,7 @@ template <class T>
 T sequence_sum(const rl::detail::sequence_sum_problem<T>& p, index_t b) noexcept {
   constexpr int lanes = rl::detail::preference_lanes;
   const auto [row, first, count] = p.places(b);
-  const bool whole = p.log_probs.col_stride == 1, masked = p.mask.data != nullptr;
+  const bool whole = p.log_probs.time == 1, masked = p.mask.data != nullptr;
   T sums[lanes] = {};
   index_t kept = 0;
   for (index_t t = 0; t < count; t += lanes) {
@@ -213,7 +213,7 @@ T sequence_sum(const rl::detail::sequence_sum_problem<T>& p, index_t b) noexcept
       for (int l = 0; l < n; ++l) keep[l] = *p.mask.at(row, first + t + l) != 0;
     for (int l = 0; l < n; ++l) kept += keep[l];
     if (!whole || n < lanes) {
-      for (int l = 0; l < n; ++l) buffer[l] = x[l * p.log_probs.col_stride];
+      for (int l = 0; l < n; ++l) buffer[l] = x[l * p.log_probs.time];
       for (int l = n; l < lanes; ++l) buffer[l] = T{};
       x = buffer;
     }
