@@ -2,38 +2,27 @@
 
 #include <mlkit/nn/word_tokenizer.hpp>
 
+#include <algorithm>
 #include <cmath>
-#include <set>
 
 namespace examples {
 
-namespace {
-
-const std::set<std::string> gentle{"blessed",  "delight",   "glad", "good",  "help",  "hope",   "joy",
-                                   "kindness", "light",     "love", "mercy", "peace", "praise", "praises",
-                                   "rejoice",  "salvation", "save", "sing",  "trust", "truth",  "wisdom"};
-const std::set<std::string> harsh{"afraid", "anger", "blood", "death",   "destroy",  "enemies",    "enemy",
-                                  "evil",   "fire",  "fool",  "hate",    "iniquity", "perish",     "reproach",
-                                  "shame",  "sin",   "sword", "trouble", "wicked",   "wickedness", "wrath"};
-
-}  // namespace
-
 word_list words_of(const std::string& text) { return mlkit::nn::word_tokenizer::split(text); }
 
-double true_reward(const std::string& text) {
-  constexpr int enough = 3;
+double judge::reward(const std::string& text) const {
+  constexpr int enough = 2;
   std::set<std::string> said;
   int tone = 0, again = 0;
   for (const std::string& word : words_of(text)) {
-    const bool first = said.insert(word).second, warm = gentle.contains(word);
-    tone += first ? (warm ? 1 : harsh.contains(word) ? -1 : 0) : 0;
+    const bool first = said.insert(word).second, warm = liked.contains(word);
+    if (first) tone += warm ? 1 : disliked.contains(word) ? -1 : 0;
     again += warm && !first;
   }
   return std::min(tone, enough) - again;
 }
 
-bool prefers(double reward, double other, double noise, double uniform) {
-  return uniform < 1 / (1 + std::exp((other - reward) / noise));
+bool judge::prefers(double first, double second, double uniform) const {
+  return uniform < 1 / (1 + std::exp((second - first) / noise));
 }
 
 }  // namespace examples

@@ -1,6 +1,7 @@
 // The stages of RLHF over a small language model: samples, a reward model from pairs of them, and PPO against it.
 #pragma once
 
+#include "common/progress.hpp"
 #include "common/report.hpp"
 #include "preference.hpp"
 #include "verses.hpp"
@@ -24,11 +25,17 @@ struct sample {
   double reward = 0;  // the true one
 };
 
+/// What all stages share: the text, and who judges.
+struct study {
+  verses text;
+  judge person;
+};
+
 /// How all stages draw.
 constexpr double temperature = 1;
 constexpr index_t longest = 24;  // tokens of a continuation
 
-inline std::vector<sample> draw(const mlkit::cpu& exec, const language_model& model, const verses& text,
+inline std::vector<sample> draw(const mlkit::cpu& exec, const language_model& model, const study& of,
                                 const std::vector<const prompt*>& prompts, std::uint64_t seed) {
   std::vector<token_list> ids;
   for (const prompt* p : prompts) ids.push_back(p->ids);
@@ -38,8 +45,8 @@ inline std::vector<sample> draw(const mlkit::cpu& exec, const language_model& mo
   std::vector<sample> samples;
   for (std::size_t i = 0; i < said.size(); ++i) {
     sample s{prompts[i], said[i].ids, {said[i].log_probs.begin(), said[i].log_probs.end()}, {}, 0};
-    s.text = text.words.decode(s.ids);
-    s.reward = true_reward(s.text);
+    s.text = of.text.words.decode(s.ids);
+    s.reward = of.person.reward(s.text);
     samples.push_back(std::move(s));
   }
   return samples;
@@ -103,22 +110,23 @@ struct preference_pair {
 
 /// So many pairs drawn from a model, labelled by the noisy judge. Pairs that are equally good to the judge are left
 /// out: who is asked says so.
-inline std::vector<preference_pair> compare(const mlkit::cpu& exec, const language_model& model, const verses& text,
-                                            const std::vector<prompt>& prompts, std::size_t count, double noise,
-                                            std::uint64_t seed) {
+inline std::vector<preference_pair> compare(const mlkit::cpu& exec, const language_model& model, const study& of,
+                                            const std::vector<prompt>& prompts, std::size_t count, std::uint64_t seed,
+                                            progress& bar, std::size_t done = 0) {
   std::vector<preference_pair> pairs;
   constexpr index_t at_once = 256;
   const mlkit::random_stream random{seed, 0x6c6162656c};
   for (std::uint64_t round = 0; pairs.size() < count; ++round) {
     std::vector<const prompt*> twice;
     for (const prompt* p : pick(prompts, at_once, 1000 * seed + round)) twice.insert(twice.end(), 2, p);
-    std::vector<sample> both = draw(exec, model, text, twice, 1000 * seed + round);
+    std::vector<sample> both = draw(exec, model, of, twice, 1000 * seed + round);
     for (std::size_t i = 0; i < both.size() && pairs.size() < count; i += 2) {
       if (both[i].reward == both[i + 1].reward) continue;
       const bool better =
-          prefers(both[i].reward, both[i + 1].reward, noise, static_cast<double>(random.uniform(pairs.size())));
+          of.person.prefers(both[i].reward, both[i + 1].reward, static_cast<double>(random.uniform(pairs.size())));
       pairs.push_back({std::move(both[better ? i : i + 1]), std::move(both[better ? i + 1 : i])});
     }
+    bar.at(static_cast<index_t>(done + pairs.size()));
   }
   return pairs;
 }
@@ -128,16 +136,18 @@ inline std::vector<preference_pair> compare(const mlkit::cpu& exec, const langua
 /// starts from (`normalise`), so that a weight of the KL penalty means the same for every reward model.
 class reward_model {
  public:
+  static constexpr std::size_t batch = 32;  // pairs of a step
+
   explicit reward_model(const language_model& base)
       : model_(base.options()), heads_(1), head_(nn::scope<float>(heads_) / "score", base.options().width, 1) {
     model_.store().copy_values(base.store());
     std::fill(head_.weight->value.begin(), head_.weight->value.end(), 0.0f);
   }
 
-  /// Minimises -log sigmoid(score(chosen) - score(rejected)).
+  /// Minimises -log sigmoid(score(chosen) - score(rejected)), each pair `rounds` times; on_step(loss) after each step.
   template <class F>
-  void train(const mlkit::cpu& exec, std::span<const preference_pair> pairs, int rounds, double rate,
-             std::uint64_t seed, F&& on_step);
+  void train(const mlkit::cpu& exec, std::span<const preference_pair> pairs, int rounds, std::uint64_t seed,
+             F&& on_step);
 
   /// The scores of samples.
   std::vector<float> operator()(const mlkit::cpu& exec, std::span<const sample> samples) const {
@@ -170,13 +180,13 @@ class reward_model {
 };
 
 template <class F>
-void reward_model::train(const mlkit::cpu& exec, std::span<const preference_pair> pairs, int rounds, double rate,
-                         std::uint64_t seed, F&& on_step) {
-  constexpr std::size_t batch = 32;
+void reward_model::train(const mlkit::cpu& exec, std::span<const preference_pair> pairs, int rounds, std::uint64_t seed,
+                         F&& on_step) {
+  constexpr double rate = 2e-3;
   const auto over = nn::trainable(model_.store(), heads_);
   nn::adamw<float> optimizer(over, {.beta2 = 0.98, .decay = 0.1});
   nn::tape<float> tape(exec);
-  const std::size_t steps = static_cast<std::size_t>(rounds) * pairs.size() / batch;
+  const std::size_t steps = static_cast<std::size_t>(rounds) * (pairs.size() / batch);
   nn::detail::shuffled next(pairs.size(), seed);
   for (std::size_t step = 0; step < steps; ++step) {
     std::vector<sample> samples(2 * batch);
@@ -190,11 +200,11 @@ void reward_model::train(const mlkit::cpu& exec, std::span<const preference_pair
     tape.clear();
     const auto scores = head_(pack.states(tape, model_, pack.last));
     const auto part = [&](std::size_t first) { return nn::slice(scores, static_cast<index_t>(first), batch, 0); };
-    const auto loss = nn::bradley_terry(part(0), part(batch));
+    const auto loss = nn::preference_loss(part(0), part(batch));
     tape.backward(loss);
     nn::clip_gradients<float>(exec, over, 1);
     optimizer.step(exec);
-    on_step(step + 1, steps, static_cast<double>(loss.item()));
+    on_step(static_cast<double>(loss.item()));
   }
 }
 
@@ -207,10 +217,17 @@ inline double reward_model::accuracy(const mlkit::cpu& exec, std::span<const pre
   return right / static_cast<double>(pairs.size());
 }
 
+/// All values of a store, one after the other.
+inline std::vector<float> values_of(const nn::parameters<float>& store) {
+  std::vector<float> all;
+  for (const nn::parameter<float>& p : store) all.insert(all.end(), p.value.begin(), p.value.end());
+  return all;
+}
+
 struct ppo_settings {
-  index_t iterations = 30, batch = 64;
+  index_t iterations = 40, batch = 64;
   int epochs = 2, minibatches = 2;
-  double rate = 2e-3;
+  double rate = 6e-3;
   double beta = 0.1;  // the first weight of the KL penalty
   double target = 6;  // the divergence of a continuation that beta is steered to; 0: beta stays
   bool lora = true;   // a policy that is the frozen base and adapters, else all of a copy of the base
@@ -250,7 +267,7 @@ class ppo {
   double smallest_k3() const { return smallest_k3_; }
   const std::vector<ppo_step>& steps() const { return steps_; }
 
-  void iterate(const mlkit::cpu& exec, const verses& text, const reward_model& scores);
+  void iterate(const mlkit::cpu& exec, const study& of, const reward_model& reward);
 
  private:
   ppo_settings o_;
@@ -265,9 +282,9 @@ class ppo {
   double first_ratio_ = 0, smallest_k3_ = 0;
 };
 
-inline void ppo::iterate(const mlkit::cpu& exec, const verses& text, const reward_model& reward) {
+inline void ppo::iterate(const mlkit::cpu& exec, const study& of, const reward_model& reward) {
   const std::uint64_t round = o_.seed * 1000 + steps_.size();
-  const std::vector<sample> samples = draw(exec, model_, text, pick(text.training_prompts, o_.batch, round), round);
+  const std::vector<sample> samples = draw(exec, model_, of, pick(of.text.training_prompts, o_.batch, round), round);
   const packed_samples all(samples);
   const std::size_t tokens = all.tokens.size();
 
@@ -297,12 +314,14 @@ inline void ppo::iterate(const mlkit::cpu& exec, const verses& text, const rewar
   rl::policy_stats stats;
   double clipped = 0;
   const auto each = static_cast<std::size_t>(o_.batch / o_.minibatches);
-  optimizer_->set_rate(o_.rate * (1 - static_cast<double>(steps_.size()) / static_cast<double>(o_.iterations)));
+  constexpr double last = 0.3;  // of the first rate
+  optimizer_->set_rate(o_.rate *
+                       (1 - (1 - last) * static_cast<double>(steps_.size()) / static_cast<double>(o_.iterations)));
   for (int epoch = 0; epoch < o_.epochs; ++epoch)
     for (std::size_t first = 0; first + each <= samples.size(); first += each) {
       const packed_samples pack(std::span<const sample>(samples).subspan(first, each));
       const auto from = static_cast<std::size_t>(all.starts[first]);
-      const auto of = [&](const std::vector<float>& x) {
+      const auto part = [&](const std::vector<float>& x) {
         return mlkit::vector_view<const float>(x.data() + from, {static_cast<index_t>(pack.tokens.size())});
       };
       tape.clear();
@@ -310,10 +329,10 @@ inline void ppo::iterate(const mlkit::cpu& exec, const verses& text, const rewar
       const auto now = nn::token_log_probs<float>(model_.logits(h), pack.tokens, temperature);
       const auto v = nn::reshape(value_(h), now.log_probs.shape());
       const auto loss = nn::ppo_loss<float>({.log_probs = now.log_probs, .values = v},
-                                            {.old_log_probs = of(all.log_probs),
-                                             .advantages = of(advantages),
-                                             .old_values = of(values),
-                                             .returns = of(returns),
+                                            {.old_log_probs = part(all.log_probs),
+                                             .advantages = part(advantages),
+                                             .old_values = part(values),
+                                             .returns = part(returns),
                                              .cu_seqlens = pack.starts},
                                             {.clip = 0.2, .value_clip = 0.2, .value = 0.1}, &stats);
       if (epoch == 0 && first == 0)  // nothing was learnt since: the ratio is 1 within rounding

@@ -29,6 +29,13 @@ struct verses {
   /// A text file, a verse to a line; every eighth is held out. Throws io_error for a file that cannot be read or has
   /// too few lines that are long enough.
   explicit verses(const std::filesystem::path& file);
+  /// Without any text.
+  explicit verses(nn::byte_pair_tokenizer known) : words(std::move(known)) {}
+
+  /// The language model that learns them.
+  nn::language_model_options model_options(std::uint64_t seed) const {
+    return {.vocabulary = words.size(), .context = context, .width = 96, .heads = 4, .blocks = 2, .seed = seed};
+  }
 };
 
 }  // namespace examples

@@ -4,6 +4,7 @@
 
 #include "../rl/log_probs.hpp"
 #include "../rl/policy_loss.hpp"
+#include "../rl/preference.hpp"
 #include "layout.hpp"
 
 namespace MLKIT_NAMESPACE::nn {
@@ -96,32 +97,31 @@ var<T> ppo_loss(const policy_vars<T>& vars, rl::policy_batch<T> data, const rl::
   return y;
 }
 
-/// The mean of -log sigmoid(chosen - rejected - margin): the loss of a reward model that was shown which of two is
-/// better. Both of one size. Bradley, Terry: "Rank analysis of incomplete block designs", 1952; as a loss: Christiano
-/// et al.: "Deep reinforcement learning from human preferences", 2017.
-template <real T>
-var<T> bradley_terry(var<T> chosen, var<T> rejected, double margin = 0) {
-  detail::check_extent("nn::bradley_terry", "rejected", "elements", rejected.size(), "chosen", chosen.size());
+/// rl::preference_loss of pairs on a tape: one number, whose gradient reaches `chosen` and `rejected`, both of one
+/// size: scores of a reward model for rl::bradley_terry, log-probabilities of completions for rl::dpo and its like.
+/// `rest` holds what else the loss takes: margins, or log-probabilities under the reference.
+template <real T, rl::pair_loss Loss = rl::bradley_terry>
+var<T> preference_loss(var<T> chosen, var<T> rejected, const Loss& loss = {},
+                       typename Loss::template inputs<T> rest = {}, rl::preference_stats* stats = nullptr) {
+  detail::check_extent("nn::preference_loss", "rejected", "elements", rejected.size(), "chosen", chosen.size());
   tape<T>& t = chosen.on();
   const index_t n = chosen.size();
   const var<T> y = t.make(shape{}, {chosen, rejected});
-  T* slope = t.scratch(n);
-  double sum = 0;
-  for (index_t i = 0; i < n; ++i) {
-    const double d = static_cast<double>(chosen.data()[i] - rejected.data()[i]) - margin;
-    sum += std::max(-d, 0.0) + std::log1p(std::exp(-std::abs(d)));
-    slope[i] = static_cast<T>(-1 / (1 + std::exp(d)) / static_cast<double>(n));
-  }
-  *y.data() = static_cast<T>(sum / static_cast<double>(n));
+  const vector_view<T> slopes[] = {{t.scratch(n), {n}}, {t.scratch(n), {n}}};
+  rest.chosen = vector_view<const T>(chosen.data(), {n});
+  rest.rejected = vector_view<const T>(rejected.data(), {n});
+  const rl::preference_stats found =
+      rl::preference_loss<T>(t.exec(), rest, loss, {.chosen = slopes[0], .rejected = slopes[1]});
+  *y.data() = static_cast<T>(found.loss);
+  if (stats) *stats = found;
   t.on_backward(y, [=] {
     const T factor = *y.grad_data();
-    const auto pass = [&](const var<T>& to, T sign) {
+    const auto pass = [&](const var<T>& to, const T* slope) {
       if (!to.needs_grad()) return;
-      T* d = to.grad_data();
-      for (index_t i = 0; i < n; ++i) d[i] += sign * slope[i];
+      detail::for_each(y.on().exec(), n, [d = to.grad_data(), slope, factor](index_t i) { d[i] += factor * slope[i]; });
     };
-    pass(chosen, factor);
-    pass(rejected, -factor);
+    pass(chosen, slopes[0].data);
+    pass(rejected, slopes[1].data);
   });
   return y;
 }
