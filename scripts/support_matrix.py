@@ -35,7 +35,8 @@ using S = mlkit::accumulator_t<T>;
        std::vector<mlkit::matmul_problem<T, T, T>>& group, lora::adapter<T>& adapter, std::vector<lora::adapter<T>>& adapters, \\
        std::vector<int>& ids, mlkit::vector<T>& magnitude, lora::nf4_matrix& codes4, lora::int8_matrix& codes8, \\
        mlkit::tensor<S, 3>& lse, mlkit::matrix<S>& packed_lse, std::vector<std::int32_t>& starts, \\
-       attention::kept<T>& kept, attention::rotary_table<S>& table, rl::running_stats& stats, mlkit::vector<S>& rows
+       attention::kept<T>& kept, attention::rotary_table<S>& table, rl::running_stats& stats, mlkit::vector<S>& rows, \\
+       std::span<const mlkit::index_t> sizes, mlkit::matrix_view<std::int32_t>& actions
 """
 
 OPERATIONS = [
@@ -144,6 +145,12 @@ OPERATIONS = [
          " {.dhidden = mlkit::as_view(y), .dweight = mlkit::as_view(w)});"),
         ("policy and value losses", "rl::ppo_loss(exec, rl::policy_batch<T>{.log_probs = x, .old_log_probs = x, .advantages = x}, {}, {.log_probs = y});"
          " rl::value_loss(exec, rl::value_batch<T>{.values = x, .returns = x}, {}, y);"),
+        ("policy loss over logits", "rl::ppo_loss(exec, x, ids, {}, {.old_log_probs = rows, .advantages = rows}, {}, {.logits = y});"),
+        ("categorical and multi-discrete policies",
+         "rl::categorical<T> one{x}; rl::multi_discrete<T> some{x, sizes}; rl::sample(exec, one, {}, actions);"
+         " rl::log_probs(exec, some, actions, {.logp = rows}); rl::backward(exec, some, actions, {.dlogp = rows}, y);"),
+        ("Gaussian policies", "rl::gaussian<T> policy{x, x}; rl::sample(exec, policy, {}, y); rl::log_probs(exec, policy, y, {.logp = rows});"
+         " rl::backward(exec, policy, y, {.dlogp = rows}, {.mean = y, .log_std = y});"),
         ("KL as an estimate, a reward, a loss",
          "rl::kl<T>(exec, {.log_probs = x, .reference = x}); rl::kl_rewards<T>(exec, {.log_probs = x, .reference = x}, {}, y);"
          " rl::kl_loss<T>(exec, {.log_probs = x, .reference = x}, {}, y);"),

@@ -152,6 +152,54 @@ TEST_CASE("policy losses, by token and by sequence", "[threads]") {
   });
 }
 
+TEST_CASE("a policy loss over logits, by token and by sequence", "[threads]") {
+  const index_t sequences = 40, time = 25, classes = 300;
+  const auto logits = noise(std::array{sequences, time, classes}, 1);
+  const matrix<float> old = noise(sequences, time, 2), a = noise(sequences, time, 3);
+  const auto chosen = ids(sequences * time, classes);
+  const mlkit::matrix_view<const std::int32_t> tokens(chosen.data(), {sequences, time});
+  check([&](const cpu& exec) {
+    outputs all;
+    mlkit::tensor<float, 3> gradient(logits.extents());
+    const rl::policy_batch<float> batch{.old_log_probs = old, .advantages = a};
+    const auto take = [&](const rl::policy_stats& s) {
+      append(all, gradient);
+      append_stats(all, {s.loss, s.entropy, s.kl_k3});
+    };
+    take(rl::ppo_loss(exec, logits, tokens, {}, batch, {.entropy = 0.01}, {.logits = gradient}));
+    take(rl::policy_loss(exec, logits, tokens, {}, batch, rl::gspo{}, rl::sequence_mean_of_means{}, {},
+                         {.logits = gradient}));
+    return all;
+  });
+}
+
+TEST_CASE("discrete and Gaussian policies, their gradients and samples", "[threads]") {
+  const index_t rows = 5000, d = 9;
+  const matrix<float> logits = noise(rows, d, 1), mean = noise(rows, d, 2), log_std = noise(1, d, 3),
+                      weights = noise(1, rows, 4);
+  const std::array<index_t, 2> sizes{4, 5};
+  const mlkit::vector_view<const float> w(weights.data(), {rows});
+  check([&](const cpu& exec) {
+    outputs all;
+    const rl::multi_discrete<float> discrete{logits, sizes};
+    std::vector<std::int32_t> drawn(static_cast<std::size_t>(2 * rows));
+    const mlkit::matrix_view<std::int32_t> actions(drawn.data(), {rows, 2});
+    mlkit::vector<float> logp({rows}), entropy({rows});
+    matrix<float> dlogits({rows, d}), values({rows, d}), dmean({rows, d}), dlog_std({1, d});
+    rl::sample(exec, discrete, {.seed = 7}, actions);
+    rl::log_probs(exec, discrete, actions, {.logp = logp, .entropy = entropy});
+    rl::backward(exec, discrete, actions, {.dlogp = w, .dentropy = w}, dlogits);
+    append(all, drawn), append(all, logp), append(all, entropy), append(all, dlogits);
+    const rl::gaussian<float> normal{mean, log_std};
+    rl::sample(exec, normal, {.seed = 8}, values);
+    rl::log_probs(exec, normal, values, {.logp = logp, .entropy = entropy});
+    rl::backward(exec, normal, values, {.dlogp = w, .dentropy = w}, {.mean = dmean, .log_std = dlog_std});
+    append(all, logp), append(all, entropy);
+    for (const auto* t : {&values, &dmean, &dlog_std}) append(all, *t);
+    return all;
+  });
+}
+
 TEST_CASE("divergences, preferences and log-probabilities of sequences", "[threads]") {
   const index_t sequences = 300, time = 256, pairs = sequences * time;
   const matrix<float> logp = noise(sequences, time, 1), reference = noise(sequences, time, 2);
