@@ -132,7 +132,7 @@ int demonstrate(const app& app, const settings& s) {
   const auto most = [](const std::vector<double>& v) { return *std::max_element(v.begin(), v.end()); };
   report.measured("true reward of held-out prompts: before", before.reward);
   report.measured("    after PPO, " + std::to_string(s.seeds) + " seeds", over(rewards));
-  report.at_least("    the least rise of any seed", least(rewards) - before.reward, 0.4);
+  report.at_least("    the least rise of any seed", least(rewards) - before.reward, 0.3);
   report.measured("score of the reward model: before", before.score);
   report.measured("    after PPO", over(scores));
   report.measured("divergence from the reference, target " + number(s.target), over(kls), "nats");

@@ -57,8 +57,8 @@ inline std::vector<const prompt*> pick(const std::vector<prompt>& from, index_t 
   std::vector<const prompt*> picked;
   const mlkit::random_stream random{seed, 0x70726f6d};
   for (index_t i = 0; i < count; ++i)
-    picked.push_back(&from[static_cast<std::size_t>(random.uniform(static_cast<std::uint64_t>(i)) *
-                                                    static_cast<float>(from.size()))]);
+    picked.push_back(&from[static_cast<std::size_t>(static_cast<double>(random.uniform(static_cast<std::uint64_t>(i))) *
+                                                    static_cast<double>(from.size()))]);
   return picked;
 }
 
@@ -117,6 +117,9 @@ inline std::vector<preference_pair> compare(const mlkit::cpu& exec, const langua
   constexpr index_t at_once = 256;
   const mlkit::random_stream random{seed, 0x6c6162656c};
   for (std::uint64_t round = 0; pairs.size() < count; ++round) {
+    constexpr std::uint64_t patience = 10;
+    if (round == patience && pairs.size() < count / 8)
+      throw mlkit::value_error("the judge finds hardly a difference: its words are too rare in this text");
     std::vector<const prompt*> twice;
     for (const prompt* p : pick(prompts, at_once, 1000 * seed + round)) twice.insert(twice.end(), 2, p);
     std::vector<sample> both = draw(exec, model, of, twice, 1000 * seed + round);
@@ -169,7 +172,7 @@ class reward_model {
     const std::vector<float> scores = (*this)(exec, samples);
     const statistics s = over({scores.begin(), scores.end()});
     shift_ = static_cast<float>(s.mean);
-    scale_ = static_cast<float>(1 / s.deviation);
+    scale_ = static_cast<float>(1 / std::max(s.deviation, 1e-6));
   }
 
  private:
@@ -187,7 +190,7 @@ void reward_model::train(const mlkit::cpu& exec, std::span<const preference_pair
   nn::adamw<float> optimizer(over, {.beta2 = 0.98, .decay = 0.1});
   nn::tape<float> tape(exec);
   const std::size_t steps = static_cast<std::size_t>(rounds) * (pairs.size() / batch);
-  nn::detail::shuffled next(pairs.size(), seed);
+  nn::shuffled next(pairs.size(), seed);
   for (std::size_t step = 0; step < steps; ++step) {
     std::vector<sample> samples(2 * batch);
     for (std::size_t i = 0; i < batch; ++i) {

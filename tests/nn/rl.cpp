@@ -138,16 +138,15 @@ TEST_CASE("PPO's loss from logits and values", "[nn]") {
 }
 
 TEST_CASE("preferences on a tape", "[nn]") {
-  const std::vector<double> margins{0.1, 0, -0.3, 0.5, 2}, reference = normals(10, 9);
+  const std::vector<double> margins{0.1, 0, -0.3, 0.5, 2}, chosen = normals(5, 9), rejected = normals(5, 12);
   CHECK(worst({{5, 1}, {5, 1}}, [](tape&, auto& v) { return nn::preference_loss(v[0], v[1]); }) < tolerance);
   CHECK(worst({{5}, {5}}, [&](tape&, auto& v) {
-          return nn::preference_loss(v[0], v[1], rl::bradley_terry{.centering = 0.1}, {.margins = {margins.data(), {5}}});
+          return nn::preference_loss(v[0], v[1], rl::bradley_terry{.centering = 0.1}, {.margins = margins});
         }) < tolerance);
   rl::preference_stats stats;
   CHECK(worst({{5}, {5}}, [&](tape&, auto& v) {
-          return nn::preference_loss(
-              v[0], v[1], rl::dpo{.beta = 0.4},
-              {.reference_chosen = {reference.data(), {5}}, .reference_rejected = {reference.data() + 5, {5}}}, &stats);
+          return nn::preference_loss(v[0], v[1], rl::dpo{.beta = 0.4},
+                                     {.reference_chosen = chosen, .reference_rejected = rejected}, &stats);
         }) < tolerance);
   CHECK(stats.pairs == 5);
   tape t;
@@ -155,5 +154,5 @@ TEST_CASE("preferences on a tape", "[nn]") {
   double expected = 0;
   for (std::size_t i = 0; i < 3; ++i) expected += std::log1p(std::exp(r[i] - c[i])) / 3;
   CHECK(nn::preference_loss(t.constant(c), t.constant(r)).item() == Approx(expected).epsilon(1e-13));
-  CHECK_THROWS_WITH(nn::preference_loss(t.constant(c), t.constant(reference)), Contains("rejected has 10 elements"));
+  CHECK_THROWS_WITH(nn::preference_loss(t.constant(c), t.constant(chosen)), Contains("rejected has 5 elements"));
 }

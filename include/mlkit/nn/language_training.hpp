@@ -78,12 +78,13 @@ struct language_training_options {
   std::uint64_t seed = 0;  ///< of the order of texts
 };
 
-namespace detail {
-
-// Texts in a new order each time around.
+/// Numbers below n, each once before any comes again, in an order that is new each time around: a function of the seed.
 class shuffled {
  public:
-  shuffled(std::size_t n, std::uint64_t seed) : order_(n), seed_(seed) {}
+  /// Throws value_error for an n of 0.
+  shuffled(std::size_t n, std::uint64_t seed) : order_(n), seed_(seed) {
+    if (n == 0) detail::fail_value("nn::shuffled: n = 0, of which there is no number");
+  }
   std::size_t operator()() {
     if (at_ == 0) {
       std::iota(order_.begin(), order_.end(), std::size_t{0});
@@ -92,9 +93,9 @@ class shuffled {
         std::swap(order_[i - 1],
                   order_[static_cast<std::size_t>(static_cast<double>(random.uniform(i)) * static_cast<double>(i))]);
     }
-    const std::size_t text = order_[at_];
+    const std::size_t next = order_[at_];
     at_ = (at_ + 1) % order_.size();
-    return text;
+    return next;
   }
 
  private:
@@ -102,8 +103,6 @@ class shuffled {
   std::uint64_t seed_, rounds_ = 0;
   std::size_t at_ = 0;
 };
-
-}  // namespace detail
 
 /// Minimises the mean of -log p(token | what is before it) over the tokens of texts that follow their prompts: at every
 /// step a pack of texts, each text once before any comes again. on_step(step, loss) is called after each, and is what
@@ -126,7 +125,7 @@ std::vector<double> train_language_model(const cpu& exec, const language_model<T
       detail::fail_value(name, ": text ", i, " has ", n, " tokens, of which ", texts[i].prompt,
                          " are its prompt: nothing to learn, or no first token");
   }
-  detail::shuffled pick(texts.size(), o.seed);
+  shuffled pick(texts.size(), o.seed);
   std::size_t waiting = pick();
   packed_texts pack;
   tape<T> t(exec);
