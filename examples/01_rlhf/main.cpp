@@ -81,7 +81,7 @@ std::vector<std::unique_ptr<ppo>> optimise(const app& app, const settings& s, co
     ppo_settings o{.iterations = s.iterations, .target = s.target, .lora = s.policy == "lora", .rank = s.rank};
     o.seed = app.seed + static_cast<std::uint64_t>(i % s.seeds);
     if (i == s.seeds) o.beta = o.target = 0;
-    if (!o.lora) o.rate /= 10;
+    if (!o.lora) o.rate /= 6;  // all weights move further at the same rate
     runs.push_back(std::make_unique<ppo>(base, o));
   }
   progress bar("4 PPO, " + std::to_string(runs.size()) + " runs", static_cast<index_t>(runs.size()) * s.iterations);
