@@ -14,8 +14,8 @@ struct settings {
   std::filesystem::path data = MLKIT_EXAMPLES_DATA "/psalms/psalms.txt";
   std::vector<std::string> liked, disliked, prompts;
   double noise = 0.5, target = 6;
-  index_t pretraining = 300, iterations = 40, rank = 8, seeds = 3;
-  std::size_t pairs = 1024;
+  index_t pretraining = 270, iterations = 36, rank = 8, seeds = 3;
+  std::size_t pairs = 2048;
   std::string policy = "lora";
 };
 

@@ -22,7 +22,8 @@ struct judge {
   double noise = 0.5;
 
   /// The true reward of a text: one point for each different liked word, one off for each different disliked one, 2 at
-  /// most in all, since more gushes; and one off for each liked word that is said again.
+  /// most in all, since more gushes; and one off for each liked word that is said again, and each word of any kind that
+  /// is one of the two before it.
   double reward(const std::string& text) const;
 
   /// Whether the first of two texts is said to be better, from their true rewards: with probability

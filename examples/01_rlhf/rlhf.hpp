@@ -228,7 +228,7 @@ inline std::vector<float> values_of(const nn::parameters<float>& store) {
 }
 
 struct ppo_settings {
-  index_t iterations = 40, batch = 64;
+  index_t iterations = 36, batch = 48;
   int epochs = 2, minibatches = 2;
   double rate = 6e-3;
   double beta = 0.1;  // the first weight of the KL penalty
