@@ -47,6 +47,8 @@ class scan_call {
         fail_shape(function_, ": ", name, " has shape ", shape_text<2>(v.extents),
                    ", but cu_seqlens packs sequences of [tokens] alone");
       check_starts(function_, starts, p_.time);
+      if (starts.extent(0) > 1 && starts.stride(0) != 1)
+        fail_shape(function_, ": cu_seqlens has a stride of ", starts.stride(0), ", not 1");
       p_.starts = starts.data;
       p_.sequences = starts.extent(0) - 1;
       call_.reads("cu_seqlens", starts);
