@@ -546,7 +546,7 @@ struct scan_kernel {
           __builtin_memcpy(flat(w.code_rows) + i, &c, sizeof c);
           many |= c;
         }
-        code_row parts[sizeof many / sizeof all];
+        code_row parts[MLKIT_SET_BITS / 128];
         __builtin_memcpy(parts, &many, sizeof many);
         for (const code_row& part : parts) all |= part;
       } else {
