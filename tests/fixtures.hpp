@@ -8,11 +8,13 @@
 #include <string>
 #include <vector>
 
+#include "test_data.hpp"
+
 inline const std::vector<double>& fixture(const std::string& name, const std::string& file = "nn_fixtures.txt") {
   static std::map<std::string, std::map<std::string, std::vector<double>>> files;
   auto& tensors = files[file];
   if (tensors.empty()) {
-    std::ifstream lines(MLKIT_TEST_DATA "/" + file);
+    std::ifstream lines(test_data(file));
     for (std::string line; std::getline(lines, line);) {
       std::istringstream words(line);
       std::string key, word;

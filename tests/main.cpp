@@ -7,6 +7,10 @@
 #include <mlkit/simd/isa.hpp>
 #include <string_view>
 
+#include "test_data.hpp"
+
+std::string test_data(const std::string& name) { return name.empty() ? MLKIT_TEST_DATA : MLKIT_TEST_DATA "/" + name; }
+
 int main(int argc, char** argv) {
   constexpr int skipped = 77;
   if (const char* forced = std::getenv("MLKIT_FORCE_ISA"))

@@ -69,8 +69,10 @@ inline void draw_curves(const std::filesystem::path& out, const std::vector<std:
                {kl, far, {"target", {kl.x.front(), kl.x.back()}, {target, target}}});
   write_curves(out / "beta", {"Weight of the penalty, steered to the target", "iteration", "beta"},
                {mean("beta", true, &ppo_step::beta)});
-  write_curves(out / "overoptimisation", {"What divergence buys: beta = 0", "nats of a continuation", "reward"},
-               {{"true reward", far.y, false_truth.y}, {"reward model's score", far.y, false_score.y}});
+  write_curves(
+      out / "overoptimisation",
+      {.title = "What divergence buys: beta = 0", .x = "nats of a continuation", .y = "reward", .points = true},
+      {{"true reward", far.y, false_truth.y}, {"reward model's score", far.y, false_score.y}});
 }
 
 /// Samples to a file, and some of them to the terminal.

@@ -36,15 +36,17 @@ bool write_curves(const std::filesystem::path& stem, const axes& axes, const std
          << "set title " << quoted(axes.title) << "\nset xlabel " << quoted(axes.x) << "\nset ylabel " << quoted(axes.y)
          << '\n'
          << (curves.size() > 1 ? "set key outside right top\n" : "set key off\n")
-         << "set autoscale xfix\nset grid lc rgb '#e4e6ea'\nset border 3\nset tics nomirror\n"
+         << "set autoscale xfix\nset grid lc rgb '#e4e6ea'\nset border 3\nset tics nomirror\nset format x '%g'\n"
          << (axes.log_y ? "set logscale y\n" : "");
   constexpr const char* colours[] = {"#0b62a4", "#d1495b", "#2a9d5c", "#8a5cc2", "#e08e1a", "#4a4f5a"};
   constexpr std::size_t few_points = 12;  // which are shown as such
   script << "plot ";
   for (std::size_t i = 0; i < curves.size(); ++i)
     script << (i ? ", " : "") << "'-' using 1:2 with "
-           << (curves[i].x.size() <= few_points ? "linespoints pt 7 ps 0.6" : "lines") << " lw 2 lc rgb '"
-           << colours[i % std::size(colours)] << "' title " << quoted(curves[i].name);
+           << (axes.points                        ? "points pt 7 ps 0.6"
+               : curves[i].x.size() <= few_points ? "linespoints pt 7 ps 0.6"
+                                                  : "lines")
+           << " lw 2 lc rgb '" << colours[i % std::size(colours)] << "' title " << quoted(curves[i].name);
   script << '\n';
   for (const curve& c : curves) {
     for (std::size_t i = 0; i < c.x.size(); ++i) script << c.x[i] << ' ' << c.y[i] << '\n';

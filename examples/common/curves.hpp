@@ -15,6 +15,7 @@ struct curve {
 struct axes {
   std::string title, x, y;
   bool log_y = false;
+  bool points = false;  // each value is a point of its own: no line from one to the next
 };
 
 /// Writes <stem>.csv (series, x, y) and, with gnuplot, <stem>.svg. Returns whether the picture was drawn.

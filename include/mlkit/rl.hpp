@@ -15,7 +15,6 @@
 #include "rl/logits_policy_loss.hpp"
 #include "rl/moments.hpp"
 #include "rl/off_policy.hpp"
-#include "rl/options.hpp"
 #include "rl/policy_loss.hpp"
 #include "rl/preference.hpp"
 #include "rl/returns.hpp"

@@ -1,6 +1,7 @@
 #include <catch2/catch.hpp>
 
 #include "support.hpp"
+#include "test_data.hpp"
 
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -17,7 +18,7 @@ using Catch::Contains;
 
 TEST_CASE("files of the safetensors package are reproduced byte for byte", "[io]") {
   std::vector<std::string> names;
-  for (const auto& entry : std::filesystem::recursive_directory_iterator(MLKIT_TEST_DATA))
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(test_data()))
     if (entry.path().extension() == ".safetensors") names.push_back(entry.path().string());
   REQUIRE(names.size() > 20);
   temporary_directory folder;

@@ -4,6 +4,7 @@
 #include <mlkit/io/safetensors.hpp>
 
 #include "../temporary_directory.hpp"
+#include "test_data.hpp"
 
 #include <fstream>
 #include <iterator>
@@ -11,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-inline std::string data(const std::string& name) { return std::string(MLKIT_TEST_DATA) + "/" + name; }
+inline std::string data(const std::string& name) { return test_data(name); }
 
 inline std::string contents(const std::string& path) {
   std::ifstream file(path, std::ios::binary);

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "reference.hpp"
+#include "test_data.hpp"
 
 namespace lora = mlkit::lora;
 using mlkit::index_t;
@@ -27,7 +28,7 @@ mlkit::matrix_view<const T> flat(const mlkit::tensor<T, 4>& t) {
 TEST_CASE("PEFT's and torch's convolutions, forward and backward", "[lora][conv]") {
   for (const char* name : {"peft_conv_lora", "peft_conv_dora", "torch_conv_dilated"}) {
     INFO(name);
-    const auto file = mlkit::io::safetensors::open(std::string(MLKIT_TEST_DATA "/") + name + ".safetensors");
+    const auto file = mlkit::io::safetensors::open(test_data(std::string(name) + ".safetensors"));
     const auto x = file.view<float, 4>("x"), w = file.view<float, 4>("w"), dy = file.view<float, 4>("dy");
     const auto pair = [&](const char* key) {
       const auto v = file.view<std::int64_t, 1>(key);

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "reference.hpp"
+#include "test_data.hpp"
 
 namespace lora = mlkit::lora;
 using mlkit::bf16;
@@ -215,8 +216,7 @@ TEST_CASE("DoRA has the same bits for any number of threads", "[lora][dora]") {
 
 TEST_CASE("PEFT's DoRA layers", "[lora][dora]") {
   for (const char* kind : {"dora", "rsdora"}) {
-    const auto file =
-        mlkit::io::safetensors::open(std::string(MLKIT_TEST_DATA "/peft_linear_") + kind + ".safetensors");
+    const auto file = mlkit::io::safetensors::open(test_data(std::string("peft_linear_") + kind + ".safetensors"));
     const auto x = file.view<float, 2>("x"), w = file.view<float, 2>("w"), dy = file.view<float, 2>("dy");
     const auto bias = file.view<float, 1>("bias"), m = file.view<float, 1>("m");
     const lora::adapter_view<float> adapter{file.view<float, 2>("a"), file.view<float, 2>("b"),

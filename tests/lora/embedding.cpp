@@ -4,6 +4,7 @@
 #include <string>
 
 #include "reference.hpp"
+#include "test_data.hpp"
 
 namespace lora = mlkit::lora;
 using mlkit::index_t;
@@ -11,8 +12,7 @@ using namespace reference;
 
 TEST_CASE("PEFT's embeddings, forward and backward", "[lora][embedding]") {
   for (const char* kind : {"lora", "dora"}) {
-    const auto file =
-        mlkit::io::safetensors::open(std::string(MLKIT_TEST_DATA "/peft_embedding_") + kind + ".safetensors");
+    const auto file = mlkit::io::safetensors::open(test_data(std::string("peft_embedding_") + kind + ".safetensors"));
     const auto ids = file.at("x").elements<std::int64_t>();
     const auto w = file.view<float, 2>("w"), dy = file.view<float, 2>("dy");
     const lora::adapter_view<float> adapter{file.view<float, 2>("a"), file.view<float, 2>("b"),

@@ -3,6 +3,7 @@
 #include <mlkit/lora/files.hpp>
 
 #include "../temporary_directory.hpp"
+#include "test_data.hpp"
 
 #include <thread>
 
@@ -11,7 +12,7 @@ using Catch::Contains;
 
 namespace {
 
-std::string data(const std::string& name) { return std::string(MLKIT_TEST_DATA) + "/" + name; }
+std::string data(const std::string& name) { return test_data(name); }
 
 template <class E, class F>
 std::string message_of(F&& f) {

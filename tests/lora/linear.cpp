@@ -4,6 +4,7 @@
 #include <string>
 
 #include "reference.hpp"
+#include "test_data.hpp"
 
 namespace lora = mlkit::lora;
 using mlkit::bf16;
@@ -301,8 +302,7 @@ TEST_CASE("more tokens than are worked on at once", "[lora]") {
 
 TEST_CASE("PEFT's linear layers", "[lora]") {
   for (const char* kind : {"lora", "rslora"}) {
-    const auto file =
-        mlkit::io::safetensors::open(std::string(MLKIT_TEST_DATA "/peft_linear_") + kind + ".safetensors");
+    const auto file = mlkit::io::safetensors::open(test_data(std::string("peft_linear_") + kind + ".safetensors"));
     const auto x = file.view<float, 2>("x"), w = file.view<float, 2>("w"), dy = file.view<float, 2>("dy");
     const auto bias = file.view<float, 1>("bias");
     const double scale = file.at("scale").scalar();

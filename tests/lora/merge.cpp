@@ -6,6 +6,7 @@
 #include <string>
 
 #include "reference.hpp"
+#include "test_data.hpp"
 
 namespace lora = mlkit::lora;
 using mlkit::bf16;
@@ -133,8 +134,7 @@ TEST_CASE("merge has the same bits for any number of threads", "[lora][merge]") 
 
 TEST_CASE("PEFT's merged weights", "[lora][merge]") {
   for (const char* kind : {"lora", "rslora", "dora", "rsdora"}) {
-    const auto file =
-        mlkit::io::safetensors::open(std::string(MLKIT_TEST_DATA "/peft_linear_") + kind + ".safetensors");
+    const auto file = mlkit::io::safetensors::open(test_data(std::string("peft_linear_") + kind + ".safetensors"));
     auto w = file.tensor<float, 2>("w");
     const lora::adapter_view<float> adapter{file.view<float, 2>("a"), file.view<float, 2>("b"),
                                             file.at("scale").scalar()};
@@ -144,7 +144,7 @@ TEST_CASE("PEFT's merged weights", "[lora][merge]") {
       lora::merge(mlkit::cpu{}, w, adapter);
     CHECK(difference(w, from(file.view<double, 2>("merged"))) < 1e-6);
   }
-  const auto file = mlkit::io::safetensors::open(MLKIT_TEST_DATA "/peft_batch.safetensors");
+  const auto file = mlkit::io::safetensors::open(test_data("peft_batch.safetensors"));
   std::vector<lora::adapter_view<float>> adapters;
   const auto scales = file.view<double, 1>("scales");
   const auto weights = file.view<float, 1>("weights");

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "reference.hpp"
+#include "test_data.hpp"
 
 namespace lora = mlkit::lora;
 using mlkit::bf16;
@@ -121,7 +122,7 @@ TEST_CASE("adapters with other strides", "[lora][per_row]") {
 }
 
 TEST_CASE("PEFT's mixed batch", "[lora][per_row]") {
-  const auto file = mlkit::io::safetensors::open(MLKIT_TEST_DATA "/peft_batch.safetensors");
+  const auto file = mlkit::io::safetensors::open(test_data("peft_batch.safetensors"));
   const auto scales = file.view<double, 1>("scales");
   std::vector<lora::adapter_view<float>> adapters;
   for (int i = 0; i < 3; ++i)

@@ -9,6 +9,8 @@
 #include <random>
 #include <vector>
 
+#include "test_data.hpp"
+
 namespace lora = mlkit::lora;
 using mlkit::index_t;
 
@@ -33,7 +35,7 @@ constexpr double levels[16] = {-1.0,
                                1.0};
 
 const mlkit::io::safetensors& fixtures() {
-  static const auto file = mlkit::io::safetensors::open(MLKIT_TEST_DATA "/bitsandbytes.safetensors");
+  static const auto file = mlkit::io::safetensors::open(test_data("bitsandbytes.safetensors"));
   return file;
 }
 template <class T>

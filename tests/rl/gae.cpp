@@ -264,4 +264,9 @@ TEST_CASE("gae refuses bad input before it writes", "[rl][gae][bad input]") {
               {.rewards = x, .values = x, .bootstrap = boot, .cu_seqlens = std::vector<std::int32_t>{0, 5, 20}}, {},
               {.advantages = out}),
       "mlkit::shape_error: rl::gae: bootstrap has 3 elements, but the number of sequences has 2");
+  const std::vector<std::int32_t> apart{0, 99, 5, 99, 20};
+  rl::rollout<float> in{
+      .rewards = x, .values = x, .cu_seqlens = mlkit::vector_view<const std::int32_t>(apart.data(), {3}, {2})};
+  CHECK_THROWS_WITH(rl::gae(mlkit::cpu{}, in, {}, {.advantages = out}),
+                    "mlkit::shape_error: rl::gae: cu_seqlens has a stride of 2, not 1");
 }

@@ -221,6 +221,7 @@ TEST_CASE("bad input of groups is refused in words, and nothing is written", "[r
   CHECK(with(rl::groups{early}, rl::rloo{}, out) == value + "offsets ends with 3, but rewards has 6 elements");
   CHECK(with(rl::groups{none}, rl::rloo{}, out) ==
         shape + "offsets is empty; it has one element more than there are sequences");
+  CHECK(with(rl::groups{-1}, rl::rloo{}, out) == value + "groups of -1 elements");
   CHECK(with(rl::groups{-2}, rl::rloo{}, out) == value + "groups of -2 elements");
   r[4] = static_cast<float>(no_number);
   CHECK(with(rl::groups{3}, rl::dr_grpo{}, out) == value + "rewards[4] = nan is not finite");

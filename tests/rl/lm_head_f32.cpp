@@ -3,7 +3,7 @@
 
 using namespace head_reference;
 
-TEST_CASE("the same bits for any number of threads", "[rl][lm_head]") {
+TEST_CASE("a fused head has the same bits for any number of threads", "[rl][lm_head]") {
   for (const bool accumulate : {false, true}) {
     problem<float> one(200, 210, 700, 13);
     one.accumulate = accumulate;

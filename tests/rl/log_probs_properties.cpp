@@ -93,7 +93,7 @@ TEST_CASE("masked rows are not read", "[rl][log_probs]") {
     }
 }
 
-TEST_CASE("the same bits for any number of threads", "[rl][log_probs]") {
+TEST_CASE("log-probabilities have the same bits for any number of threads", "[rl][log_probs]") {
   for (const index_t rows : {1, 3, 5, 100}) {
     problem<float> one(rows, 9001, 11), p = one;
     one.run(cpu{.threads = 1}, false);

@@ -156,6 +156,15 @@ TEST_CASE("samples have the probabilities of their policy", "[rl][policies]") {
   CHECK(v[1] == Approx(4).margin(0.08));
 }
 
+TEST_CASE("a policy without choices gives sums of nothing", "[rl][policies]") {
+  const mlkit::matrix<float> logits({3, 0});
+  const mlkit::matrix_view<const std::int32_t> actions(nullptr, {3, 0});
+  std::vector<float> logp(3, 7), entropy(3, 7);
+  rl::log_probs(exec, rl::multi_discrete<float>{.logits = logits}, actions,
+                {.logp = mlkit::as_view(logp), .entropy = mlkit::as_view(entropy)});
+  CHECK((logp == std::vector<float>(3) && entropy == std::vector<float>(3)));
+}
+
 TEST_CASE("policies refuse what does not fit, and write nothing", "[rl][policies][bad input]") {
   const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
   mlkit::matrix<float> logits({2, 5}), dlogits({2, 4});

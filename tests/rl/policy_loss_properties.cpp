@@ -148,7 +148,7 @@ TEST_CASE("low precision errs no more than its rounding", "[rl][policy]") {
   near(ppo<mlkit::f16>(exec, h), ppo<double>(exec, h), 0x1p-10);
 }
 
-TEST_CASE("the same bits for any number of threads", "[rl][policy]") {
+TEST_CASE("policy losses have the same bits for any number of threads", "[rl][policy]") {
   const sample s = make_sample(70, 1000);
   const auto one = ppo<float>({.threads = 1}, s), of_sequences = gspo<float>({.threads = 1}, s);
   for (const int threads : {2, 3, 8}) {

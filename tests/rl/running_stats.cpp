@@ -138,6 +138,18 @@ TEST_CASE("bad input of running statistics is refused in words, and nothing is t
   CHECK(said([&] { of.update(cpu{}, x, {}); }) ==
         "mlkit::shape_error: " + scaling + "::update: ended has shape [0, 0], but rewards has [4, 9]");
   CHECK(of.stats().count() == 0);
+
+  // Squares of differences from what was seen before, which f64 does not hold.
+  rl::running_stats far, near;
+  const std::vector<double> large{1e200}, small{0.0};
+  far.update(cpu{}, mlkit::matrix_view<const double>(large.data(), {1, 1}));
+  near.update(cpu{}, mlkit::matrix_view<const double>(small.data(), {1, 1}));
+  const std::string above = ": the sum of squares of column 0 is above the largest f64";
+  CHECK(said([&] {
+          far.update(cpu{}, mlkit::matrix_view<const double>(small.data(), {1, 1}));
+        }) == "mlkit::value_error: rl::running_stats::update" + above);
+  CHECK(said([&] { far.merge(near.state()); }) == "mlkit::value_error: rl::running_stats::merge" + above);
+  CHECK((far.count() == 1 && far.mean() == 1e200 && far.variance() == 0));
 }
 
 TEST_CASE("running statistics: the same bits for any number of threads", "[rl][running_stats]") {

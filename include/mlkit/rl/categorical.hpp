@@ -171,6 +171,10 @@ void log_probs(const Executor& exec, const Policy& policy, const tensor_view<I, 
   };
   output("logp", out.logp);
   output("entropy", out.entropy);
+  for (index_t r = 0; r < rows && c.count() == 0; ++r) {  // the empty sum
+    if (out.logp.data) out.logp(r) = A{};
+    if (out.entropy.data) out.entropy(r) = A{};
+  }
   for (index_t i = 0; i < c.count(); ++i) {
     auto p = problem_of_choice(c, i, ids);
     p.with_entropy = out.entropy.data != nullptr;

@@ -15,7 +15,8 @@ namespace MLKIT_NAMESPACE::rl {
 /// Which completions belong to one prompt: `size` in a row to each, or those that `offsets` [prompts + 1] separate:
 /// groups{8}, groups{starts}. It owns nothing.
 struct groups {
-  index_t size = -1;  ///< where there are offsets, nothing
+  static constexpr index_t of_offsets = std::numeric_limits<index_t>::min();  ///< the size where there are offsets
+  index_t size = of_offsets;
   vector_view<const std::int32_t> offsets = {};
 
   explicit groups(index_t of_each) noexcept : size(of_each) {}
@@ -63,7 +64,7 @@ struct group_places {
 
 inline group_places check_groups(arguments& call, std::string_view function, const groups& g, std::string_view of,
                                  index_t n) {
-  if (g.size == -1) {
+  if (g.size == groups::of_offsets) {
     mlkit::detail::check_starts(function, "offsets", g.offsets, message(of, " has"), n, "elements");
     call.reads("offsets", g.offsets);
     return {g.offsets.extent(0) - 1, 0, g.offsets};

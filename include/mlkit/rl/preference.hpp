@@ -220,6 +220,7 @@ struct labelled_completions {
   batch_view<const T> log_probs = {}, reference = {};
   batch_flags desirable = {};
 };
+/// Where gradients by log_probs go, and each completion's loss; what is left out is not written. All [n].
 template <storage T>
 struct completion_gradients {
   batch_view<T> log_probs = {}, losses = {};
@@ -242,6 +243,7 @@ struct kto {
     detail::check_non_negative(function, "desirable_weight", desirable_weight);
     detail::check_non_negative(function, "undesirable_weight", undesirable_weight);
   }
+  /// One completion's loss, its derivative, and beta d.
   template <std::floating_point T>
   struct term {
     T loss, d_log_prob, reward;
@@ -274,6 +276,7 @@ struct ranked_completions {
   groups of = groups(1);
   vector_view<const std::int32_t> ranks = {};
 };
+/// Where the gradient by rewards goes; not written if it is left out. [n].
 template <storage T>
 struct ranked_gradients {
   batch_view<T> rewards = {};

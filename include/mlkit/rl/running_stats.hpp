@@ -78,13 +78,15 @@ class running_stats {
   }
   /// As if the rows behind `state` had been shown too: those of another rank, or of another running_stats.
   void merge(std::span<const moments> state) {
-    check("rl::running_stats::merge", state);
-    for (std::size_t c = 0; c < columns_.size(); ++c) columns_[c] = rl::merge(columns_[c], state[c]);
+    constexpr std::string_view function = "rl::running_stats::merge";
+    check(function, state);
+    take_in(function, std::vector<moments>(state.begin(), state.end()));
   }
 
   /// Takes in the rows of x [rows, columns] that the mask [rows] keeps. f32, f64, bf16 and f16; sums as find_moments
   /// has them, the same bits for any number of threads. Throws shape_error where extents do not fit, value_error for an
-  /// element that counts and is not finite, named by its index; then nothing is taken in. Reads x once.
+  /// element that counts and is not finite, named by its index, and for a variance above the largest f64; then nothing
+  /// is taken in. Reads x once.
   template <executor Executor, viewable<2> X>
   void update(const Executor& exec, const X& x, const mask_view<1>& mask = {}) {
     constexpr std::string_view function = "rl::running_stats::update";
@@ -98,7 +100,7 @@ class running_stats {
     find_columns(exec, v, mask, seen.data());
     for (std::size_t c = 0; c < seen.size(); ++c)
       if (!detail::all_finite(seen[c])) refuse(function, v, mask);
-    for (std::size_t c = 0; c < seen.size(); ++c) columns_[c] = rl::merge(columns_[c], seen[c]);
+    take_in(function, std::move(seen));
   }
 
   /// out = clip((x - mean) / sqrt(variance + epsilon)), [rows, columns] each; out may be x. A column that has had one
@@ -137,6 +139,15 @@ class running_stats {
   }
 
  private:
+  // All columns or, where one would not be finite any more, none.
+  void take_in(std::string_view function, std::vector<moments> seen) {
+    for (std::size_t c = 0; c < seen.size(); ++c) {
+      seen[c] = rl::merge(columns_[c], seen[c]);
+      if (!detail::all_finite(seen[c]))
+        detail::fail_value(function, ": the sum of squares of column ", c, " is above the largest f64");
+    }
+    columns_ = std::move(seen);
+  }
   void check(std::string_view function, std::span<const moments> state) const {
     detail::check_extent(function, "state", "columns", static_cast<index_t>(state.size()), "this", columns());
     for (std::size_t c = 0; c < state.size(); ++c) {

@@ -114,11 +114,11 @@ struct loss_block {
     const rl::detail::plane_shape* shape;
     index_t begin, n;
     T* buffer;
-    bool direct;
+    bool direct = false;
 
     gradient(const rl::detail::plane<T>& p, const rl::detail::plane_shape& s, index_t first, index_t count,
              T* b) noexcept
-        : plane(&p), shape(&s), begin(first), n(count), buffer(b), direct(false) {
+        : plane(&p), shape(&s), begin(first), n(count), buffer(b) {
       const index_t row = begin / s.cols, col = begin - row * s.cols;
       direct = p.col_stride == 1 && col + n <= s.cols;
       if (direct) buffer = p.at(row, col);

@@ -537,14 +537,16 @@ struct scan_kernel {
         load(p.terminated, w.terminated_rows);
         load(p.truncated, w.truncated_rows);
         load(p.mask, w.mask_rows);
+        // The bytes of all rows: of row 0 alone, an index ends with that row.
+        const auto flat = [](std::uint8_t(*rows)[16]) { return static_cast<std::uint8_t*>(static_cast<void*>(rows)); };
         code_bytes many{};
         for (int i = 0; i < 16 * width; i += static_cast<int>(sizeof many)) {
-          const code_bytes c = codes_of(p, bytes_of(w.terminated_rows[0] + i), bytes_of(w.truncated_rows[0] + i),
-                                        bytes_of(w.mask_rows[0] + i));
-          __builtin_memcpy(w.code_rows[0] + i, &c, sizeof c);
+          const code_bytes c = codes_of(p, bytes_of(flat(w.terminated_rows) + i), bytes_of(flat(w.truncated_rows) + i),
+                                        bytes_of(flat(w.mask_rows) + i));
+          __builtin_memcpy(flat(w.code_rows) + i, &c, sizeof c);
           many |= c;
         }
-        code_row parts[sizeof many / sizeof all];
+        code_row parts[MLKIT_SET_BITS / 128];
         __builtin_memcpy(parts, &many, sizeof many);
         for (const code_row& part : parts) all |= part;
       } else {
