@@ -9,12 +9,20 @@
 
 namespace MLKIT_NAMESPACE::detail {
 
-/// The arguments of one call, in the order in which it names them. Refuses an executor that is none, and an output that
-/// shares memory with another argument.
+/// The arguments of one call, in the order in which it names them. Refuses an executor that is none, memory that the
+/// executor cannot reach, and an output that shares memory with another argument.
 class arguments {
  public:
-  arguments(std::string_view function, const cpu& exec) : function_(function) {
-    check_executor(exec);
+  template <executor Executor>
+  arguments(std::string_view function, const Executor& exec) : function_(function) {
+    if constexpr (std::is_same_v<Executor, cpu>) {
+      check_executor(exec);
+    } else {
+      executor_ = &exec;
+      check_memory_ = [](const void* e, std::string_view f, std::string_view name, const void* p) {
+        static_cast<const Executor*>(e)->check_memory(f, name, p);
+      };
+    }
     named_.reserve(16);
   }
 
@@ -40,6 +48,7 @@ class arguments {
 
   void add(std::string_view name, const any_view& v, bool written) {
     if (v.empty()) return;
+    if (check_memory_) check_memory_(executor_, function_, name, v.data);
     argument added{std::string(name), touched_memory(v), written, v.rank, {}};
     std::copy_n(v.extents, v.rank, added.extents.begin());
     for (const argument& other : named_) {
@@ -51,6 +60,8 @@ class arguments {
   }
 
   std::string_view function_;
+  const void* executor_ = nullptr;  // where memory is to be asked for
+  void (*check_memory_)(const void*, std::string_view, std::string_view, const void*) = nullptr;
   std::vector<argument> named_;
 };
 

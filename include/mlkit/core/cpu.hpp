@@ -88,8 +88,16 @@ struct cpu {
   pool_ref pool = {};  ///< the user's own threads
 };
 
+namespace detail {
 template <class E>
-concept executor = std::same_as<std::remove_cvref_t<E>, cpu>;
+inline constexpr bool is_executor = false;
+template <>
+inline constexpr bool is_executor<cpu> = true;
+}  // namespace detail
+
+/// What runs kernels: cpu, or cuda where core/cuda.cuh is included.
+template <class E>
+concept executor = detail::is_executor<std::remove_cvref_t<E>>;
 
 namespace detail {
 

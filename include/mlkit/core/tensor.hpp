@@ -14,6 +14,24 @@ namespace MLKIT_NAMESPACE {
 struct uninitialized_t {};
 inline constexpr uninitialized_t uninitialized{};
 
+namespace detail {
+
+/// How many elements a new tensor of this shape has. Throws shape_error.
+template <class T, int Rank>
+index_t checked_count(std::string_view what, const extents_t<Rank>& extents) {
+  index_t count = 1;
+  for (int d = 0; d < Rank; ++d) {
+    const index_t extent = extents[static_cast<std::size_t>(d)];
+    if (extent < 0) fail_shape(what, ": extent ", extent, " in dimension ", d, " is negative");
+    if (extent > 0 && count > INT64_MAX / index_t{sizeof(T)} / extent)
+      fail_shape(what, ": shape ", shape_text<Rank>(extents), " is too large");
+    count *= extent;
+  }
+  return count;
+}
+
+}  // namespace detail
+
 /// An owning row-major tensor, aligned to 64 bytes. Elements start at zero. Movable; a copy is made by clone().
 template <storage T, int Rank>
 class tensor {
@@ -27,14 +45,7 @@ class tensor {
   }
   /// Throws shape_error if an extent is negative or their product does not fit; std::bad_alloc if memory is short.
   tensor(const extents_t<Rank>& extents, uninitialized_t) : extents_(extents) {
-    index_t count = 1;
-    for (int d = 0; d < Rank; ++d) {
-      if (extents[d] < 0) detail::fail_shape("tensor: extent ", extents[d], " in dimension ", d, " is negative");
-      if (extents[d] > 0 && count > INT64_MAX / index_t{sizeof(T)} / extents[d])
-        detail::fail_shape("tensor: shape ", detail::shape_text<Rank>(extents), " is too large");
-      count *= extents[d];
-    }
-    data_ = detail::make_aligned<T>(count);
+    data_ = detail::make_aligned<T>(detail::checked_count<T, Rank>("tensor", extents));
   }
   /// A matrix or vector from nested values, for short examples and tests: tensor<float, 1>({1, 2, 3}).
   static tensor of(const extents_t<Rank>& extents, std::initializer_list<float> values) {

@@ -244,6 +244,14 @@ std::string shape_text(const extents_t<Rank>& extents) {
   return list_text(extents.data(), Rank);
 }
 
+template <int Rank>
+void check_same_shape(std::string_view function, std::string_view name, const extents_t<Rank>& have,
+                      std::string_view other, const extents_t<Rank>& want) {
+  if (have != want)
+    fail_shape(function, ": ", name, " has shape ", shape_text<Rank>(have), ", but ", other, " has ",
+               shape_text<Rank>(want));
+}
+
 // The address range [first, last] that a view can touch, as integers; empty views touch nothing.
 struct byte_range {
   std::uintptr_t first = 1, last = 0;

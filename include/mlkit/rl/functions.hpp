@@ -93,7 +93,7 @@ MLKIT_ALWAYS_INLINE T log_of_normal(T u) noexcept {
   constexpr I mask = (I{1} << table::mantissa_bits) - 1;
   const I above = mlkit::detail::bit_cast<I>(u) - table::sqrt_half;
   const U biased =
-      static_cast<U>(above + (static_cast<I>(table::bias) << table::mantissa_bits)) >> table::mantissa_bits;
+      (static_cast<U>(above) + (static_cast<U>(table::bias) << table::mantissa_bits)) >> table::mantissa_bits;
   const T e = mlkit::detail::bit_cast<T>(static_cast<U>(biased | mlkit::detail::bit_cast<U>(table::integer_shift))) -
               (table::integer_shift + static_cast<T>(table::bias));
   const T f = mlkit::detail::bit_cast<T>(static_cast<I>((above & mask) + table::sqrt_half)) - T(1);

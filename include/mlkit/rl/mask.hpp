@@ -55,14 +55,6 @@ template <class X>
 inline constexpr int rank_of = std::remove_cvref_t<decltype(as_view(std::declval<X&>()))>::rank;
 
 template <int Rank>
-void check_same_shape(std::string_view function, std::string_view name, const extents_t<Rank>& have,
-                      std::string_view other, const extents_t<Rank>& want) {
-  if (have != want)
-    fail_shape(function, ": ", name, " has shape ", shape_text<Rank>(have), ", but ", other, " has ",
-               shape_text<Rank>(want));
-}
-
-template <int Rank>
 void check_mask(arguments& call, std::string_view function, const mask_view<Rank>& mask, std::string_view other,
                 const std::type_identity_t<extents_t<Rank>>& want) {
   if (!mask) return;
