@@ -30,7 +30,7 @@ MLKIT_HOST_DEVICE constexpr affine<T> compose(const affine<T>& first, const affi
 namespace detail {
 
 // Steps of a tile; steps of a part, after which what lies behind it is one map away.
-inline constexpr index_t scan_depth = 16, scan_part = 256;
+inline constexpr index_t scan_depth = 64, scan_part = 256;
 
 // Bits of a step's code.
 inline constexpr int step_skipped = 1, step_terminated = 2, step_truncated = 4;

@@ -7,9 +7,9 @@
 // composed to one map, and the value behind the part before is this map of it: so parts may be scanned one after
 // another or all at once, and the bits are those of the sequence alone, wherever and beside whatever it lies.
 
-// How many steps ahead what a tile needs is asked for, where rows are read along time, each from a page of its own; how
-// many lanes' steps, where they are read along the batch.
-inline constexpr index_t scan_ahead = 4 * scan_depth, lanes_ahead = 1024;
+// How far ahead what is read is asked for, beyond the caches of a core, in steps of rows along time and in lanes beside
+// each other: each row is in a page of its own, too many for the processor to follow.
+inline constexpr index_t steps_ahead = scan_depth, lanes_ahead = 1024;
 
 typedef std::uint8_t code_row __attribute__((vector_size(16)));
 typedef std::uint8_t code_bytes __attribute__((vector_size(MLKIT_SET_BITS / 8)));
@@ -152,7 +152,7 @@ MLKIT_ALWAYS_INLINE void turn_blocks(vec<T>* r) noexcept {
   }
 }
 
-// Rows at equal distances, and rows anywhere.
+// Rows at equal distances.
 template <class T>
 struct spaced_rows {
   T* first;
@@ -207,59 +207,45 @@ MLKIT_ALWAYS_INLINE void transpose_square(const Rows& rows, index_t offset, cons
   }
 }
 
-// to[k][i] = rows[i][k], for scan_depth steps k and a register's lanes i.
-template <class T, class Rows>
-MLKIT_ALWAYS_INLINE void rows_to_lanes(const Rows& rows, T (*to)[vec<T>::width]) noexcept {
-  for (int c = 0; c < scan_depth; c += vec<T>::width)
-    transpose_square<T>(rows, c, [&](int k, vec<T> x) { x.store(to[c + k]); });
-}
-// And back: store(i, c, x) for steps [c, c + width) of lane i.
-template <class T, class Store>
-MLKIT_ALWAYS_INLINE void lanes_to_rows(const T (*from)[vec<T>::width], const Store& store) noexcept {
-  constexpr int width = vec<T>::width;
-  for (int c = 0; c < scan_depth; c += width)
-    transpose_square<T>(spaced_rows<const T>{from[c], width}, 0, [&](int i, vec<T> x) { store(i, c, x); });
-}
-
-// out[j][i] = rows[i][j], 16 x 16 bytes.
-MLKIT_ALWAYS_INLINE void transpose_bytes(const std::uint8_t (*rows)[16], std::uint8_t (*out)[16]) noexcept {
+// Alternating bytes of the lower and upper halves of each 16 bytes.
+#if MLKIT_X86
+MLKIT_ALWAYS_INLINE void deal_bytes(code_bytes a, code_bytes b, code_bytes& low, code_bytes& high) noexcept {
 #if MLKIT_SET_AVX512
-  // Four rows to a register: words of four rows together, their bytes in order of time, then the registers' words.
-  const __m512i words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  __m512i r[4];
+  low = (code_bytes)_mm512_unpacklo_epi8((__m512i)a, (__m512i)b);
+  high = (code_bytes)_mm512_unpackhi_epi8((__m512i)a, (__m512i)b);
+#elif MLKIT_SET_AVX2
+  low = (code_bytes)_mm256_unpacklo_epi8((__m256i)a, (__m256i)b);
+  high = (code_bytes)_mm256_unpackhi_epi8((__m256i)a, (__m256i)b);
+#else
+  low = (code_bytes)_mm_unpacklo_epi8((__m128i)a, (__m128i)b);
+  high = (code_bytes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b);
+#endif
+}
+#endif
+
+// out[j][i] = rows[i][j], 16 rows of as many bytes as a register has.
+MLKIT_ALWAYS_INLINE void transpose_bytes(const code_bytes* rows, std::uint8_t (*out)[16]) noexcept {
+  constexpr int parts = static_cast<int>(sizeof(code_bytes)) / 16;
+#if MLKIT_X86
+  code_bytes r[16], s[16];
   MLKIT_UNROLL
-  for (int i = 0; i < 4; ++i)
-    r[i] = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(words, _mm512_load_si512(rows[4 * i])), bytes);
-  const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
-  const __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
-  r[0] = _mm512_unpacklo_epi64(a, c), r[1] = _mm512_unpackhi_epi64(a, c);
-  r[2] = _mm512_unpacklo_epi64(b, d), r[3] = _mm512_unpackhi_epi64(b, d);
-  MLKIT_UNROLL
-  for (int i = 0; i < 4; ++i) {  // times i, 4 + i, 8 + i, 12 + i
-    _mm_store_si128(reinterpret_cast<__m128i*>(out[i]), _mm512_castsi512_si128(r[i]));
-    _mm_store_si128(reinterpret_cast<__m128i*>(out[4 + i]), _mm512_extracti32x4_epi32(r[i], 1));
-    _mm_store_si128(reinterpret_cast<__m128i*>(out[8 + i]), _mm512_extracti32x4_epi32(r[i], 2));
-    _mm_store_si128(reinterpret_cast<__m128i*>(out[12 + i]), _mm512_extracti32x4_epi32(r[i], 3));
-  }
-#elif MLKIT_X86
-  __m128i r[16], s[16];
-  MLKIT_UNROLL
-  for (int i = 0; i < 16; ++i) r[i] = _mm_load_si128(reinterpret_cast<const __m128i*>(rows[i]));
+  for (int i = 0; i < 16; ++i) r[i] = rows[i];
   MLKIT_UNROLL
   for (int round = 0; round < 4; ++round) {
     MLKIT_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      s[2 * i] = _mm_unpacklo_epi8(r[i], r[i + 8]);
-      s[2 * i + 1] = _mm_unpackhi_epi8(r[i], r[i + 8]);
-    }
+    for (int i = 0; i < 8; ++i) deal_bytes(r[i], r[i + 8], s[2 * i], s[2 * i + 1]);
     MLKIT_UNROLL
     for (int i = 0; i < 16; ++i) r[i] = s[i];
   }
   MLKIT_UNROLL
-  for (int i = 0; i < 16; ++i) _mm_store_si128(reinterpret_cast<__m128i*>(out[i]), r[i]);
+  for (int i = 0; i < 16; ++i) {  // times i, 16 + i, ...
+    std::uint8_t lanes[parts][16];
+    __builtin_memcpy(lanes, &r[i], sizeof lanes);
+    MLKIT_UNROLL
+    for (int j = 0; j < parts; ++j) __builtin_memcpy(out[16 * j + i], lanes[j], 16);
+  }
 #else
-  for (int j = 0; j < 16; ++j)
+  for (int j = 0; j < 16 * parts; ++j)
     for (int i = 0; i < 16; ++i) out[j][i] = rows[i][j];
 #endif
 }
@@ -356,27 +342,18 @@ MLKIT_ALWAYS_INLINE code_row row_of(const std::uint8_t* p, int n) noexcept {
   __builtin_memcpy(&c, p, static_cast<std::size_t>(n));
   return c;
 }
-MLKIT_ALWAYS_INLINE code_bytes bytes_of(const std::uint8_t* p) noexcept {
-  code_bytes c;
-  __builtin_memcpy(&c, p, sizeof c);
-  return c;
-}
-// 16 bytes of each of as many rows as a register holds, from row i on.
-MLKIT_ALWAYS_INLINE code_bytes bytes_of_rows(const spaced_rows<const std::uint8_t>& rows, int i) noexcept {
-#if MLKIT_X86
-  const auto row = [&](int j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i + j])); };
-#endif
+// n bytes, or all of a register.
+MLKIT_ALWAYS_INLINE code_bytes bytes_of(const std::uint8_t* p, int n) noexcept {
+  code_bytes c{};
+  if (n >= static_cast<int>(sizeof c)) {
+    __builtin_memcpy(&c, p, sizeof c);
+    return c;
+  }
 #if MLKIT_SET_AVX512
-  __m512i c = _mm512_castsi128_si512(row(0));
-  c = _mm512_mask_broadcast_i32x4(c, 0x00f0, row(1));
-  c = _mm512_mask_broadcast_i32x4(c, 0x0f00, row(2));
-  return (code_bytes)_mm512_mask_broadcast_i32x4(c, 0xf000, row(3));
-#elif MLKIT_SET_AVX2
-  return (code_bytes)_mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
-#elif MLKIT_X86
-  return (code_bytes)row(0);
+  return (code_bytes)_mm512_maskz_loadu_epi8((std::uint64_t{1} << n) - 1, p);
 #else
-  return row_of(rows[i], 16);
+  __builtin_memcpy(&c, p, static_cast<std::size_t>(n));
+  return c;
 #endif
 }
 MLKIT_ALWAYS_INLINE int any_bits(code_row c) noexcept {
@@ -415,7 +392,7 @@ struct scan_kernel {
   // Sequences, or parts of them, to the lanes of a register. Lanes beyond `count` repeat the first.
   struct lanes {
     int count;
-    bool spaced;  // all lanes, each row_step rows and begin_step steps from the one before it
+    bool spaced;  // each row_step rows and begin_step steps from the one before it
     index_t row_step, begin_step;
     index_t shortest, longest;  // steps
     unit of[width];
@@ -423,7 +400,7 @@ struct scan_kernel {
     void measure() noexcept {
       row_step = width > 1 ? of[1].row - of[0].row : 0;
       begin_step = width > 1 ? of[1].begin - of[0].begin : 0;
-      spaced = count == width;
+      spaced = true;
       shortest = longest = of[0].end - of[0].begin;
       for (int i = 1; i < width; ++i) {
         spaced = spaced && of[i].row - of[i - 1].row == row_step && of[i].begin - of[i - 1].begin == begin_step;
@@ -436,69 +413,68 @@ struct scan_kernel {
     // Where step `offset` of each lane is found.
     template <class U>
     MLKIT_ALWAYS_INLINE void places(const stream<U>& s, index_t offset, U** at) const noexcept {
-      for (int i = 0; i < width; ++i) at[i] = s.at(of[i].row, of[i].begin + offset);
-    }
-    template <class U>
-    MLKIT_ALWAYS_INLINE spaced_rows<U> spaced_places(const stream<U>& s, index_t offset) const noexcept {
-      return {s.at(of[0].row, of[0].begin + offset), row_step * s.batch + begin_step * s.time};
+      if (spaced) {
+        U* next = s.at(of[0].row, of[0].begin + offset);
+        const index_t step = row_step * s.batch + begin_step * s.time;
+        for (int i = 0; i < width; ++i, next += step) at[i] = next;
+      } else {
+        for (int i = 0; i < width; ++i) at[i] = s.at(of[i].row, of[i].begin + offset);
+      }
     }
   };
 
+  // Of a square, a register's width of steps; codes and final values of a tile.
   struct alignas(64) scratch {
-    T in[inputs > 0 ? inputs : 1][scan_depth][width];
+    T in[inputs > 0 ? inputs : 1][width][width];
+    T out[outputs][width][width];
+    T rows[width][width];
     T final_values[scan_depth][width];  // where steps were truncated
-    T out[outputs][scan_depth][width];
-    T rows[width][scan_depth];
-    std::uint8_t code[scan_depth][16], code_rows[16][16], flag_rows[3][16][16];
+    std::uint8_t code[scan_depth][16], any_code[scan_depth];  // of each lane, of all
+    code_bytes code_rows[16];
   };
 
-  // The tile of a matrix from step `offset` of each lane, n[i] steps in lane i, `top` at most.
-  static void read_tile(const stream<const T>& s, const lanes& g, index_t offset, const int* n, int top, bool whole,
-                        T (*to)[width], scratch& w) noexcept {
-    if (whole && s.time == 1 && g.spaced) {
-      rows_to_lanes<T>(g.spaced_places(s, offset), to);
-      return;
-    }
-    const T* from[width];
-    g.places(s, offset, from);
+  // Steps of a tile: of each lane, of the longest, and those that all have.
+  struct tile_steps {
+    int of[width], top, all;
+  };
+
+  // The square of a matrix from step c of a tile on, whose lanes' steps 0 are at `from`.
+  static void read_square(const stream<const T>& s, const T* const* from, int c, const tile_steps& n, bool ahead,
+                          T (*to)[width], scratch& w) noexcept {
     if (s.time != 1) {
-      for (int i = 0; i < width; ++i) {
-        for (int k = 0; k < n[i]; ++k) to[k][i] = from[i][k * s.time];
-        for (int k = n[i]; k < top; ++k) to[k][i] = T{};
-      }
+      for (int i = 0; i < width; ++i)
+        for (int k = c; k < std::min(c + width, n.top); ++k) to[k - c][i] = k < n.of[i] ? from[i][k * s.time] : T{};
       return;
     }
-    if (whole) {
-      rows_to_lanes<T>(from, to);
-    } else {
-      const T* some[width];
-      for (int i = 0; i < width; ++i) {
-        __builtin_memcpy(w.rows[i], from[i], static_cast<std::size_t>(n[i]) * sizeof(T));
-        some[i] = w.rows[i];
-      }
-      rows_to_lanes<T>(some, to);
+    if (ahead) {
+      MLKIT_UNROLL
+      for (int i = 0; i < width; ++i) __builtin_prefetch(from[i] + c - steps_ahead, 0, 2);
     }
+    if (c + width <= n.all) {
+      transpose_square<T>(from, c, [&](int k, V x) { x.store(to[k]); });
+      return;
+    }
+    for (int i = 0; i < width; ++i)
+      __builtin_memcpy(w.rows[i], from[i] + c, static_cast<std::size_t>(std::clamp(n.of[i] - c, 0, width)) * sizeof(T));
+    transpose_square<T>(spaced_rows<const T>{w.rows[0], width}, 0, [&](int k, V x) { x.store(to[k]); });
   }
 
-  // Asks for what the tile `scan_ahead` steps earlier will read.
-  template <class U>
-  static void fetch_tile(const stream<U>& s, const lanes& g, index_t offset) noexcept {
-    if (s.time != 1 || offset < scan_ahead) return;
-    constexpr index_t line = 64 / index_t{sizeof(U)};
-    if (line > scan_depth && offset % line != 0) return;
-    const auto fetch = [&](const auto& rows) {
-      for (index_t c = 0; c < scan_depth; c += line) {
-        MLKIT_UNROLL
-        for (int i = 0; i < width; ++i) __builtin_prefetch(rows[i] + c, 0, 3);
-      }
-    };
-    if (g.spaced) {
-      fetch(g.spaced_places(s, offset - scan_ahead));
-    } else {
-      const U* at[width];
-      g.places(s, offset - scan_ahead, at);
-      fetch(at);
+  static void write_square(const stream<T>& s, T* const* to, int c, const tile_steps& n, int count, bool past_caches,
+                           const T (*from)[width], scratch& w) noexcept {
+    if (s.time != 1) {
+      for (int i = 0; i < count; ++i)
+        for (int k = c; k < std::min(c + width, n.of[i]); ++k) to[i][k * s.time] = from[k - c][i];
+      return;
     }
+    const bool whole = c + width <= n.all && count == width;
+    transpose_square<T>(spaced_rows<const T>{from[0], width}, 0, [&](int i, V x) {
+      if (whole && past_caches)
+        stream_register(to[i] + c, x);
+      else
+        x.store(whole ? to[i] + c : w.rows[i]);
+    });
+    for (int i = 0; i < count && !whole; ++i)
+      __builtin_memcpy(to[i] + c, w.rows[i], static_cast<std::size_t>(std::clamp(n.of[i] - c, 0, width)) * sizeof(T));
   }
 
   // The codes of steps from their flags.
@@ -514,67 +490,60 @@ struct scan_kernel {
     return c;
   }
 
-  // The flags of a tile, which lie along time, a row a lane.
-  static spaced_rows<const std::uint8_t> flag_rows(const stream<const std::uint8_t>& s, const lanes& g, index_t offset,
-                                                   const int* n, bool whole, std::uint8_t (*to)[16]) noexcept {
-    if (s && whole && g.spaced) return g.spaced_places(s, offset);
-    for (int i = 0; i < width && s; ++i) {
-      __builtin_memset(to[i], 0, 16);
-      __builtin_memcpy(to[i], s.at(g.of[i].row, g.of[i].begin + offset), static_cast<std::size_t>(n[i]));
+  // The codes of `count` steps of a lane, the first at `offset`, or of as many as fit.
+  static code_bytes codes_anywhere(const Problem& p, const unit& u, index_t offset, int count) noexcept {
+    code_bytes c{};
+    for (int k = 0; k < std::min(count, static_cast<int>(sizeof c)); ++k) {
+      const index_t t = u.begin + offset + k;
+      c[k] = static_cast<std::uint8_t>(p.counts(u.row, t) ? p.code(u.row, t) : step_skipped);
     }
-    return {to[0], 16};
+    return c;
   }
 
-  // The codes of a tile's steps, and the final values of those truncated; which bits there are among the codes.
-  static int read_codes(const Problem& p, const lanes& g, index_t offset, const int* n, int top, bool whole, bool even,
-                        scratch& w) noexcept {
-    const bool finals = p.final_values && !p.begins;
-    const auto take_final = [&](int i, int k) {
-      w.final_values[k][i] = *p.final_values.at(g.of[i].row, g.of[i].begin + offset + k);
+  // The codes of a tile's steps, and the final values of those truncated.
+  static void read_codes(const Problem& p, const lanes& g, index_t offset, const tile_steps& n, scratch& w) noexcept {
+    constexpr int bytes = static_cast<int>(sizeof(code_bytes));
+    const std::uint8_t *terminated[width], *truncated[width], *mask[width];
+    g.places(p.terminated, offset, terminated);
+    g.places(p.truncated, offset, truncated);
+    g.places(p.mask, offset, mask);
+    const bool ahead = p.far_reads && offset >= steps_ahead;
+    const auto flags = [&](const std::uint8_t* at, int count) {
+      if (ahead) __builtin_prefetch(at - steps_ahead, 0, 2);
+      return bytes_of(at, count);
     };
-    code_row all{};
-    if (p.flags_along_time) {
-      constexpr int at_once = static_cast<int>(sizeof(code_bytes)) / 16;
-      const auto terminated = flag_rows(p.terminated, g, offset, n, whole, w.flag_rows[0]);
-      const auto truncated = flag_rows(p.truncated, g, offset, n, whole, w.flag_rows[1]);
-      const auto mask = flag_rows(p.mask, g, offset, n, whole, w.flag_rows[2]);
-      code_bytes many{};
-      unsigned truncated_in = 0;  // groups of rows, taken one after another: a branch at each of them is often missed
-      for (int i = 0; i < width; i += at_once) {
-        const code_bytes c = codes_of(p, bytes_of_rows(terminated, i), bytes_of_rows(truncated, i),
-                                      p.mask ? bytes_of_rows(mask, i) : code_bytes{});
-        __builtin_memcpy(w.code_rows[i], &c, sizeof c);
-        many |= c;
-        truncated_in |= static_cast<unsigned>(any_byte_with(c, step_truncated)) << i;
-      }
-      code_row parts[at_once];
-      __builtin_memcpy(parts, &many, sizeof many);
-      for (const code_row& part : parts) all |= part;
-      for (; finals && truncated_in != 0; truncated_in &= truncated_in - 1) {
-        const int i = __builtin_ctz(truncated_in);
-        each_byte_with(bytes_of(w.code_rows[i]), step_truncated, [&](int at) { take_final(i + at / 16, at % 16); });
-      }
-    } else {
+    for (int c = 0; c < n.top; c += bytes) {
+      code_bytes some{};
+      unsigned truncated_in = 0;  // lanes, taken one after another: a branch for each of them would often be missed
       for (int i = 0; i < width; ++i) {
-        const unit& u = g.of[i];
-        for (int k = 0; k < n[i]; ++k) {
-          const index_t t = u.begin + offset + k;
-          w.code_rows[i][k] = static_cast<std::uint8_t>(p.counts(u.row, t) ? p.code(u.row, t) : step_skipped);
-          all[k] |= w.code_rows[i][k];
-          if (finals && (w.code_rows[i][k] & step_truncated)) take_final(i, k);
-        }
+        const int count = n.of[i] - c;
+        code_bytes& codes = w.code_rows[i];
+        if (count <= 0)
+          codes = code_bytes{};
+        else if (p.flags_along_time)
+          codes = codes_of(p, p.terminated ? flags(terminated[i] + c, count) : code_bytes{},
+                           p.truncated ? flags(truncated[i] + c, count) : code_bytes{},
+                           p.mask ? flags(mask[i] + c, count) : code_bytes{});
+        else
+          codes = codes_anywhere(p, g.of[i], offset + c, count);
+        some |= codes;
+        truncated_in |= static_cast<unsigned>(any_byte_with(codes, step_truncated)) << i;
+      }
+      __builtin_memcpy(w.any_code + c, &some, sizeof some);
+      if (!any_byte_with(some, 0xff)) {
+        __builtin_memset(w.code[c], 0, sizeof(code_bytes) * 16);
+        continue;
+      }
+      transpose_bytes(w.code_rows, w.code + c);
+      for (; p.final_values && !p.begins && truncated_in != 0; truncated_in &= truncated_in - 1) {
+        const int i = __builtin_ctz(truncated_in);
+        const T* final_values = p.final_values.at(g.of[i].row, g.of[i].begin + offset + c);
+        each_byte_with(w.code_rows[i], step_truncated,
+                       [&](int k) { w.final_values[c + k][i] = final_values[k * p.final_values.time]; });
       }
     }
-    if (any_bits(all) != 0)
-      transpose_bytes(w.code_rows, w.code);
-    else
-      __builtin_memset(w.code, 0, sizeof w.code);
-    if (!even) {
-      for (int i = 0; i < width; ++i)
-        for (int k = n[i]; k < top; ++k) w.code[k][i] = step_skipped;
-      all[0] |= step_skipped;
-    }
-    return any_bits(all);
+    for (int i = 0; i < width && n.all < n.top; ++i)
+      for (int k = n.of[i]; k < n.top; ++k) w.code[k][i] = step_skipped, w.any_code[k] |= step_skipped;
   }
 
   // What a step leaves where it is skipped, and elsewhere.
@@ -607,9 +576,10 @@ struct scan_kernel {
     for (int i = 0; i < Rule::carried; ++i) next[i] = keep(then[i], next[i]);
   }
 
-  // Steps top - 1 to 0 of a tile.
+  // Steps top - 1 to 0 of a square, with their codes and final values.
   template <scan_pass Pass, tile_codes Codes>
-  static void run_steps(const Problem& p, int top, lanes_state& state, scratch& w) noexcept {
+  static void run_steps(const Problem& p, int top, const std::uint8_t (*codes)[16], const T (*final_values)[width],
+                        lanes_state& state, scratch& w) noexcept {
     const Rule rule = p.rule;  // its own copy, which no store can change
     const bool begins = p.begins;
     V x = state.x, a = state.a, b = state.b, next[carried];
@@ -622,8 +592,8 @@ struct scan_kernel {
       for (int i = 0; i < inputs; ++i) now[i] = V::load(w.in[i][k]);
       MLKIT_UNROLL
       for (int i = 0; i < carried; ++i) then[i] = before[i] = next[i];
-      const code_row own = row_of(w.code[k], width);
-      const V final_value = V::load(w.final_values[k]);
+      const code_row own = row_of(codes[k], width);
+      const V final_value = V::load(final_values[k]);
       if constexpr (Codes == tile_codes::none) {
         run_step<Pass>(rule, now, V::zero(), no_dones<T>{}, keep_fresh{}, before, then, next, x, a, b, result);
       } else if constexpr (Codes == tile_codes::dones) {
@@ -650,68 +620,45 @@ struct scan_kernel {
     return code;
   }
 
-  static void write_tile(const stream<T>& s, const lanes& g, index_t offset, const int* n, bool whole, bool past_caches,
-                         const T (*from)[width], scratch& w) noexcept {
-    if (whole && s.time == 1 && g.spaced) {
-      const spaced_rows<T> to = g.spaced_places(s, offset);
-      if (past_caches)
-        lanes_to_rows<T>(from, [&](int i, int c, V x) { stream_register(to[i] + c, x); });
-      else
-        lanes_to_rows<T>(from, [&](int i, int c, V x) { x.store(to[i] + c); });
-      return;
-    }
-    T* to[width];
-    g.places(s, offset, to);
-    if (s.time != 1) {
-      for (int i = 0; i < g.count; ++i)
-        for (int k = 0; k < n[i]; ++k) to[i][k * s.time] = from[k][i];
-      return;
-    }
-    lanes_to_rows<T>(from, [&](int i, int c, V x) { x.store(w.rows[i] + c); });
-    for (int i = 0; i < g.count; ++i) __builtin_memcpy(to[i], w.rows[i], static_cast<std::size_t>(n[i]) * sizeof(T));
-  }
-
   // Steps [offset, offset + depth) of each lane, as far as it has them.
   template <scan_pass Pass>
   static void run_tile(const Problem& p, const lanes& g, index_t offset, lanes_state& state, scratch& w) noexcept {
     if (g.longest <= offset) return;
-    const bool whole = g.shortest >= offset + depth;
-    int n[width], top = depth;
-    bool even = true;
-    if (whole) {
-      for (int i = 0; i < width; ++i) n[i] = depth;
-    } else {
-      for (int i = 0; i < width; ++i) {
-        const index_t left = g.of[i].end - g.of[i].begin - offset;
-        n[i] = left <= 0 ? 0 : left < depth ? static_cast<int>(left) : depth;
+    tile_steps n;
+    for (int i = 0; i < width; ++i)
+      n.of[i] = static_cast<int>(std::clamp<index_t>(g.of[i].end - g.of[i].begin - offset, 0, depth));
+    n.top = static_cast<int>(std::min<index_t>(depth, g.longest - offset));
+    n.all = static_cast<int>(std::clamp<index_t>(g.shortest - offset, 0, depth));
+    const bool ahead = p.far_reads && offset >= steps_ahead;
+    const T *in[inputs > 0 ? inputs : 1][width], *final_values[width];
+    T* out[outputs][width];
+    for (int i = 0; i < inputs; ++i) g.places(p.in[i], offset, in[i]);
+    for (int o = 0; o < outputs; ++o) g.places(p.out[o], offset, out[o]);
+    g.places(p.final_values, offset, final_values);
+    if (n.all < n.top || p.terminated || p.truncated || p.mask)
+      read_codes(p, g, offset, n, w);
+    else
+      __builtin_memset(w.code, 0, sizeof w.code), __builtin_memset(w.any_code, 0, sizeof w.any_code);
+    for (int c = (n.top - 1) / width * width; c >= 0; c -= width) {
+      const int top = std::min(width, n.top - c);
+      for (int i = 0; i < inputs; ++i) read_square(p.in[i], in[i], c, n, ahead, w.in[i], w);
+      int codes = any_bits(row_of(w.any_code + c, width));
+      if (p.begins) {
+        codes |= any_bits(state.code);
+        if ((codes & step_truncated) && p.final_values)
+          read_square(p.final_values, final_values, c, n, false, w.final_values + c, w);
       }
-      top = static_cast<int>(std::min<index_t>(depth, g.longest - offset));
-      even = g.shortest == g.longest;
+      constexpr auto without = Pass == scan_pass::emit ? tile_codes::none : tile_codes::dones;
+      if (codes == 0)
+        run_steps<Pass, without>(p, top, w.code + c, w.final_values + c, state, w);
+      else if (!p.begins && !(codes & step_skipped))
+        run_steps<Pass, tile_codes::dones>(p, top, w.code + c, w.final_values + c, state, w);
+      else
+        run_steps<Pass, tile_codes::any>(p, top, w.code + c, w.final_values + c, state, w);
+      if constexpr (Pass != scan_pass::compose)
+        for (int o = 0; o < outputs; ++o)
+          if (p.out[o]) write_square(p.out[o], out[o], c, n, g.count, p.past_caches, w.out[o], w);
     }
-    for (int i = 0; i < inputs; ++i) {
-      read_tile(p.in[i], g, offset, n, top, whole, w.in[i], w);
-      if (p.far_reads) fetch_tile(p.in[i], g, offset);
-    }
-    int codes = read_codes(p, g, offset, n, top, whole, even, w);
-    if (p.far_reads) {
-      if (p.terminated) fetch_tile(p.terminated, g, offset);
-      if (p.truncated) fetch_tile(p.truncated, g, offset);
-    }
-    if (p.begins) {
-      codes |= any_bits(state.code);
-      if ((codes & step_truncated) && p.final_values)
-        read_tile(p.final_values, g, offset, n, top, whole, w.final_values, w);
-    }
-    if (codes == 0 && Pass == scan_pass::emit) {
-      if constexpr (Pass == scan_pass::emit) run_steps<Pass, tile_codes::none>(p, top, state, w);
-    } else if (!p.begins && !(codes & step_skipped)) {
-      run_steps<Pass, tile_codes::dones>(p, top, state, w);
-    } else {
-      run_steps<Pass, tile_codes::any>(p, top, state, w);
-    }
-    if constexpr (Pass != scan_pass::compose)
-      for (int o = 0; o < outputs; ++o)
-        if (p.out[o]) write_tile(p.out[o], g, offset, n, whole, p.past_caches, w.out[o], w);
   }
 
   // The value that the scan has behind the sequence's end, and what it carries there.
@@ -757,7 +704,7 @@ struct scan_kernel {
           w.final_values[j][i] = *p.final_values.at(b, t);
       }
     const V x = state.x;
-    run_steps<scan_pass::compose, tile_codes::any>(p, looked_at, state, w);
+    run_steps<scan_pass::compose, tile_codes::any>(p, looked_at, w.code, w.final_values, state, w);
     state.x = x, state.a = V(T(1)), state.b = V::zero();
   }
 
@@ -815,11 +762,12 @@ struct scan_kernel {
   // What goes from step to step of sequences beside each other, in memory: as many as leave room for a row of each
   // matrix beside it in the first cache.
   static constexpr index_t strip_groups = 64 * 4 / (width * static_cast<index_t>(sizeof(T)) / 16);
-  struct strip_state {
+  struct alignas(64) strip_state {
     lanes_state of[strip_groups];
     V behind[strip_groups];
+    T none[strip_groups * width];  // zeros, for a row of a matrix that is not there
   };
-  // The rows of a step's matrices, from the first of some lanes on.
+  // The rows of a step's matrices; outputs may be null.
   struct step_rows {
     const T* in[inputs > 0 ? inputs : 1];
     const T* final_values;
@@ -827,36 +775,35 @@ struct scan_kernel {
     T* out[outputs];
   };
 
-  // A step of a register of sequences beside each other.
+  // A step of a register of sequences beside each other, from `lane` on.
   template <scan_pass Pass, tile_codes Codes>
-  static MLKIT_ALWAYS_INLINE void step_beside(const Problem& p, const Rule& rule, const step_rows& at, bool past_caches,
-                                              lanes_state& state) noexcept {
+  static MLKIT_ALWAYS_INLINE void step_beside(const Problem& p, const Rule& rule, const step_rows& row, index_t lane,
+                                              bool past_caches, lanes_state& state) noexcept {
     V now[inputs > 0 ? inputs : 1], then[carried], before[carried], next[carried], result[outputs];
     V x = state.x, a = state.a, b = state.b, final_value = V::zero();
     MLKIT_UNROLL
-    for (int i = 0; i < inputs; ++i) now[i] = V::load(at.in[i]);
+    for (int i = 0; i < inputs; ++i) now[i] = V::load(row.in[i] + lane);
     MLKIT_UNROLL
     for (int i = 0; i < carried; ++i) next[i] = then[i] = before[i] = state.next[i];
-    const auto flags = [](const std::uint8_t* f) { return f ? row_of(f, width) : code_row{}; };
-    const code_row terminated = flags(at.terminated), truncated = flags(at.truncated);
+    const code_row terminated = row_of(row.terminated + lane, width), truncated = row_of(row.truncated + lane, width);
     if constexpr (Codes == tile_codes::dones) {
       const some_dones<T> dones(terminated, truncated);
-      if (dones.truncated.any() && at.final_values) final_value = V::load(at.final_values);
+      if (dones.truncated.any()) final_value = V::load(row.final_values + lane);
       run_step<Pass>(rule, now, final_value, dones, keep_fresh{}, before, then, next, x, a, b, result);
     } else {
-      const code_row own = codes_of(p, terminated, truncated, flags(at.mask));
+      const code_row own = codes_of(p, terminated, truncated, row_of(row.mask + lane, width));
       const some_dones<T> dones(p.begins ? said_later(own, state.code) : own);
-      if (dones.truncated.any() && at.final_values) final_value = V::load(at.final_values);
+      if (dones.truncated.any()) final_value = V::load(row.final_values + lane);
       run_step<Pass>(rule, now, final_value, dones, keep_unless{{own, step_skipped}}, before, then, next, x, a, b,
                      result);
     }
     MLKIT_UNROLL
     for (int o = 0; o < outputs; ++o) {
-      if (!at.out[o]) continue;
+      if (!row.out[o]) continue;
       if (past_caches)
-        stream_register(at.out[o], result[o]);
+        stream_register(row.out[o] + lane, result[o]);
       else
-        result[o].store(at.out[o]);
+        result[o].store(row.out[o] + lane);
     }
     state.x = x;
     if constexpr (Pass == scan_pass::both) state.a = a, state.b = b;
@@ -870,60 +817,53 @@ struct scan_kernel {
     const Rule rule = p.rule;
     const bool past_caches = whole_lines && p.past_caches;
     const index_t ahead = p.far_lanes ? std::min(t, ceil_div(lanes_ahead, count)) : 0;
-    const auto start = [&](const auto& s) { return s ? s.at(first, t) : nullptr; };
+    const auto values = [&](const stream<const T>& s) { return s ? s.at(first, t) : strip.none; };
+    const auto flags = [&](const stream<const std::uint8_t>& s) {
+      return s ? s.at(first, t) : reinterpret_cast<const std::uint8_t*>(strip.none);
+    };
     step_rows row;
     MLKIT_UNROLL
-    for (int i = 0; i < inputs; ++i) row.in[i] = start(p.in[i]);
+    for (int i = 0; i < inputs; ++i) row.in[i] = values(p.in[i]);
     MLKIT_UNROLL
-    for (int o = 0; o < outputs; ++o) row.out[o] = start(p.out[o]);
-    row.final_values = start(p.final_values);
-    row.terminated = start(p.terminated), row.truncated = start(p.truncated), row.mask = start(p.mask);
-    const auto rows_from = [&](index_t lane) {
-      const auto from = [&](auto* data) { return data ? data + lane : nullptr; };
-      step_rows at;
-      MLKIT_UNROLL
-      for (int i = 0; i < inputs; ++i) at.in[i] = row.in[i] + lane;
-      MLKIT_UNROLL
-      for (int o = 0; o < outputs; ++o) at.out[o] = from(row.out[o]);
-      at.final_values = from(row.final_values);
-      at.terminated = from(row.terminated), at.truncated = from(row.truncated), at.mask = from(row.mask);
-      return at;
-    };
+    for (int o = 0; o < outputs; ++o) row.out[o] = p.out[o] ? p.out[o].at(first, t) : nullptr;
+    row.final_values = values(p.final_values);
+    row.terminated = flags(p.terminated), row.truncated = flags(p.truncated), row.mask = flags(p.mask);
     index_t lane = 0;
     for (; lane + width <= count; lane += width) {
       if (ahead > 0) {
         MLKIT_UNROLL
         for (int i = 0; i < inputs; ++i) __builtin_prefetch(row.in[i] + lane - ahead * p.in[i].time, 0, 2);
         if (lane % 64 == 0) {
-          if (row.terminated) __builtin_prefetch(row.terminated + lane - ahead * p.terminated.time, 0, 2);
-          if (row.truncated) __builtin_prefetch(row.truncated + lane - ahead * p.truncated.time, 0, 2);
+          __builtin_prefetch(row.terminated + lane - ahead * p.terminated.time, 0, 2);
+          __builtin_prefetch(row.truncated + lane - ahead * p.truncated.time, 0, 2);
         }
       }
-      step_beside<Pass, Codes>(p, rule, rows_from(lane), past_caches, strip.of[lane / width]);
+      step_beside<Pass, Codes>(p, rule, row, lane, past_caches, strip.of[lane / width]);
     }
     if (lane == count) return;
     // The last lanes, of which there are fewer, by way of memory that has room for all.
     const int some = static_cast<int>(count - lane);
     T in[inputs > 0 ? inputs : 1][width], final_values[width], out[outputs][width];
-    std::uint8_t flags[3][16] = {};
-    step_rows at = rows_from(lane), copy = at;
-    for (int i = 0; i < inputs; ++i) V::load(at.in[i], some).store(in[i]), copy.in[i] = in[i];
+    std::uint8_t copied[3][16] = {};
+    step_rows copy{};
+    for (int i = 0; i < inputs; ++i) V::load(row.in[i] + lane, some).store(in[i]), copy.in[i] = in[i];
     for (int o = 0; o < outputs; ++o) copy.out[o] = out[o];
-    if (at.final_values) V::load(at.final_values, some).store(final_values), copy.final_values = final_values;
-    const auto copy_flags = [&](const std::uint8_t*& from, std::uint8_t* to) {
-      if (!from) return;
-      __builtin_memcpy(to, from, static_cast<std::size_t>(some));
-      from = to;
+    V::load(row.final_values + lane, some).store(final_values), copy.final_values = final_values;
+    const auto copy_flags = [&](const std::uint8_t* from, std::uint8_t* to) {
+      __builtin_memcpy(to, from + lane, static_cast<std::size_t>(some));
+      return to;
     };
-    copy_flags(copy.terminated, flags[0]), copy_flags(copy.truncated, flags[1]), copy_flags(copy.mask, flags[2]);
-    step_beside<Pass, Codes>(p, rule, copy, false, strip.of[lane / width]);
+    copy.terminated = copy_flags(row.terminated, copied[0]), copy.truncated = copy_flags(row.truncated, copied[1]);
+    copy.mask = copy_flags(row.mask, copied[2]);
+    step_beside<Pass, Codes>(p, rule, copy, 0, false, strip.of[lane / width]);
     for (int o = 0; o < outputs; ++o)
-      if (at.out[o]) V::load(out[o]).store(at.out[o], some);
+      if (row.out[o]) V::load(out[o]).store(row.out[o] + lane, some);
   }
 
   // Sequences [first, end) that lie beside each other in all matrices: a step of a strip of them at a time, as it lies.
   static void scan_beside(const Problem& p, index_t first, index_t end) noexcept {
     strip_state strip;
+    __builtin_memset(strip.none, 0, sizeof strip.none);
     const bool any = p.begins || p.mask;
     for (index_t s = first; s < end; s += strip_groups * width) {
       const index_t count = std::min(strip_groups * width, end - s), groups = ceil_div(count, width);
