@@ -487,10 +487,14 @@ __global__ void __launch_bounds__(256) scan_short_rows(const device_scan<Rule> p
   c.emit(p, row, t, behind);
 }
 
+// Blocks of an SM, as registers go.
+template <class Rule>
+inline constexpr int column_blocks = sizeof(typename Rule::value_type) == 4 && Rule::inputs <= 2 ? 2 : 1;
+
 // Sequences side by side: lanes along the batch. `warps` of a block go through a tile of 8 steps each, and a block has
 // as many tiles of 32 sequences as fit.
 template <class Rule>
-__global__ void __launch_bounds__(column_warps* warp_threads, (sizeof(typename Rule::value_type) == 4 ? 2 : 1))
+__global__ void __launch_bounds__(column_warps* warp_threads, column_blocks<Rule>)
     scan_columns(const device_scan<Rule> p, int warps) {
   using T = typename Rule::value_type;
   using chunk = scan_chunk<Rule, column_steps>;
