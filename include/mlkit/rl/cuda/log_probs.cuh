@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(most_row_threads) logits_kernel(const device_l
   uint4* const own = staged + static_cast<std::ptrdiff_t>(threadIdx.y) * (classes / each);
   A first = no_logit<A>(), last = no_logit<A>();
   if constexpr (whole_pieces) {
-    head = min(classes, static_cast<int>((16 - (reinterpret_cast<std::uintptr_t>(z) & 15)) & 15) /
-                            static_cast<int>(sizeof(T)));
+    head = min(classes,
+               static_cast<int>((16 - (reinterpret_cast<std::uintptr_t>(z) & 15)) & 15) / static_cast<int>(sizeof(T)));
     pieces = (classes - head) / each;
     tail = classes - head - pieces * each;
     if (thread < head) first = widen_one(z[thread]);
@@ -359,7 +359,9 @@ __global__ void __launch_bounds__(most_row_threads) logits_kernel(const device_l
       }
     }
     const int in_pieces = c.token - head;
-    owner = in_pieces < 0 ? c.token : in_pieces < pieces * each ? in_pieces / each % threads : in_pieces - pieces * each;
+    owner = in_pieces < 0               ? c.token
+            : in_pieces < pieces * each ? in_pieces / each % threads
+                                        : in_pieces - pieces * each;
   } else {
     for (int j = thread; j < classes; j += threads)
       dz[j * out_step] = narrow_one<T>(slope_of(widen_one(z[j * p.class_stride])));
