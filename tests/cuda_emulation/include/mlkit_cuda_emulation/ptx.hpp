@@ -71,6 +71,10 @@ inline float exp2(float x) { return ::exp2f(x); }
 
 inline uint4 load_streaming(const uint4* p) { return *p; }
 
+// One kernel runs after another.
+inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() {}
+
 }  // namespace MLKIT_NAMESPACE::detail::ptx
 
 #undef MLKIT_EMULATED_PLACE
