@@ -69,8 +69,7 @@ struct space {
 struct spaces {
   space dynamic, variables;
   unsigned char* buffer = nullptr;
-  std::size_t variable_bytes = 0;
-  std::vector<std::string> names;
+  std::vector<const void*> kernel_of = kernels_of_variables();
 
   // Free bytes around it, so that what goes a little too far is known for what it is.
   static constexpr std::size_t margin = 1 << 16;
@@ -79,7 +78,6 @@ struct spaces {
     buffer = static_cast<unsigned char*>(std::aligned_alloc(1024, most_shared + 2 * margin));
     dynamic.resize(reinterpret_cast<std::uintptr_t>(buffer) + margin, most_shared);
     const local_block block = thread_local_block();
-    variable_bytes = block.bytes;
     if (block.bytes == 0) return;
     variables.resize(block.begin, block.bytes);
     const auto& all = shared_variables();
@@ -116,14 +114,32 @@ std::string who_else(unsigned thread) {
   return "thread (" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
 
-// "shared variable x of f(), offset 3", "dynamic shared memory, offset 3".
+// "offset 3 of shared variable f()::x of 16 bytes".
 std::string where(const space& s, std::size_t offset) {
   if (&s == &here->dynamic)
-    return "dynamic shared memory of " + std::to_string(s.bytes) + " bytes, offset " + std::to_string(offset);
-  if (s.owner.empty() || s.owner[offset] == 0) return "beside the variables in shared memory";
+    return "offset " + std::to_string(offset) + " of dynamic shared memory of " + std::to_string(s.bytes) + " bytes";
   const shared_variable& v = shared_variables()[s.owner[offset] - 1u];
-  return "shared variable " + demangled(v.name) + " of " + std::to_string(v.bytes) + " bytes, offset " +
-         std::to_string(offset - v.offset);
+  return "offset " + std::to_string(offset - v.offset) + " of shared variable " + demangled(v.name) + " of " +
+         std::to_string(v.bytes) + " bytes";
+}
+
+// Whether the kernel that runs may use a variable: not that of another kernel.
+bool may_use(std::uint16_t owner) {
+  if (owner == 0) return false;
+  const void* kernel = here->kernel_of[owner - 1u];
+  return !kernel || kernel == now.running->function;
+}
+
+// For messages: behind which variable an access is that hits none, or another kernel's.
+std::string beside_variables(std::size_t offset, std::size_t bytes, access_kind how) {
+  const auto& owner = here->variables.owner;
+  std::size_t at = offset;
+  while (at > 0 && !may_use(owner[at])) --at;
+  std::string text = bytes_of(how, bytes) + " out of bounds";
+  if (!may_use(owner[at])) return text + " of shared memory";
+  const shared_variable& v = shared_variables()[owner[at] - 1u];
+  return text + ": offset " + std::to_string(offset - v.offset) + " of shared variable " + demangled(v.name) + " of " +
+         std::to_string(v.bytes) + " bytes";
 }
 
 // Whether what `before` says happened before what the thread does now.
@@ -146,19 +162,19 @@ void check_shared(space& s, fiber& who, std::size_t offset, std::size_t bytes, a
     cell& c = cells[i];
     const auto race = [&](stamp other, const char* what) {
       fail([&] {
-        return bytes_of(how, bytes) + " in " + where(s, offset + i) + ", which " + who_else(other.thread()) + what +
+        return bytes_of(how, bytes) + " at " + where(s, offset + i) + ", which " + who_else(other.thread()) + what +
                ", and no barrier lies between";
       });
     };
     if (c.copy)
       fail([&] {
-        return bytes_of(how, bytes) + " in " + where(s, offset + i) + ", where a cp.async of " + who_else(c.copy - 1u) +
+        return bytes_of(how, bytes) + " at " + where(s, offset + i) + ", where a cp.async of " + who_else(c.copy - 1u) +
                " is under way that has not been waited for";
       });
     if (c.write && c.write.bits != mine.bits && !(atomic && c.write.atomic()) && !ordered(who, c.write))
       race(c.write, c.write.atomic() ? " changed atomically" : " wrote");
     if (how != access_kind::write && !c.ever)
-      fail([&] { return bytes_of(how, bytes) + " in " + where(s, offset + i) + ", which nobody has written"; });
+      fail([&] { return bytes_of(how, bytes) + " at " + where(s, offset + i) + ", which nobody has written"; });
     if (how == access_kind::read) {
       if (c.read.bits == mine.bits) continue;
       if (c.read && c.read.thread() != who.thread) c.read_before = c.read;
@@ -220,20 +236,9 @@ void check_any(fiber& who, const void* p, std::size_t bytes, access_kind how) {
   space& variables = here->variables;
   if (address - variables.begin < variables.bytes) {
     const std::size_t offset = address - variables.begin;
-    {
-      const auto owner = variables.owner[offset];
-      const auto last = variables.owner[std::min(offset + bytes, variables.bytes) - 1];
-      if (owner == 0 || owner != last) {
-        fail([&] {
-          // Of which variable it is past the end, most likely.
-          std::size_t before = offset;
-          while (before > 0 && variables.owner[before] == 0) --before;
-          const std::string near = variables.owner[before] == 0 ? "" : ": " + where(variables, before);
-          return bytes_of(how, bytes) + " out of bounds, " + std::to_string(offset - before) +
-                 " bytes past what shared memory has there" + near;
-        });
-      }
-    }
+    const auto owner = variables.owner[offset];
+    const auto last = variables.owner[std::min(offset + bytes, variables.bytes) - 1];
+    if (!may_use(owner) || owner != last) fail([&] { return beside_variables(offset, bytes, how); });
     if (instrumented) check_shared(variables, who, offset, bytes, how);
     return;
   }

@@ -69,10 +69,37 @@ MLKIT_ACCESS(16)
 void __tsan_read_range(void* p, std::size_t bytes) { seen(p, bytes, access_kind::read); }
 void __tsan_write_range(void* p, std::size_t bytes) { seen(p, bytes, access_kind::write); }
 
-// Where the linker is told to --wrap them, calls come here.
+#ifdef MLKIT_EMULATION_WRAPS
+// Where the linker is told to --wrap them, calls come here: of copies that the compiler makes of large objects, too.
 void* __real_memcpy(void*, const void*, std::size_t);
 void* __real_memmove(void*, const void*, std::size_t);
 void* __real_memset(void*, int, std::size_t);
+void* __wrap_memcpy(void* to, const void* from, std::size_t bytes) {
+  if (watching) seen(from, bytes, access_kind::read), seen(to, bytes, access_kind::write);
+  return __real_memcpy(to, from, bytes);
+}
+void* __wrap_memmove(void* to, const void* from, std::size_t bytes) {
+  if (watching) seen(from, bytes, access_kind::read), seen(to, bytes, access_kind::write);
+  return __real_memmove(to, from, bytes);
+}
+void* __wrap_memset(void* to, int value, std::size_t bytes) {
+  if (watching) seen(to, bytes, access_kind::write);
+  return __real_memset(to, value, bytes);
+}
+#endif
+// Later versions of Clang call these instead.
+void* __tsan_memcpy(void* to, const void* from, std::size_t bytes) {
+  seen(from, bytes, access_kind::read), seen(to, bytes, access_kind::write);
+  return std::memcpy(to, from, bytes);
+}
+void* __tsan_memmove(void* to, const void* from, std::size_t bytes) {
+  seen(from, bytes, access_kind::read), seen(to, bytes, access_kind::write);
+  return std::memmove(to, from, bytes);
+}
+void* __tsan_memset(void* to, int value, std::size_t bytes) {
+  seen(to, bytes, access_kind::write);
+  return std::memset(to, value, bytes);
+}
 
 // Atomic operations are of host code only; device code has functions of its own for them.
 #define MLKIT_ATOMIC(bits, T)                                                                                         \

@@ -31,6 +31,8 @@ struct local_block {
 };
 local_block thread_local_block();
 bool is_constant(std::uintptr_t address);  // in the program's read-only data
+/// In whose body each of them is declared; null for those of functions that are no kernels.
+std::vector<const void*> kernels_of_variables();
 std::string function_name(const void* function);
 std::string demangled(const char* name);
 
@@ -92,7 +94,8 @@ struct clocks {
 };
 
 struct grid {
-  std::string kernel;
+  const void* function = nullptr;
+  std::string kernel;  // its name
   dim3 size, block;
   std::size_t shared = 0;
   std::uintptr_t parameters = 0;

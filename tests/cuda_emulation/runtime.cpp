@@ -139,6 +139,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, kernel_
       return error(cudaErrorNotSupported);
   return submit(config.stream, [=] {
     grid running;
+    running.function = kernel;
     running.kernel = function_name(kernel);
     running.size = g;
     running.block = b;

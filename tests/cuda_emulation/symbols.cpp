@@ -13,6 +13,10 @@
 namespace cuda_emulation {
 namespace {
 
+// Made by the linker: addresses within functions that are declared __global__.
+extern "C" const std::uintptr_t __start___patchable_function_entries[] __attribute__((weak));
+extern "C" const std::uintptr_t __stop___patchable_function_entries[] __attribute__((weak));
+
 struct function {
   std::uintptr_t begin;
   const char* name;
@@ -127,11 +131,37 @@ std::string demangled(const char* name) {
   return s;
 }
 
-std::string function_name(const void* function) {
-  const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(function) - the_layout().base;
+namespace {
+
+// The function that holds an address.
+const function* find_function(std::uintptr_t address) {
   const auto& all = the_program().functions;
-  const auto at = std::find_if(all.begin(), all.end(), [&](const auto& f) { return f.begin == address; });
-  if (at != all.end()) return demangled(at->name);
+  const auto after = std::upper_bound(all.begin(), all.end(), address - the_layout().base,
+                                      [](std::uintptr_t value, const auto& f) { return value < f.begin; });
+  return after == all.begin() ? nullptr : &*std::prev(after);
+}
+
+}  // namespace
+
+std::vector<const void*> kernels_of_variables() {
+  const auto& variables = shared_variables();
+  std::vector<const void*> kernels(variables.size());
+  for (const auto* p = __start___patchable_function_entries; p != __stop___patchable_function_entries; ++p) {
+    const function* kernel = find_function(*p);
+    if (!kernel) continue;
+    // A variable x of f, whose name is _Z1fv, is called _ZZ1fvE1x.
+    const std::string begins = std::string("_Z") + (kernel->name + 1) + "E";
+    for (std::size_t i = 0; i < variables.size(); ++i)
+      if (std::strncmp(variables[i].name, begins.c_str(), begins.size()) == 0)
+        kernels[i] = reinterpret_cast<const void*>(kernel->begin + the_layout().base);
+  }
+  return kernels;
+}
+
+std::string function_name(const void* function) {
+  const auto address = reinterpret_cast<std::uintptr_t>(function);
+  const auto* found = find_function(address);
+  if (found && found->begin + the_layout().base == address) return demangled(found->name);
   char text[32];
   std::snprintf(text, sizeof text, "at %p", function);
   return text;
