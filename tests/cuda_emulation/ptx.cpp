@@ -17,6 +17,7 @@ std::uint32_t round_f16(float x) noexcept {
   const std::uint32_t sign = std::bit_cast<std::uint32_t>(x) >> 16 & 0x8000u;
   if (std::isnan(x)) return 0x7fff;
   const float magnitude = std::fabs(x);
+  if (magnitude == 0) return sign;
   if (magnitude >= 65520.0f) return sign | 0x7c00u;
   int exponent = 0;
   std::frexp(magnitude, &exponent);  // magnitude < 2^exponent
