@@ -5,6 +5,10 @@
 #include "adapter.hpp"
 #include "base.hpp"
 
+namespace MLKIT_NAMESPACE {
+class cuda;  // core/cuda.cuh
+}
+
 namespace MLKIT_NAMESPACE::lora::detail {
 
 /// ((x * value * rows[row] -> kept) * columns[col] + bias[col] + row_bias[row] + add[row, col]) * last[row], where null

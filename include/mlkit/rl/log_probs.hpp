@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "../simd/math.hpp"
+#include "options.hpp"
 #include "token_ids.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
@@ -284,8 +285,7 @@ logits_problem<T> make_logits_problem(arguments& call, std::string_view function
     call.reads("tokens", v);
   });
   check_mask<Rank>(call, function, o.mask, "logits' rows", shape);
-  if (!(std::isfinite(o.temperature) && o.temperature > 0))
-    fail_value(function, ": temperature = ", o.temperature, " is not above 0 and finite");
+  check_temperature(function, o.temperature);
   if (!logits_are_written) call.reads("logits", logits);
 
   logits_problem<T> p = make_rows<T, Rank>(logits, o.temperature);
@@ -453,7 +453,7 @@ constexpr void check_gradient_type() {
 /// their row. Differences from the largest logit are what is exponentiated, so that logits of +-1e4 lose nothing.
 ///
 /// Logits are read once; nothing of their size is stored. The same bits for any number of threads. Throws shape_error
-/// where shapes do not fit or memory overlaps, value_error for a temperature that is not above 0 and finite, and for a
+/// where shapes do not fit or memory overlaps, value_error for a temperature outside [1e-30, 1e30], and for a
 /// token outside the vocabulary, named by its index, before anything is written. Milakov, Gimelshein: "Online
 /// normalizer calculation for softmax", 2018.
 template <executor Executor, detail::logits_like Logits>

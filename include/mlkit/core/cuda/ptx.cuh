@@ -138,13 +138,28 @@ __device__ __forceinline__ float exp2(float x) {
   return r;
 }
 
-/// Four words that are read once: past the level-1 cache, and the first to leave the second.
+/// Four words that this block reads once: they do not displace others from the level-1 cache. Memory that no thread
+/// writes while the kernel runs.
 __device__ __forceinline__ uint4 load_streaming(const uint4* p) {
   uint4 r;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
                : "l"(p));
   return r;
+}
+
+// Kernels that were launched to start early (cudaLaunchAttributeProgrammaticStreamSerialization, sm_90): the one before
+// lets the next start, and the next waits for all that the one before has written. Elsewhere nothing starts early.
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 }  // namespace MLKIT_NAMESPACE::detail::ptx

@@ -1,0 +1,6 @@
+// LoRA on a GPU: include it in a .cu file and pass a mlkit::cuda to the functions of lora.hpp.
+#pragma once
+
+#include "core/cuda.cuh"
+#include "lora.hpp"
+#include "lora/cuda/linear.cuh"
