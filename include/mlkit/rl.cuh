@@ -5,3 +5,4 @@
 #include "rl.hpp"
 #include "rl/cuda/log_probs.cuh"
 #include "rl/cuda/scan.cuh"
+#include "rl/cuda/whiten.cuh"

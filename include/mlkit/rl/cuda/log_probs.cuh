@@ -13,8 +13,6 @@
 
 namespace MLKIT_NAMESPACE::rl::detail {
 
-namespace ptx = mlkit::detail::ptx;
-
 // Sixteen bytes of elements as numbers, and back.
 template <class T>
 __device__ __forceinline__ void widen(const uint4& u, accumulator_t<T> (&to)[16 / sizeof(T)]) {
@@ -47,23 +45,6 @@ __device__ __forceinline__ uint4 narrow(const accumulator_t<T> (&from)[16 / size
     return mlkit::detail::bit_cast<uint4>(q);
   }
 }
-template <class T>
-__device__ __forceinline__ accumulator_t<T> widen_one(const T& x) {
-  if constexpr (std::is_same_v<T, f16>)
-    return ptx::widen_f16(x.bits);
-  else
-    return static_cast<accumulator_t<T>>(x);
-}
-template <class T>
-__device__ __forceinline__ T narrow_one(accumulator_t<T> x) {
-  if constexpr (std::is_same_v<T, bf16>)
-    return bf16::from_bits(static_cast<std::uint16_t>(ptx::pack_bf16(x, 0.0f)));
-  else if constexpr (std::is_same_v<T, f16>)
-    return f16::from_bits(static_cast<std::uint16_t>(ptx::pack_f16(x, 0.0f)));
-  else
-    return x;
-}
-
 __device__ __forceinline__ float power_of_2(float x) { return ptx::exp2(x); }
 __device__ __forceinline__ double power_of_2(double x) { return ::exp2(x); }
 // The larger; a NaN is passed over.
