@@ -4,5 +4,6 @@
 #include "core/cuda.cuh"
 #include "rl.hpp"
 #include "rl/cuda/log_probs.cuh"
+#include "rl/cuda/policy_loss.cuh"
 #include "rl/cuda/scan.cuh"
 #include "rl/cuda/whiten.cuh"
