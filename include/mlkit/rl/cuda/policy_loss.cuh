@@ -41,7 +41,7 @@ struct token_plan {
   index_t tokens, sequences;
   index_t first_row, first_col;  // of the first that counts
   A weight;
-  int weights_differ;  // they are in a row of their own, a weight to a sequence
+  std::conditional_t<sizeof(A) == 8, index_t, int> weights_differ;  // there is one to each sequence
 };
 
 // counts[b] = tokens of sequence b that count, whose rows `mask` has. A block to a sequence, or, of turned ones, a
