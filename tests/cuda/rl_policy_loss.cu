@@ -24,7 +24,8 @@ class placed_sample {
   placed_sample(const sample& s, layout how) : s_(s), how_(how) {
     for (const auto* x : {&s.logp, &s.old_logp, &s.advantages, &s.entropies, &s.values, &s.old_values, &s.returns})
       inputs_.push_back(test::on_device(exec, spread(*x, T(0))));
-    for (int i = 0; i < 3; ++i) outputs_.push_back(test::on_device(exec, spread(std::vector<double>(s.size(), 77), T(77))));
+    for (int i = 0; i < 3; ++i)
+      outputs_.push_back(test::on_device(exec, spread(std::vector<double>(s.size(), 77), T(77))));
     mask_ = test::on_device(exec, spread(s.mask, std::uint8_t{0}));
     if (!s.starts.empty()) starts_ = test::on_device(exec, s.starts);
   }
@@ -120,7 +121,8 @@ void check(const sample& given, layout how, const Policy& policy, const naive_te
     double mean = 0;
     for (const std::size_t i : q) mean += (s.logp[i] - s.old_logp[i]) / static_cast<double>(q.size());
     for (const std::size_t i : q) {
-      const double d = s.logp[i] - s.old_logp[i], ratio = std::exp(of_sequence ? mean : d), e = s.returns[i] - s.values[i];
+      const double d = s.logp[i] - s.old_logp[i], ratio = std::exp(of_sequence ? mean : d),
+                   e = s.returns[i] - s.values[i];
       x.n += 1, x.k1 -= d, x.k3 += std::expm1(d) - d, x.low = std::min(x.low, ratio), x.high = std::max(x.high, ratio);
       x.error += e, x.square_error += e * e, x.target += s.returns[i], x.square_target += s.returns[i] * s.returns[i];
     }
@@ -131,7 +133,8 @@ void check(const sample& given, layout how, const Policy& policy, const naive_te
   CHECK(stats.kl_k3 == Approx(x.k3 / x.n).epsilon(close));
   CHECK(stats.ratio_min == Approx(x.low).epsilon(close));
   CHECK(stats.ratio_max == Approx(x.high).epsilon(close));
-  const double residual = x.square_error - x.error * x.error / x.n, spread = x.square_target - x.target * x.target / x.n;
+  const double residual = x.square_error - x.error * x.error / x.n,
+               spread = x.square_target - x.target * x.target / x.n;
   CHECK(stats.explained_variance == Approx(1 - residual / spread).epsilon(10 * close).margin(10 * close));
 
   // The loss is a sum over tokens but where ratios are of sequences: those are few.
@@ -226,7 +229,8 @@ TEST_CASE("cuda: other terms of a policy loss", "[cuda][rl]") {
   check<double>(make_sample(5, 30), layout::rows, dual, of_dual, false, rl::token_mean{}, by_tokens);
   check<double>(make_sample(5, 30), layout::rows, rl::cispo{}, of_cispo, false, rl::sum_over{40},
                 [](double, double, double) { return 1 / 40.0; });
-  check<double>(make_sample(5, 30), layout::rows, rl::policy_gradient{}, of_gradient, false, rl::token_mean{}, by_tokens);
+  check<double>(make_sample(5, 30), layout::rows, rl::policy_gradient{}, of_gradient, false, rl::token_mean{},
+                by_tokens);
   const rl::gspo gspo{.low = 0.1, .high = 0.1};
   check<double>(make_sample(6, 20), layout::columns, gspo, of_gspo, true, rl::sequence_mean_of_means{}, by_means);
   check<double>(packed(), layout::rows, gspo, of_gspo, true, rl::token_mean{}, by_tokens);

@@ -19,7 +19,8 @@ template <class T>
 std::vector<T> numbers(index_t n, double mean, double scale, std::uint64_t stream) {
   const mlkit::random_stream random{9, stream};
   std::vector<T> x;
-  for (index_t i = 0; i < n; ++i) x.push_back(static_cast<T>(mean + scale * random.normal(static_cast<std::uint64_t>(i))));
+  for (index_t i = 0; i < n; ++i)
+    x.push_back(static_cast<T>(mean + scale * random.normal(static_cast<std::uint64_t>(i))));
   return x;
 }
 
@@ -47,12 +48,14 @@ struct tokens {
   std::vector<std::pair<index_t, index_t>> sequences() const {
     std::vector<std::pair<index_t, index_t>> s;
     for (index_t b = 0; b < (starts.empty() ? batch : static_cast<index_t>(starts.size()) - 1); ++b)
-      s.push_back(starts.empty() ? std::pair{b * time, (b + 1) * time} : std::pair<index_t, index_t>{starts[at(b)], starts[at(b + 1)]});
+      s.push_back(starts.empty() ? std::pair{b * time, (b + 1) * time}
+                                 : std::pair<index_t, index_t>{starts[at(b)], starts[at(b + 1)]});
     return s;
   }
 };
 tokens make_tokens(index_t batch, index_t time, bool masked) {
-  tokens t{batch, time, numbers<float>(batch * time, -2, 0.5, 1), {}, std::vector<std::uint8_t>(at(batch * time), 1), {}};
+  tokens t{batch, time, numbers<float>(batch * time, -2, 0.5, 1), {}, std::vector<std::uint8_t>(at(batch * time), 1),
+           {}};
   const auto d = numbers<float>(batch * time, 0, 0.3, 2);
   for (index_t i = 0; i < batch * time; ++i) {
     t.reference.push_back(t.logp[at(i)] + d[at(i)]);
@@ -77,8 +80,8 @@ void check_kl(const tokens& t, const Estimator& estimator, Value&& value, Slope&
   auto mask = put(t.mask);
   const auto view = [&](auto& x) {
     auto* data = x.view().data;
-    return mlkit::tensor_view<std::remove_pointer_t<decltype(data)>, 2>(
-        data, {t.batch, t.time}, {turned ? 1 : t.time, turned ? t.batch : 1});
+    return mlkit::tensor_view<std::remove_pointer_t<decltype(data)>, 2>(data, {t.batch, t.time},
+                                                                        {turned ? 1 : t.time, turned ? t.batch : 1});
   };
   const bool masked = std::count(t.mask.begin(), t.mask.end(), 0) > 0;
   rl::kl_batch<float> in{.log_probs = view(logp), .reference = view(reference)};
@@ -127,7 +130,8 @@ void check_pairs(const Loss& loss, index_t n, index_t step, Term&& term) {
   for (int k = 0; k < 3; ++k) out.push_back(test::on_device(exec, spread(std::vector<T>(at(n), T(7)))));
   const auto view = [&](auto& v) { return mlkit::tensor_view<T, 1>(v.view().data, {n}, {step}); };
   typename Loss::template inputs<T> in{.chosen = view(on[0]), .rejected = view(on[1])};
-  if constexpr (requires { in.reference_chosen; }) in.reference_chosen = view(on[2]), in.reference_rejected = view(on[3]);
+  if constexpr (requires { in.reference_chosen; })
+    in.reference_chosen = view(on[2]), in.reference_rejected = view(on[3]);
   if constexpr (requires { in.margins; }) in.margins = view(on[4]);
   const rl::preference_stats stats = rl::preference_loss<T>(
       exec, in, loss, {.chosen = view(out[0]), .rejected = view(out[1]), .losses = view(out[2])});
@@ -157,9 +161,12 @@ struct term {
 TEST_CASE("cuda: KL divergences and their loss", "[cuda][rl]") {
   for (const bool turned : {false, true})
     for (const tokens& t : {make_tokens(3, 17, true), make_tokens(2, 2500, false), make_tokens(40, 130, true)}) {
-      check_kl(t, rl::k1{}, [](double d) { return d; }, [](double) { return 1.0; }, turned);
-      check_kl(t, rl::k2{}, [](double d) { return d * d / 2; }, [](double d) { return d; }, turned);
-      check_kl(t, rl::k3{}, [](double d) { return std::expm1(-d) + d; }, [](double d) { return -std::expm1(-d); }, turned);
+      check_kl(
+          t, rl::k1{}, [](double d) { return d; }, [](double) { return 1.0; }, turned);
+      check_kl(
+          t, rl::k2{}, [](double d) { return d * d / 2; }, [](double d) { return d; }, turned);
+      check_kl(
+          t, rl::k3{}, [](double d) { return std::expm1(-d) + d; }, [](double d) { return -std::expm1(-d); }, turned);
     }
 }
 
@@ -301,7 +308,8 @@ TEST_CASE("cuda: group advantages", "[cuda][rl]") {
   }
   rl::group_advantages(exec, mlkit::vector_view<const float>(rewards.view()), rl::groups{8}, rl::rloo{}, out.view());
   auto in_place = test::on_device(exec, r);
-  rl::group_advantages(exec, mlkit::vector_view<const float>(in_place.view()), rl::groups{8}, rl::rloo{}, in_place.view());
+  rl::group_advantages(exec, mlkit::vector_view<const float>(in_place.view()), rl::groups{8}, rl::rloo{},
+                       in_place.view());
   const auto a = test::to_host(exec, out), b = test::to_host(exec, in_place);
   CHECK(std::memcmp(a.data(), b.data(), 120 * sizeof(float)) == 0);
 }
@@ -315,8 +323,8 @@ TEST_CASE("cuda: log-probabilities of sequences", "[cuda][rl]") {
       const auto sequences = t.sequences();
       const auto count = static_cast<index_t>(sequences.size());
       const auto slope = numbers<float>(count, 0, 1, 50);
-      auto logp = test::on_device(exec, t.logp), d = test::on_device(exec, t.logp), slopes = test::on_device(exec, slope),
-           out = test::on_device(exec, slope);
+      auto logp = test::on_device(exec, t.logp), d = test::on_device(exec, t.logp),
+           slopes = test::on_device(exec, slope), out = test::on_device(exec, slope);
       auto mask = test::on_device(exec, t.mask);
       auto starts = test::on_device(exec, t.starts);
       const auto view = [&](auto& x) {

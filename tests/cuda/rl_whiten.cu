@@ -16,7 +16,10 @@ namespace {
 std::size_t at(index_t i) { return static_cast<std::size_t>(i); }
 
 template <class T>
-inline constexpr double unit = sizeof(T) == 8 ? 1e-13 : sizeof(T) == 4 ? 2e-6 : std::is_same_v<T, mlkit::bf16> ? 0x1p-7 : 0x1p-10;
+inline constexpr double unit = sizeof(T) == 8                   ? 1e-13
+                               : sizeof(T) == 4                 ? 2e-6
+                               : std::is_same_v<T, mlkit::bf16> ? 0x1p-7
+                                                                : 0x1p-10;
 
 // batch rows of time elements, `gap` more between rows, `shift` elements behind where memory starts; turned: the view
 // is the transposed one.

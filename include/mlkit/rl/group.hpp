@@ -183,7 +183,8 @@ void group_advantages(const Executor& exec, const R& rewards, const groups& of, 
   const vector_view<T> out = as_view(advantages);
   detail::arguments call(function, exec);
   detail::check_view(function, "rewards", r);
-  const detail::group_places places = detail::check_groups(call, function, of, "rewards", r.extent(0), detail::looks_at_data<Executor>);
+  const detail::group_places places =
+      detail::check_groups(call, function, of, "rewards", r.extent(0), detail::looks_at_data<Executor>);
   detail::check_view(function, "advantages", out);
   detail::check_extent(function, "advantages", "elements", out.extent(0), "rewards", r.extent(0));
   if (!detail::same_elements(r, out)) call.reads("rewards", r);

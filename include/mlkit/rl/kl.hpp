@@ -139,8 +139,8 @@ sequence_places check_kl_batch(step_arguments& steps, const kl_batch<T>& in, con
 }
 
 template <class T, class Estimator>
-kl_stats run_kl(by_executor, const cpu& exec, const kl_batch<T>& in, const Estimator& estimator, T value_factor, T derivative_factor,
-                const sequence_view<T>& out) {
+kl_stats run_kl(by_executor, const cpu& exec, const kl_batch<T>& in, const Estimator& estimator, T value_factor,
+                T derivative_factor, const sequence_view<T>& out) {
   if (in.log_probs.empty()) return {};
   kl_problem<T, Estimator> p{};
   p.shape = shape_of_planes(in.log_probs, in.reference, in.mask, out);
@@ -181,8 +181,7 @@ kl_loss_stats run_kl_loss(by_executor, const cpu& exec, const kl_batch<T>& in, c
   const double n = o.normaliser > 0 ? o.normaliser : static_cast<double>(count_kept(in.mask, in.log_probs.extents));
   const double factor = n > 0 ? o.coefficient / n : 0;
   kl_loss_stats all;
-  static_cast<kl_stats&>(all) =
-      run_kl(by_executor{}, exec, in, estimator, T(0), static_cast<T>(factor), gradient);
+  static_cast<kl_stats&>(all) = run_kl(by_executor{}, exec, in, estimator, T(0), static_cast<T>(factor), gradient);
   all.loss = all.tokens == 0 ? 0 : factor * all.total;
   return all;
 }
@@ -235,8 +234,8 @@ detail::result_t<Executor, kl_stats> kl(const Executor& exec, const kl_batch<T>&
 /// value_error for options that are not finite and a normaliser that is negative. Shao et al.: "DeepSeekMath", 2024,
 /// eq. 4 (k3).
 template <storage T = float, executor Executor, kl_estimator Estimator = with_kl_gradient<k3>>
-detail::result_t<Executor, kl_loss_stats> kl_loss(const Executor& exec, const kl_batch<T>& in,
-                                                  const kl_loss_options& o, const Estimator& estimator,
+detail::result_t<Executor, kl_loss_stats> kl_loss(const Executor& exec, const kl_batch<T>& in, const kl_loss_options& o,
+                                                  const Estimator& estimator,
                                                   const sequence_view<std::type_identity_t<T>>& gradient) {
   static_assert(!std::is_same_v<Estimator, k1>,
                 "rl: the gradient of k1 as a loss averages to nothing; take with_kl_gradient<k1>, k2 or k3");
@@ -250,8 +249,7 @@ detail::result_t<Executor, kl_loss_stats> kl_loss(const Executor& exec, const kl
   return run_kl_loss(detail::by_executor{}, exec, in, o, estimator, gradient);
 }
 template <storage T = float, executor Executor>
-detail::result_t<Executor, kl_loss_stats> kl_loss(const Executor& exec, const kl_batch<T>& in,
-                                                  const kl_loss_options& o,
+detail::result_t<Executor, kl_loss_stats> kl_loss(const Executor& exec, const kl_batch<T>& in, const kl_loss_options& o,
                                                   const sequence_view<std::type_identity_t<T>>& gradient) {
   return kl_loss(exec, in, o, with_kl_gradient<k3>{}, gradient);
 }

@@ -504,9 +504,10 @@ detail::result_t<Executor, preference_stats> preference_loss(
 
 /// The mean over completions of KTO's loss, its gradient by log_probs, and statistics; as the above otherwise.
 template <storage T = float, executor Executor>
-detail::result_t<Executor, kto_stats> preference_loss(const Executor& exec, const labelled_completions<std::type_identity_t<T>>& in,
-                          const kto& loss, const preference_options& o,
-                          const completion_gradients<std::type_identity_t<T>>& out) {
+detail::result_t<Executor, kto_stats> preference_loss(const Executor& exec,
+                                                      const labelled_completions<std::type_identity_t<T>>& in,
+                                                      const kto& loss, const preference_options& o,
+                                                      const completion_gradients<std::type_identity_t<T>>& out) {
   constexpr std::string_view function = "rl::preference_loss";
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
@@ -527,8 +528,10 @@ detail::result_t<Executor, kto_stats> preference_loss(const Executor& exec, cons
   return run_kto(exec, p, normaliser);
 }
 template <storage T = float, executor Executor>
-detail::result_t<Executor, kto_stats> preference_loss(const Executor& exec, const labelled_completions<std::type_identity_t<T>>& in,
-                          const kto& loss, const completion_gradients<std::type_identity_t<T>>& out = {}) {
+detail::result_t<Executor, kto_stats> preference_loss(const Executor& exec,
+                                                      const labelled_completions<std::type_identity_t<T>>& in,
+                                                      const kto& loss,
+                                                      const completion_gradients<std::type_identity_t<T>>& out = {}) {
   return preference_loss<T>(exec, in, loss, preference_options{}, out);
 }
 

@@ -92,8 +92,9 @@ result_t<Executor, moments> whiten(const Executor& exec, const tensor_view<const
 /// Reads values twice and writes them once. Of advantages in PPO: Andrychowicz et al.: "What matters in on-policy
 /// reinforcement learning?", 2020, C67; of rewards and advantages in RLHF: TRL's masked_whiten.
 template <executor Executor, batch_viewable X>
-detail::result_t<Executor, moments> whiten(const Executor& exec, X&& values, const mask_view<detail::rank_of<X>>& mask = {},
-               const whiten_options& o = {}) {
+detail::result_t<Executor, moments> whiten(const Executor& exec, X&& values,
+                                           const mask_view<detail::rank_of<X>>& mask = {},
+                                           const whiten_options& o = {}) {
   using T = element_t<std::remove_reference_t<X>>;
   const tensor_view<T, detail::rank_of<X>> v = as_view(values);
   return detail::whiten<T, T, detail::rank_of<X>>(exec, tensor_view<const T, detail::rank_of<X>>(v), mask, o, v);

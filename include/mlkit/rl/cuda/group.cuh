@@ -36,9 +36,8 @@ struct group_method {
 };
 
 template <class T, class Out>
-__global__ void __launch_bounds__(sum_threads)
-    group_kernel(const T* rewards, index_t step, const device_groups groups, const group_method how, Out* out,
-                 index_t out_step) {
+__global__ void __launch_bounds__(sum_threads) group_kernel(const T* rewards, index_t step, const device_groups groups,
+                                                            const group_method how, Out* out, index_t out_step) {
   const int lane = static_cast<int>(threadIdx.x) % warp_threads;
   const index_t g = (index_t{blockIdx.x} * sum_threads + threadIdx.x) / warp_threads;
   if (g >= groups.count) return;

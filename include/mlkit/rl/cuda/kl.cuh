@@ -39,7 +39,7 @@ struct kl_tokens_of {
     run.load(log_probs, now);
     run.load(reference, then);
     const T of_value = static_cast<T>(value_factor),
-            of_derivative = static_cast<T>(!divisor ? derivative_factor
+            of_derivative = static_cast<T>(!divisor       ? derivative_factor
                                            : *divisor > 0 ? derivative_factor / *divisor
                                                           : 0);
 #pragma unroll
@@ -56,7 +56,7 @@ struct kl_tokens_of {
 template <class Stats>
 struct kl_result {
   Stats* to;
-  double coefficient, normaliser;        // of a loss; a normaliser of 0 is the number of tokens
+  double coefficient, normaliser;       // of a loss; a normaliser of 0 is the number of tokens
   const unsigned long long* sequences;  // of rewards
 
   __device__ __forceinline__ void operator()(const double (&x)[2]) const {
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(sum_threads)
 template <class T, class Estimator>
 device_value<kl_reward_stats> run_kl_rewards(by_executor, const cuda& exec, std::string_view function,
                                              const kl_batch<T>& in, const sequence_places& places,
-                                             const batch_view<const T>& scores, double beta,
-                                             const Estimator& estimator, const sequence_view<T>& rewards) {
+                                             const batch_view<const T>& scores, double beta, const Estimator& estimator,
+                                             const sequence_view<T>& rewards) {
   if (in.log_probs.empty()) return known_value(function, exec, kl_reward_stats{});
   const index_t blocks = ceil_div(places.sequences * warp_threads, sum_threads);
   if (blocks > INT32_MAX)

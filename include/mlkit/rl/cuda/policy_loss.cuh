@@ -19,7 +19,9 @@ struct device_sequences {
   __device__ __forceinline__ index_t begin(index_t b) const {
     return starts ? min(max(index_t{starts[b]}, index_t{0}), tokens) : b * length;
   }
-  __device__ __forceinline__ index_t end(index_t b) const { return starts ? max(begin(b + 1), begin(b)) : begin(b + 1); }
+  __device__ __forceinline__ index_t end(index_t b) const {
+    return starts ? max(begin(b + 1), begin(b)) : begin(b + 1);
+  }
   // The sequence of token i.
   __device__ __forceinline__ index_t at(index_t i) const {
     if (!starts) return turned ? i % sequences : i / length;
@@ -69,7 +71,8 @@ __global__ void __launch_bounds__(sum_threads)
   unsigned long long here = 0;
   for (index_t t = index_t{threadIdx.x} * 4; t < n; t += sum_threads * 4) {
     const int count = n - t < 4 ? static_cast<int>(n - t) : 4;
-    here += static_cast<unsigned>(__popc(set_flags(load_flags<4, true>(mask.at(row, first + t), mask.col_stride, count))));
+    here +=
+        static_cast<unsigned>(__popc(set_flags(load_flags<4, true>(mask.at(row, first + t), mask.col_stride, count))));
   }
   atomicAdd(&total, here);
   __syncthreads();
@@ -178,7 +181,8 @@ template <class A>
 __device__ __forceinline__ A exp_excess(A d, A ratio) {
   if (!((d < 0 ? -d : d) < A(0.25))) return (ratio - A(1)) - d;
   A series = A(1) / 3628800;
-  constexpr A inverse[] = {A(1) / 362880, A(1) / 40320, A(1) / 5040, A(1) / 720, A(1) / 120, A(1) / 24, A(1) / 6, A(1) / 2};
+  constexpr A inverse[] = {A(1) / 362880, A(1) / 40320, A(1) / 5040, A(1) / 720,
+                           A(1) / 120,    A(1) / 24,    A(1) / 6,    A(1) / 2};
 #pragma unroll
   for (const A c : inverse) series = fused(series, d, c);
   return d * d * series;
@@ -202,7 +206,8 @@ __global__ void __launch_bounds__(sum_threads)
   double sums[2] = {0, 0};
   for (index_t t = threadIdx.x; t < n; t += sum_threads) {
     if (mask && *mask.at(row, first + t) == 0) continue;
-    sums[0] += static_cast<double>(widen_one(*log_probs.at(row, first + t)) - widen_one(*old_log_probs.at(row, first + t)));
+    sums[0] +=
+        static_cast<double>(widen_one(*log_probs.at(row, first + t)) - widen_one(*old_log_probs.at(row, first + t)));
     sums[1] += 1;
   }
   sum_block<2, 0>(sums);
@@ -228,8 +233,18 @@ __global__ void __launch_bounds__(sum_threads)
 
 // Sums of loss_tokens, and behind them the largest ratio and the largest of what is -ratio.
 enum loss_sum : int {
-  of_policy, of_value, of_entropy, of_k1, of_k3, of_clipped, of_value_clipped, of_error, of_square_error, of_target,
-  of_square_target, of_sums
+  of_policy,
+  of_value,
+  of_entropy,
+  of_k1,
+  of_k3,
+  of_clipped,
+  of_value_clipped,
+  of_error,
+  of_square_error,
+  of_target,
+  of_square_target,
+  of_sums
 };
 
 template <class T, class Policy>
@@ -472,8 +487,7 @@ device_value<value_stats> run_value_batch(by_executor, const cuda& exec, const v
                                     nullptr,
                                     nullptr};
   device_value<value_stats> stats(exec);
-  sum_tokens(function, exec, f, s.rows, s.cols,
-             loss_result<A, value_stats>{weights, 1, 0, true, false, stats.data()});
+  sum_tokens(function, exec, f, s.rows, s.cols, loss_result<A, value_stats>{weights, 1, 0, true, false, stats.data()});
   return stats;
 }
 

@@ -115,7 +115,8 @@ device_value<kto_stats> run_kto(const cuda& exec, const kto_problem<T>& p, doubl
   return stats;
 }
 
-// A warp to a sequence: the sum or mean of its tokens that count; or, of slopes, what each of them has of the sequence's.
+// A warp to a sequence: the sum or mean of its tokens that count; or, of slopes, what each of them has of the
+// sequence's.
 template <class T, bool Slopes>
 __global__ void __launch_bounds__(sum_threads)
     sequence_kernel(const sequence_places places, index_t tokens, stream<const T> log_probs,

@@ -57,7 +57,9 @@ struct device_plane {
   device_plane() = default;
   device_plane(const plane<T>& p) noexcept : data(p.data), row_stride(p.row_stride), col_stride(p.col_stride) {}
   __device__ __forceinline__ explicit operator bool() const { return data != nullptr; }
-  __device__ __forceinline__ T* at(index_t row, index_t col) const { return data + row * row_stride + col * col_stride; }
+  __device__ __forceinline__ T* at(index_t row, index_t col) const {
+    return data + row * row_stride + col * col_stride;
+  }
 };
 
 // Some tokens that a thread takes together: `count` of them from token `first` on, in the order of visiting.
@@ -153,11 +155,14 @@ __device__ __forceinline__ void sum_block(double (&x)[Sums + Maxima]) {
 
 // Blocks of an SM, as registers go.
 template <class F>
-inline constexpr int sum_blocks = sizeof(typename F::number) == 8 ? 1 : F::each > 4 ? 2 : 3;
+inline constexpr int sum_blocks = sizeof(typename F::number) == 8 ? 1
+                                  : F::each > 4                   ? 2
+                                                                  : 3;
 
 // f(run, sums) for all tokens; the sums of part i go to parts[i].
 template <class F>
-__global__ void __launch_bounds__(sum_threads, sum_blocks<F>) sum_kernel(const F f, index_t rows, index_t cols, double* parts) {
+__global__ void __launch_bounds__(sum_threads, sum_blocks<F>)
+    sum_kernel(const F f, index_t rows, index_t cols, double* parts) {
   constexpr int sums = F::sums, maxima = F::maxima, each = F::each;
   constexpr index_t part = index_t{sum_threads} * sum_rounds * each;
   double x[sums + maxima];

@@ -1,5 +1,5 @@
-// Moments of what a mask keeps, and whitening by them, on a GPU: parts of 4096 elements by a block each, about the part's
-// own mean; then the parts in a fixed order.
+// Moments of what a mask keeps, and whitening by them, on a GPU: parts of 4096 elements by a block each, about the
+// part's own mean; then the parts in a fixed order.
 #pragma once
 
 #include "../whiten.hpp"
@@ -118,9 +118,8 @@ struct whitening {
     const index_t n = population ? m.count : m.count - 1;
     const double variance = n > 0 ? m.m2 / static_cast<double>(n) : 0;
     // Moments that are not finite, which the CPU refuses, make all elements NaN.
-    const double factor = variance > 0 || !(variance == variance)
-                              ? 1 / (::sqrt(variance + variance_epsilon) + epsilon)
-                              : 0;
+    const double factor =
+        variance > 0 || !(variance == variance) ? 1 / (::sqrt(variance + variance_epsilon) + epsilon) : 0;
     return {m.mean, factor, shift_mean ? 0 : m.mean};
   }
 };
@@ -173,9 +172,9 @@ device_value<moments> run_moments(const cuda& exec, const moments_problem<T>& p)
 }
 
 template <class T, class Out, int Rank>
-device_value<moments> run_whiten(by_executor, std::string_view function, const cuda& exec, const tensor_view<const T, Rank>& x,
-                                 const mask_view<Rank>& mask, const whiten_options& o,
-                                 const tensor_view<Out, Rank>& out) {
+device_value<moments> run_whiten(by_executor, std::string_view function, const cuda& exec,
+                                 const tensor_view<const T, Rank>& x, const mask_view<Rank>& mask,
+                                 const whiten_options& o, const tensor_view<Out, Rank>& out) {
   if (x.empty() && !o.over_ranks) return known_value(function, exec, moments{});
   const plane_shape s = shape_of_planes(x, out, mask.values);
   device_value<moments> m(exec);
