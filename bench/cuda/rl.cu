@@ -50,7 +50,8 @@ __global__ void fill_numbers(T* to, index_t count, float scale, unsigned seed) {
 }
 __global__ void fill_below(std::int32_t* to, index_t count, int below) {
   for (index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += index_t{gridDim.x} * blockDim.x)
-    to[i] = static_cast<std::int32_t>((static_cast<std::uint64_t>(i) * 2654435761u + 12345) % static_cast<unsigned>(below));
+    to[i] =
+        static_cast<std::int32_t>((static_cast<std::uint64_t>(i) * 2654435761u + 12345) % static_cast<unsigned>(below));
 }
 // A one in `every`, else 0.
 __global__ void fill_flags(std::uint8_t* to, index_t count, int every) {
@@ -129,10 +130,11 @@ class bench {
     const double us = 1e3 * times[times.size() / 2] / (sets * rounds), best = 1e3 * times[0] / (sets * rounds);
     const double gbs = bytes / us * 1e-3;
     if (name == "copy") copy_ = gbs;
-    std::printf("{\"case\": \"%s\", \"microseconds\": %.3f, \"best\": %.3f, \"bytes\": %.0f, \"gb_per_s\": %.1f, "
-                "\"of_copy\": %.3f, \"buffers\": \"%s\"}\n",
-                name.c_str(), us, best, bytes, gbs, copy_ > 0 ? gbs / copy_ : 0.0,
-                bytes * sets > 3.0 * cache_ ? "cold" : "hot");
+    std::printf(
+        "{\"case\": \"%s\", \"microseconds\": %.3f, \"best\": %.3f, \"bytes\": %.0f, \"gb_per_s\": %.1f, "
+        "\"of_copy\": %.3f, \"buffers\": \"%s\"}\n",
+        name.c_str(), us, best, bytes, gbs, copy_ > 0 ? gbs / copy_ : 0.0,
+        bytes * sets > 3.0 * cache_ ? "cold" : "hot");
     std::fflush(stdout);
     (void)cudaGraphExecDestroy(replay), (void)cudaGraphDestroy(graph);
     (void)cudaEventDestroy(begin), (void)cudaEventDestroy(end);
@@ -184,7 +186,7 @@ void gae(bench& b, index_t batch, index_t time, bool columns, bool hot = false) 
   const auto boot = b.numbers<float>(batch, 1);
   const auto view = [&](auto& x) {
     return mlkit::tensor_view<std::remove_pointer_t<decltype(x.data())>, 2>(x.data(), {batch, time},
-                                                                           {columns ? 1 : time, columns ? batch : 1});
+                                                                            {columns ? 1 : time, columns ? batch : 1});
   };
   b.run(name, bytes, sets, [&](int i) {
     set& s = all[static_cast<std::size_t>(i)];
@@ -263,9 +265,91 @@ void log_probs(bench& b, index_t rows, int vocabulary) {
     });
   if (b.wanted("log_probs and gradient" + shape))
     b.run("log_probs and gradient" + shape, 2 * bytes, sets, [&](int i) {
-      rl::log_probs_and_gradient(b.exec(), view(z[static_cast<std::size_t>(i)]), y, {}, loss_of_token{advantages.data()},
-                                 {.logp = l}, view(dz[static_cast<std::size_t>(i)]));
+      rl::log_probs_and_gradient(b.exec(), view(z[static_cast<std::size_t>(i)]), y, {},
+                                 loss_of_token{advantages.data()}, {.logp = l}, view(dz[static_cast<std::size_t>(i)]));
     });
+}
+
+// Seven numbers in, three out of a token.
+void ppo(bench& b, index_t batch, index_t time, bool masked) {
+  const std::string name = std::string("ppo_loss") + (masked ? " masked" : "") + " [" + std::to_string(batch) + ", " +
+                           std::to_string(time) + "]";
+  if (!b.wanted(name)) return;
+  const index_t n = batch * time;
+  const double bytes = (masked ? 41.0 : 40.0) * static_cast<double>(n);
+  const int sets = b.sets(bytes);
+  struct set {
+    std::vector<buffer<float>> x;
+    buffer<std::uint8_t> mask;
+  };
+  std::vector<set> all;
+  for (int i = 0; i < sets; ++i) {
+    set s;
+    for (unsigned k = 0; k < 10; ++k) s.x.push_back(b.numbers<float>(n, 0.3f, k));
+    s.mask = b.flags(n, 1);
+    all.push_back(std::move(s));
+  }
+  b.run(name, bytes, sets, [&](int i) {
+    const set& s = all[static_cast<std::size_t>(i)];
+    const auto view = [&](std::size_t k) { return mlkit::tensor_view<float, 2>(s.x[k].data(), {batch, time}); };
+    rl::policy_batch<float> in{.log_probs = view(0),
+                               .old_log_probs = view(1),
+                               .advantages = view(2),
+                               .entropies = view(3),
+                               .values = view(4),
+                               .old_values = view(5),
+                               .returns = view(6)};
+    if (masked) in.mask = mlkit::tensor_view<const std::uint8_t, 2>(s.mask.data(), {batch, time});
+    (void)rl::ppo_loss(b.exec(), in, {.value_clip = 0.2, .entropy = 0.01},
+                       {.log_probs = view(7), .values = view(8), .entropies = view(9)});
+  });
+}
+
+// Read twice and written once.
+void whiten(bench& b, index_t n) {
+  const std::string name = "whiten [" + std::to_string(n) + "]";
+  if (!b.wanted(name)) return;
+  const double bytes = 12.0 * static_cast<double>(n);
+  const int sets = b.sets(bytes);
+  std::vector<buffer<float>> x, y;
+  for (int i = 0; i < sets; ++i) x.push_back(b.numbers<float>(n, 1)), y.emplace_back(n);
+  b.run(name, bytes, sets, [&](int i) {
+    const auto k = static_cast<std::size_t>(i);
+    (void)rl::whiten(b.exec(), mlkit::tensor_view<const float, 1>(x[k].data(), {n}), {}, {},
+                     mlkit::tensor_view<float, 1>(y[k].data(), {n}));
+  });
+}
+
+void dpo(bench& b, index_t n) {
+  const std::string name = "dpo [" + std::to_string(n) + "]";
+  if (!b.wanted(name)) return;
+  std::vector<buffer<float>> x;
+  for (unsigned k = 0; k < 6; ++k) x.push_back(b.numbers<float>(n, 1, k));
+  const auto view = [&](std::size_t k) { return mlkit::tensor_view<float, 1>(x[k].data(), {n}); };
+  b.run(name, 24.0 * static_cast<double>(n), 1, [&](int) {
+    (void)rl::preference_loss(
+        b.exec(), {.chosen = view(0), .rejected = view(1), .reference_chosen = view(2), .reference_rejected = view(3)},
+        rl::dpo{}, {.chosen = view(4), .rejected = view(5)});
+  });
+}
+
+template <class T>
+void cross_entropy(bench& b, index_t rows, int vocabulary) {
+  const std::string name = std::string("cross_entropy and gradient ") + mlkit::dtype_name<T>() + " [" +
+                           std::to_string(rows) + ", " + std::to_string(vocabulary) + "]";
+  if (!b.wanted(name)) return;
+  const index_t n = rows * vocabulary;
+  const double bytes = 2.0 * static_cast<double>(n) * sizeof(T);
+  const int sets = b.sets(bytes);
+  std::vector<buffer<T>> z, dz;
+  for (int i = 0; i < sets; ++i) z.push_back(b.numbers<T>(n, 8)), dz.emplace_back(n);
+  const auto labels = b.below(rows, vocabulary);
+  const mlkit::tensor_view<const std::int32_t, 1> y(labels.data(), {rows});
+  b.run(name, bytes, sets, [&](int i) {
+    const auto k = static_cast<std::size_t>(i);
+    (void)rl::cross_entropy(b.exec(), mlkit::tensor_view<const T, 2>(z[k].data(), {rows, vocabulary}), y, {},
+                            mlkit::tensor_view<T, 2>(dz[k].data(), {rows, vocabulary}));
+  });
 }
 
 }  // namespace
@@ -289,6 +373,11 @@ int main(int argc, char** argv) {
     log_probs<mlkit::bf16>(b, 2048, 50257);
     log_probs<float>(b, 4096, 8192);
     log_probs<mlkit::bf16>(b, 4096, 8192);
+    cross_entropy<mlkit::bf16>(b, 2048, 50257);
+    ppo(b, 4096, 1024, false);
+    ppo(b, 4096, 1024, true);
+    whiten(b, 1 << 24);
+    dpo(b, 4096);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());
     return 1;
