@@ -28,7 +28,7 @@ function(add_nvcc_program target)
     add_custom_command(OUTPUT ${object}
       COMMAND ${CMAKE_CXX_COMPILER_LAUNCHER} ${CUDAToolkit_NVCC_EXECUTABLE} ${options} -MD -MF ${object}.d -MT ${object}
               -c ${source} -o ${object}
-      MAIN_DEPENDENCY ${source} DEPFILE ${object}.d VERBATIM COMMENT "nvcc ${name}.cu")
+      DEPENDS ${source} DEPFILE ${object}.d VERBATIM COMMENT "nvcc ${name}.cu")
     list(APPEND objects ${object})
   endforeach()
   add_executable(${target} ${objects})

@@ -6,6 +6,10 @@
 
 #include "internal.hpp"
 
+#ifdef MLKIT_EMULATION_ASAN
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace cuda_emulation {
 
 bool instrumented = false;
@@ -262,6 +266,12 @@ void begin_block_of_memory() {
     the_spaces = std::make_unique<spaces>();
     here = the_spaces.get();
   }
+#ifdef MLKIT_EMULATION_ASAN
+  if (here->dynamic.bytes != now.running->shared || !now.shared) {
+    ASAN_POISON_MEMORY_REGION(here->buffer, most_shared + 2 * spaces::margin);
+    ASAN_UNPOISON_MEMORY_REGION(here->buffer + spaces::margin, now.running->shared);
+  }
+#endif
   here->dynamic.bytes = now.running->shared;
   now.shared = reinterpret_cast<unsigned char*>(here->dynamic.begin);
   if (!instrumented) std::memset(now.shared, 0xff, now.running->shared);

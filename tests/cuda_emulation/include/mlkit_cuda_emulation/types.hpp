@@ -15,7 +15,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 // One for each host thread, which runs one block at a time. The symbol table of the program says where they are and how
 // large: symbols.cpp. No two of them share a line of checker.cpp's.
-#define __shared__ static thread_local __attribute__((aligned(64), used))
+#define __shared__ static thread_local __attribute__((aligned(64), used, unused))
 
 struct dim3 {
   unsigned x, y, z;
