@@ -3,4 +3,5 @@
 
 #include "core/cuda.cuh"
 #include "rl.hpp"
+#include "rl/cuda/log_probs.cuh"
 #include "rl/cuda/scan.cuh"

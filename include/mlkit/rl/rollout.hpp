@@ -34,7 +34,7 @@ class scan_call {
 
   template <executor Executor>
   scan_call(std::string_view function, const Executor& exec, Problem& p)
-      : function_(function), call_(function, exec), steps_(call_, function, std::is_same_v<Executor, cpu>), p_(p) {}
+      : function_(function), call_(function, exec), steps_(call_, function, looks_at_data<Executor>), p_(p) {}
 
   /// The first of them; all others have its shape.
   void steps(std::string_view name, const sequence_view<const T>& v, const sequence_starts& starts,

@@ -54,11 +54,12 @@ __device__ __forceinline__ void store_quad(T* p, const quad<T>& q) {
   *reinterpret_cast<uint4*>(p) = mlkit::detail::bit_cast<uint4>(q);
 }
 
-// Elements p[0], p[step], ... as far as there are any, up to N; 16 bytes at a time where they lie so. The others are 0.
-template <int N, class T>
+// Elements p[0], p[step], ... as far as there are any, up to N; where Wide, 16 bytes at a time if they lie so. The
+// others are 0.
+template <int N, bool Wide, class T>
 __device__ __forceinline__ void load_steps(const T* p, index_t step, int count, T (&to)[N]) {
   constexpr int wide = quad<T>::count;
-  if constexpr (N % wide == 0) {
+  if constexpr (Wide && N % wide == 0) {
     if (step == 1 && count == N && on_quad(p)) {
 #pragma unroll
       for (int i = 0; i < N; i += wide) {
@@ -72,10 +73,10 @@ __device__ __forceinline__ void load_steps(const T* p, index_t step, int count, 
 #pragma unroll
   for (int i = 0; i < N; ++i) to[i] = i < count ? p[i * step] : T{};
 }
-template <int N, class T>
+template <int N, bool Wide, class T>
 __device__ __forceinline__ void store_steps(T* p, index_t step, int count, const T (&from)[N]) {
   constexpr int wide = quad<T>::count;
-  if constexpr (N % wide == 0) {
+  if constexpr (Wide && N % wide == 0) {
     if (step == 1 && count == N && on_quad(p)) {
 #pragma unroll
       for (int i = 0; i < N; i += wide) {
@@ -98,10 +99,10 @@ __device__ __forceinline__ std::uint32_t set_flags(std::uint32_t bytes) {
 }
 
 // Flags p[0], p[step], ..., byte i of the result for step i; 0 beyond count.
-template <int N>
+template <int N, bool Wide>
 __device__ __forceinline__ std::uint32_t load_flags(const std::uint8_t* p, index_t step, int count) {
   static_assert(N == 4);
-  if (step == 1 && count >= N && (reinterpret_cast<std::uintptr_t>(p) & 3) == 0)
+  if (Wide && step == 1 && count >= N && (reinterpret_cast<std::uintptr_t>(p) & 3) == 0)
     return *reinterpret_cast<const std::uint32_t*>(p);
   std::uint32_t all = 0;
 #pragma unroll

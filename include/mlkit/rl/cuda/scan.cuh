@@ -8,7 +8,7 @@
 // All of these take the same sums in the same order: the bits are those of the sequence alone.
 //
 // Where sequences lie side by side in memory, a thread takes eight steps of one of them, a warp those of 32 neighbours,
-// and a block of 16 warps goes through the 128 steps of a group, whose maps it composes as above.
+// and a block of 12 warps goes through the 96 steps of a group, whose maps it composes as above.
 #pragma once
 
 #include "scan_rules.cuh"
@@ -17,7 +17,7 @@ namespace MLKIT_NAMESPACE::rl::detail {
 
 inline constexpr int thread_steps = 4, part_steps = warp_threads * thread_steps, group_parts = 8,
                      group_steps = group_parts * part_steps, most_parts = 32;
-inline constexpr int column_steps = 8, column_warps = 16, column_group = column_steps * column_warps;
+inline constexpr int column_steps = 8, column_warps = 12, column_group = column_steps * column_warps;
 
 // A problem as kernels are given it.
 template <class Rule>
@@ -163,8 +163,8 @@ struct sequence_end {
   }
 };
 
-// Steps of one sequence that a thread has, from `first` on.
-template <class Rule, int Steps>
+// Steps of one sequence that a thread has. Wide: they may lie side by side.
+template <class Rule, int Steps, bool Wide>
 struct scan_chunk {
   using T = typename Rule::value_type;
   using step = scan_step<Rule>;
@@ -174,30 +174,38 @@ struct scan_chunk {
   T in[inputs][Steps], final_value[Steps];
   T before[Steps][carried];
   affine<T> map[Steps];
-  std::uint32_t codes[Steps / 4];  // a byte each
+  std::uint32_t terminated[Steps / 4], truncated[Steps / 4], mask[Steps / 4], codes[Steps / 4] = {};  // a byte to a step
   int count;
 
-  // Reads the steps [t, t + n) of a row, and their flags.
+  // Asks for the steps [t, t + n) of a row, and their flags.
   __device__ __forceinline__ void load(const device_scan<Rule>& p, index_t row, int t, int n) {
     count = n;
 #pragma unroll
-    for (int i = 0; i < Rule::inputs; ++i) load_steps(p.in[i].at(row, t), p.in[i].time, n, in[i]);
+    for (int i = 0; i < Rule::inputs; ++i) load_steps<Steps, Wide>(p.in[i].at(row, t), p.in[i].time, n, in[i]);
     static_assert(Steps % 4 == 0);
+#pragma unroll
+    for (int k = 0; k < Steps; k += 4) {
+      const auto flags = [&](const stream<const std::uint8_t>& s) {
+        const std::uint32_t bytes = load_flags<4, Wide>(s.at(row, t + k), s.time, n - k);
+        return Wide ? bytes : set_flags(bytes);  // at once where each byte has a register of its own meanwhile
+      };
+      terminated[k / 4] = truncated[k / 4] = 0, mask[k / 4] = ~0u;
+      if (p.terminated) terminated[k / 4] = flags(p.terminated);
+      if (p.truncated) truncated[k / 4] = flags(p.truncated);
+      if (p.mask) mask[k / 4] = flags(p.mask);
+    }
+  }
+  // The codes of the steps, once the flags are there.
+  __device__ __forceinline__ void decode() {
     constexpr std::uint32_t ones = 0x01010101u;
 #pragma unroll
     for (int k = 0; k < Steps; k += 4) {
-      std::uint32_t terminated = 0, truncated = 0, counted = ones;
-      const auto flags = [&](const stream<const std::uint8_t>& s) {
-        return set_flags(load_flags<4>(s.at(row, t + k), s.time, n - k));
-      };
-      if (p.terminated) terminated = flags(p.terminated);
-      if (p.truncated) truncated = flags(p.truncated);
-      if (p.mask) counted = flags(p.mask);
-      const int missing = k + 4 - n;
+      const std::uint32_t ended = set_flags(terminated[k / 4]), cut = set_flags(truncated[k / 4]) & ~ended;
+      std::uint32_t counted = set_flags(mask[k / 4]);
+      const int missing = k + 4 - count;
       if (missing > 0) counted = missing >= 4 ? 0 : counted & (ones >> (8 * missing));
-      truncated &= ~terminated;
-      codes[k / 4] = (ones & ~counted) * step_skipped + (terminated & counted) * step_terminated +
-                     (truncated & counted) * step_truncated;
+      codes[k / 4] =
+          (ones & ~counted) * step_skipped + (ended & counted) * step_terminated + (cut & counted) * step_truncated;
     }
   }
 
@@ -231,7 +239,8 @@ struct scan_chunk {
         T x[inputs];
 #pragma unroll
         for (int i = 0; i < Rule::inputs; ++i) x[i] = *p.in[i].at(row, t);
-        const int own = p.code(row, t), now = p.begins ? code : own;
+        // Flags of the one step that is looked at matter to the step before it alone.
+        const int own = looks > 1 || p.begins ? p.code(row, t) : 0, now = p.begins ? code : own;
         code = own;
         (void)step::map(p.rule, x, final_of(p, row, t, now), step_dones<T>{now}, next);
       }
@@ -285,7 +294,7 @@ struct scan_chunk {
     }
 #pragma unroll
     for (int o = 0; o < outputs; ++o)
-      if (p.out[o]) store_steps(p.out[o].at(row, t), p.out[o].time, count, result[o]);
+      if (p.out[o]) store_steps<Steps, Wide>(p.out[o].at(row, t), p.out[o].time, count, result[o]);
   }
 };
 
@@ -310,10 +319,13 @@ __device__ __forceinline__ T behind_lane(const affine<T>& scanned, int lane, int
 // What a block does: all of a sequence, some parts at a time; or, of one group of it, the outputs or the map.
 enum class scan_stage { whole, emit, compose };
 template <class T, scan_stage Stage>
-inline constexpr int stage_parts = Stage != scan_stage::whole ? group_parts : sizeof(T) == 8 ? most_parts / 2 : most_parts;
+inline constexpr int stage_parts = Stage != scan_stage::whole ? group_parts
+                                   : sizeof(T) == 8           ? most_parts / 2
+                                                              : most_parts;
 // Blocks of an SM, which keeps registers few enough.
 template <class T, scan_stage Stage>
-inline constexpr int stage_blocks = (Stage == scan_stage::whole ? 1 : 5) / (sizeof(T) == 8 && Stage != scan_stage::whole ? 2 : 1);
+inline constexpr int stage_blocks = (Stage == scan_stage::whole ? 1 : 5) /
+                                    (sizeof(T) == 8 && Stage != scan_stage::whole ? 2 : 1);
 
 // Rows, or packed sequences. groups: the maps of groups [sequences, most_groups], or the values behind them in b; null
 // where each sequence has but one group.
@@ -322,7 +334,7 @@ __global__ void __launch_bounds__((stage_parts<typename Rule::value_type, Stage>
                                   (stage_blocks<typename Rule::value_type, Stage>))
     scan_rows(const device_scan<Rule> p, affine<typename Rule::value_type>* groups, int most_groups) {
   using T = typename Rule::value_type;
-  using chunk = scan_chunk<Rule, thread_steps>;
+  using chunk = scan_chunk<Rule, thread_steps, true>;
   constexpr int room = stage_parts<T, Stage>;
   __shared__ T part_a[room], part_b[room], part_x[room];
   __shared__ int part_first[room], part_second[room];
@@ -360,6 +372,7 @@ __global__ void __launch_bounds__((stage_parts<typename Rule::value_type, Stage>
     c.load(p, row, t, count);
     steps_behind after;
     if (p.mask) {
+      c.decode();
       // Those of the lanes behind, of the parts behind, of the tiles behind.
       if (p.looks_behind()) {
         const steps_behind own = c.counted(t);
@@ -378,7 +391,9 @@ __global__ void __launch_bounds__((stage_parts<typename Rule::value_type, Stage>
       if (t + thread_steps < range.last) after.at[0] = t + thread_steps;
       if (t + thread_steps + 1 < range.last) after.at[1] = t + thread_steps + 1;
     }
-    const affine<T> of_chunk = c.compose(p, row, t, typename chunk::carry(p, row, end, after));
+    const typename chunk::carry from_behind(p, row, end, after);
+    if (!p.mask) c.decode();
+    const affine<T> of_chunk = c.compose(p, row, t, from_behind);
     const affine<T> scanned = scan_lanes(of_chunk, lane, warp_threads);
     if (lane == 0) part_a[warp] = scanned.a, part_b[warp] = scanned.b;
     __syncthreads();
@@ -454,7 +469,7 @@ __global__ void __launch_bounds__(warp_threads)
 template <class Rule>
 __global__ void __launch_bounds__(256) scan_short_rows(const device_scan<Rule> p, int lanes) {
   using T = typename Rule::value_type;
-  using chunk = scan_chunk<Rule, thread_steps>;
+  using chunk = scan_chunk<Rule, thread_steps, true>;
   const int in_warp = static_cast<int>(threadIdx.x) % warp_threads, lane = in_warp & (lanes - 1),
             t = lane * thread_steps, count = max(0, min(thread_steps, p.time - t));
   const index_t thread = index_t{blockIdx.x} * blockDim.x + threadIdx.x, s = thread / lanes;
@@ -465,6 +480,7 @@ __global__ void __launch_bounds__(256) scan_short_rows(const device_scan<Rule> p
   steps_behind after;
   int last_step = p.time - 1;
   if (p.mask) {
+    c.decode();
     const steps_behind own = c.counted(t);
     const unsigned row_lanes = (lanes == warp_threads ? ~0u : (1u << lanes) - 1) << (in_warp - lane);
     const unsigned some = __ballot_sync(whole_warp, own.at[0] >= 0) & row_lanes;
@@ -481,25 +497,33 @@ __global__ void __launch_bounds__(256) scan_short_rows(const device_scan<Rule> p
     if (t + thread_steps + 1 < p.time) after.at[1] = t + thread_steps + 1;
   }
   const sequence_end<T> end(p, row, row, last_step);
-  const affine<T> of_chunk = c.compose(p, row, t, typename chunk::carry(p, row, end, after));
+  const typename chunk::carry from_behind(p, row, end, after);
+  if (!p.mask) c.decode();
+  const affine<T> of_chunk = c.compose(p, row, t, from_behind);
   const affine<T> scanned = scan_lanes(of_chunk, lane, lanes);
   const T behind = behind_lane(scanned, lane, lanes, scan_step<Rule>::seed(p.rule, end.value));
   c.emit(p, row, t, behind);
 }
 
+// Blocks of an SM, as registers go.
+template <class Rule>
+inline constexpr int column_blocks = sizeof(typename Rule::value_type) == 4 && Rule::inputs <= 2 ? 2 : 1;
+
 // Sequences side by side: lanes along the batch. `warps` of a block go through a tile of 8 steps each, and a block has
 // as many tiles of 32 sequences as fit.
 template <class Rule>
-__global__ void __launch_bounds__(column_warps* warp_threads, (sizeof(typename Rule::value_type) == 4 ? 2 : 1))
+__global__ void __launch_bounds__(column_warps* warp_threads, column_blocks<Rule>)
     scan_columns(const device_scan<Rule> p, int warps) {
   using T = typename Rule::value_type;
-  using chunk = scan_chunk<Rule, column_steps>;
-  __shared__ T map_a[column_warps][warp_threads], map_b[column_warps][warp_threads], carried_x[2][column_warps][warp_threads];
+  using chunk = scan_chunk<Rule, column_steps, false>;
+  __shared__ T map_a[column_warps][warp_threads], map_b[column_warps][warp_threads],
+      carried_x[2][column_warps][warp_threads];
   __shared__ index_t row_of_lane[column_warps][warp_threads];
   __shared__ int first[column_warps][warp_threads], second[column_warps][warp_threads];
   __shared__ int carried_first[column_warps][warp_threads], carried_second[column_warps][warp_threads];
-  const int lane = static_cast<int>(threadIdx.x) % warp_threads, in_block = static_cast<int>(threadIdx.x) / warp_threads,
-            strip = in_block / warps, warp = in_block - strip * warps, strips = static_cast<int>(blockDim.x) / warp_threads / warps,
+  const int lane = static_cast<int>(threadIdx.x) % warp_threads,
+            in_block = static_cast<int>(threadIdx.x) / warp_threads, strip = in_block / warps,
+            warp = in_block - strip * warps, strips = static_cast<int>(blockDim.x) / warp_threads / warps,
             base_warp = strip * warps;
   const index_t s = (index_t{blockIdx.x} * strips + strip) * warp_threads + lane;
   const bool there = s < p.sequences;
@@ -516,12 +540,12 @@ __global__ void __launch_bounds__(column_warps* warp_threads, (sizeof(typename R
   }
   for (int tile = tiles - 1; tile >= 0; --tile) {
     const index_t row = row_of_lane[in_block][lane];
-    const int t = tile * tile_steps + warp * column_steps,
-              count = there ? max(0, min(column_steps, p.time - t)) : 0;
+    const int t = tile * tile_steps + warp * column_steps, count = there ? max(0, min(column_steps, p.time - t)) : 0;
     chunk c;
     c.load(p, row, t, count);
     steps_behind after;
     if (p.mask) {
+      c.decode();
       if (p.looks_behind()) {
         const steps_behind own = c.counted(t);
         first[in_block][lane] = own.at[0], second[in_block][lane] = own.at[1];
@@ -537,7 +561,9 @@ __global__ void __launch_bounds__(column_warps* warp_threads, (sizeof(typename R
       if (t + column_steps < p.time) after.at[0] = t + column_steps;
       if (t + column_steps + 1 < p.time) after.at[1] = t + column_steps + 1;
     }
-    const affine<T> of_chunk = c.compose(p, row, t, typename chunk::carry(p, row, end, after));
+    const typename chunk::carry from_behind(p, row, end, after);
+    if (!p.mask) c.decode();
+    const affine<T> of_chunk = c.compose(p, row, t, from_behind);
     map_a[in_block][lane] = of_chunk.a, map_b[in_block][lane] = of_chunk.b;
     __syncthreads();
     const T x = carried_x[tile & 1][strip][lane];
@@ -620,11 +646,12 @@ __global__ void __launch_bounds__(256) n_step_kernel(const device_scan<n_step_ru
         break;
       }
       const int behind = next_counted(at + 1);
-      const int code = !p.begins ? p.code(row, at)
+      const int code = !p.begins             ? p.code(row, at)
                        : behind < range.last ? p.code(row, behind)
                                              : sequence_end<T>(p, s, row, at).code;
       T b = *p.in[0].at(row, at);
-      if (code == step_truncated) b = fused(p.rule.gamma, p.final_values ? *p.final_values.at(row, at) : not_a_number<T>(), b);
+      if (code == step_truncated)
+        b = fused(p.rule.gamma, p.final_values ? *p.final_values.at(row, at) : not_a_number<T>(), b);
       all = join_maps(all, affine<T>{code == 0 ? p.rule.gamma : T{}, b});
       if (code != 0) break;
       at = behind;
@@ -658,8 +685,8 @@ void run_scan(std::string_view function, const cuda& exec, Problem& p, const sca
     const int warps = static_cast<int>(std::min<index_t>(column_warps, ceil_div(time, column_steps))),
               strips = std::max(1, 8 / warps);
     const index_t blocks = ceil_div(p.sequences, strips * warp_threads);
-    launch(function, exec, scan_columns<Rule>,
-           {grid_of(blocks), static_cast<unsigned>(strips * warps * warp_threads)}, d, warps);
+    launch(function, exec, scan_columns<Rule>, {grid_of(blocks), static_cast<unsigned>(strips * warps * warp_threads)},
+           d, warps);
     return;
   }
   if (!p.starts && time <= part_steps) {
@@ -685,7 +712,8 @@ void run_scan(std::string_view function, const cuda& exec, Problem& p, const sca
            {grid_of(p.sequences), static_cast<unsigned>(parts * warp_threads)}, d, nullptr, 1);
     return;
   }
-  const index_t together = std::min<index_t>(stage_parts<T, scan_stage::whole>, round_up(ceil_div(average, part_steps), group_parts));
+  const index_t together =
+      std::min<index_t>(stage_parts<T, scan_stage::whole>, round_up(ceil_div(average, part_steps), group_parts));
   launch(function, exec, scan_rows<Rule, scan_stage::whole>,
          {grid_of(p.sequences), static_cast<unsigned>(together * warp_threads)}, d, nullptr, 0);
 }

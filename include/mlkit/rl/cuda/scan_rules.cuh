@@ -1,4 +1,5 @@
-// The steps of the scans' rules, one step of one sequence at a time: what rl/cpu's recurrences are to registers of them.
+// The steps of the scans' rules, one step of one sequence at a time: what rl/cpu's recurrences are to registers of
+// them.
 #pragma once
 
 #include "../advantages.hpp"
