@@ -24,8 +24,8 @@ TEMPLATE_TEST_CASE("linear_backward gives da, db and dx on every executor", "[lo
     layer<TestType> l(s.tokens, s.in, s.out, s.rank);
     auto da = l.template result<A>(s.rank, s.in), db = l.template result<A>(s.out, s.rank);
     auto dx = l.result(s.tokens, s.in);
-    lora::linear_backward(l.exec, l.x.view(), l.base(), l.adapter(), l.dy.view(),
-                          lora::gradients{da.view(), db.view()}, dx.view());
+    lora::linear_backward(l.exec, l.x.view(), l.base(), l.adapter(), l.dy.view(), lora::gradients{da.view(), db.view()},
+                          dx.view());
     CHECK(difference(l.read(da), l.da()) < tolerance<TestType>());
     CHECK(difference(l.read(db), l.db()) < tolerance<TestType>());
     CHECK(difference(l.read(dx), l.dx()) < tolerance<TestType>());
