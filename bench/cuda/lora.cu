@@ -1,7 +1,7 @@
 // LoRA on a GPU, timed: prints a line of JSON for each case, with the ceilings of the same run first.
 //
-// Calls are captured into a CUDA graph, over operands that together exceed the level-2 cache, and the graph is replayed;
-// the time is the median of the replays, divided by the calls.
+// Calls are captured into a CUDA graph, over operands that together exceed the level-2 cache, and the graph is
+// replayed; the time is the median of the replays, divided by the calls.
 #include <mlkit/lora.cuh>
 
 #include <algorithm>
@@ -88,9 +88,10 @@ class bench {
     if (!wanted(name)) return 0;
     try {
       const double us = time(calls, f);
-      std::printf("{\"case\": \"%s\", \"microseconds\": %.3f, \"bytes\": %.0f, \"flops\": %.0f, \"tb_per_s\": %.3f, "
-                  "\"tflops\": %.1f}\n",
-                  name.c_str(), us, bytes, flops, bytes / us * 1e-6, flops / us * 1e-6);
+      std::printf(
+          "{\"case\": \"%s\", \"microseconds\": %.3f, \"bytes\": %.0f, \"flops\": %.0f, \"tb_per_s\": %.3f, "
+          "\"tflops\": %.1f}\n",
+          name.c_str(), us, bytes, flops, bytes / us * 1e-6, flops / us * 1e-6);
       std::fflush(stdout);
       return us;
     } catch (const std::exception& e) {
@@ -122,10 +123,7 @@ struct layer {
         b(bench.normal<bf16>(o, r, 0.02f)),
         y(bench.exec(), {t, o}) {}
   lora::adapter_view<bf16> adapter() const { return {a.view(), b.view(), 2.0}; }
-  double flops() const {
-    return 2.0 * static_cast<double>(tokens) *
-           static_cast<double>(in * out + rank * (in + out));
-  }
+  double flops() const { return 2.0 * static_cast<double>(tokens) * static_cast<double>(in * out + rank * (in + out)); }
   double bytes(double weight_bytes = 2) const {
     return 2.0 * static_cast<double>(tokens * (in + out) + rank * (in + out)) +
            weight_bytes * static_cast<double>(in * out);
@@ -201,6 +199,8 @@ void forward(bench& bench) {
       layer& l = at(i);
       lora::linear(bench.exec(), l.x, lora::dense{l.w}, l.adapter(), l.y);
     });
+    bench.run("part: x W^T by mlkit " + name, 2 * (2 * t * 4096 + 4096 * 4096), 2 * t * 4096 * 4096, 9,
+              [&](int i) { lora::linear(bench.exec(), at(i).x, lora::dense{at(i).w}, at(i).y); });
     // Its parts, and the one product of depth in + rank that it would be if [W | B] and [x | h] lay side by side.
     const mlkit::device_tensor<bf16, 2> h(bench.exec(), {tokens, 16});
     const mlkit::matrix_view<bf16> h_view(h.data(), h.extents());
@@ -275,8 +275,8 @@ void backward(bench& bench) {
   auto all = layers(bench, 2, 4096, 4096, 4096, 16);
   mlkit::device_tensor<bf16, 2> dx(bench.exec(), {4096, 4096});
   mlkit::device_tensor<float, 2> da(bench.exec(), {16, 4096}), db(bench.exec(), {4096, 16});
-  bench.run("backward bf16 " + shape_of(*all[0]), 2.0 * 4096 * 4096 * 4, 2.0 * 4096 * (4096.0 * 4096 + 5 * 4096 * 16), 4,
-            [&](int i) {
+  bench.run("backward bf16 " + shape_of(*all[0]), 2.0 * 4096 * 4096 * 4, 2.0 * 4096 * (4096.0 * 4096 + 5 * 4096 * 16),
+            4, [&](int i) {
               layer& l = *all[static_cast<std::size_t>(i % 2)];
               lora::linear_backward(bench.exec(), l.x, lora::dense{l.w}, l.adapter(), l.y,
                                     lora::gradients{da.view(), db.view()}, dx);

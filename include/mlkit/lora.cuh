@@ -3,4 +3,5 @@
 
 #include "core/cuda.cuh"
 #include "lora.hpp"
+#include "lora/cuda/dora.cuh"
 #include "lora/cuda/linear.cuh"
