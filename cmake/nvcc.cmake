@@ -7,7 +7,7 @@ set(MLKIT_NVCC OFF)
 if(CUDAToolkit_FOUND AND CUDAToolkit_NVCC_EXECUTABLE AND NOT MLKIT_SANITIZE AND NOT CMAKE_CROSSCOMPILING)
   set(MLKIT_NVCC ON)
 endif()
-set(MLKIT_CUDA_ARCHITECTURES 90 CACHE STRING "GPUs that nvcc compiles programs for, as in sm_90")
+set(MLKIT_CUDA_ARCHITECTURES 90a CACHE STRING "GPUs that nvcc compiles programs for, as in sm_90a")
 
 function(add_nvcc_program target)
   cmake_parse_arguments(PARSE_ARGV 1 program "" "" "INCLUDES;SOURCES")
