@@ -9,6 +9,7 @@
 #include <new>
 
 #include "fibers.hpp"
+#include "hopper.hpp"
 #include "internal.hpp"
 
 #ifdef MLKIT_EMULATION_ASAN
@@ -285,6 +286,7 @@ void run_block(unsigned threads) {
     f.groups = 0;
   }
   begin_block_of_memory();
+  begin_block_of_hopper();
   unsigned done = 0;
   while (done < threads) {
     bool moved = false;
@@ -337,6 +339,8 @@ void note_failure(const std::string& text) {
   if (!now.on_fiber) throw fault("CUDA emulation: " + text);
   now.failure = "thread " + triple(now.current->index) + ": " + text;
 }
+
+void leave_turn() { switch_to_scheduler(false); }
 
 void leave_for_good() {
   switch_to_scheduler(true);

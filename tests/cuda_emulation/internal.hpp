@@ -54,7 +54,7 @@ std::string where_in_device_memory(std::uintptr_t address);
 
 // ---- fibers.cpp: threads
 
-enum class state : unsigned char { ready, at_barrier, in_warp, done };
+enum class state : unsigned char { ready, at_barrier, in_warp, at_mbarrier, done };
 
 struct pending_copy {
   void* shared;
@@ -72,6 +72,7 @@ struct fiber {
   int barrier = 0;
   int threads = 0;
   warp_call* call = nullptr;
+  const void* waits_for = nullptr;
   const char* waits_in = "";
   const char* file = "";
   int line = 0;
@@ -124,6 +125,9 @@ struct engine {
 extern thread_local engine now;
 
 inline constexpr std::size_t most_shared = 232448;  // bytes that a block can ask for
+
+/// Lets others go on until `current`'s state is ready again.
+void leave_turn();
 
 void note_failure(const std::string& text);
 [[noreturn]] void leave_for_good();
