@@ -72,9 +72,8 @@ __global__ void pass_boxes(const __grid_constant__ CUtensorMap map, unsigned cha
 }
 
 // A map of x [rows, cols], rows `pitch` apart.
-CUtensorMap map_of(std::uint16_t* x, std::uint64_t rows, std::uint64_t cols, std::uint64_t pitch, std::uint32_t lines,
-                   CUresult want = CUDA_SUCCESS) {
-  CUtensorMap map{};
+void make_map(CUtensorMap& map, std::uint16_t* x, std::uint64_t rows, std::uint64_t cols, std::uint64_t pitch,
+              std::uint32_t lines, CUresult want = CUDA_SUCCESS) {
   const cuuint64_t extents[2] = {cols, rows}, stride = pitch * 2;
   const cuuint32_t box[2] = {64, lines}, ones[2] = {1, 1};
   void* function = nullptr;
@@ -85,7 +84,6 @@ CUtensorMap map_of(std::uint16_t* x, std::uint64_t rows, std::uint64_t cols, std
   REQUIRE(encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, x, extents, &stride, box, ones,
                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == want);
-  return map;
 }
 
 }  // namespace
@@ -95,7 +93,8 @@ TEST_CASE("emulation: boxes are copied as the manual says, and barriers order wh
   std::vector<std::uint16_t> x(rows * pitch);
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<std::uint16_t>(i + 1);
   const device_vector<std::uint16_t> given(x);
-  const CUtensorMap map = map_of(given.data(), rows, cols, pitch, lines);
+  CUtensorMap map{};
+  make_map(map, given.data(), rows, cols, pitch, lines);
   const device_vector<unsigned char> out(6 * bytes);
   const shape s{.block = 96, .shared = 2 * 8192 + 1024};
   for (const auto order : {cuda_emulation::turns::forward, cuda_emulation::turns::backward}) {
@@ -131,11 +130,12 @@ TEST_CASE("emulation: boxes are copied as the manual says, and barriers order wh
 
 TEST_CASE("emulation: maps that the driver refuses", "[cuda]") {
   const device_vector<std::uint16_t> x(std::vector<std::uint16_t>(1000));
-  map_of(x.data(), 4, 64, 64, 4);
-  map_of(x.data() + 1, 4, 64, 64, 4, CUDA_ERROR_INVALID_VALUE);
-  map_of(x.data(), 4, 64, 65, 4, CUDA_ERROR_INVALID_VALUE);
-  map_of(x.data(), 4, 64, 64, 257, CUDA_ERROR_INVALID_VALUE);
-  map_of(x.data(), 0, 64, 64, 4, CUDA_ERROR_INVALID_VALUE);
+  CUtensorMap map{};
+  make_map(map, x.data(), 4, 64, 64, 4);
+  make_map(map, x.data() + 1, 4, 64, 64, 4, CUDA_ERROR_INVALID_VALUE);
+  make_map(map, x.data(), 4, 64, 65, 4, CUDA_ERROR_INVALID_VALUE);
+  make_map(map, x.data(), 4, 64, 64, 257, CUDA_ERROR_INVALID_VALUE);
+  make_map(map, x.data(), 0, 64, 64, 4, CUDA_ERROR_INVALID_VALUE);
 }
 
 namespace {
