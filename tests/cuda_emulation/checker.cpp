@@ -13,7 +13,7 @@
 namespace cuda_emulation {
 
 bool instrumented = false;
-thread_local bool watching = false;
+thread_local constinit bool watching = false;
 
 namespace {
 

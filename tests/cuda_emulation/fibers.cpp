@@ -108,11 +108,14 @@ thread_local constinit uint3 gridDim{}, blockDim{};
 
 namespace cuda_emulation {
 
-thread_local engine now;
+thread_local constinit engine now;
 
 namespace {
 
-turns turn_order = turns::forward;
+turns turn_order = [] {
+  const char* text = std::getenv("MLKIT_EMULATED_TURNS");
+  return text && std::strcmp(text, "backward") == 0 ? turns::backward : turns::forward;
+}();
 
 // Stacks of one host thread, below each of them a page that must not be touched.
 struct stacks {
@@ -133,7 +136,12 @@ struct stacks {
     for (const auto p : all) munmap(reinterpret_cast<void*>(p - guard), stack_bytes + guard);
   }
 };
-thread_local stacks the_stacks;
+struct owned {
+  stacks of_fibers;
+  std::vector<fiber> fibers;
+  std::string failure;
+};
+thread_local owned mine;
 
 void switch_to_fiber(fiber& f) {
   engine& e = now;
@@ -199,7 +207,7 @@ bool same_place(const fiber& a, const fiber& b) {
 
 // What each thread waits for, runs of threads together: "threads 0 to 31 wait in __syncthreads at x.cu:7".
 std::string who_waits_where() {
-  const auto& fibers = now.fibers;
+  const fiber* fibers = now.fibers;
   std::string text;
   int groups = 0;
   for (unsigned i = 0; i < now.threads;) {
@@ -225,7 +233,7 @@ std::string who_waits_where() {
 [[noreturn]] void throw_failure() {
   std::string text = "CUDA emulation: kernel " + now.running->kernel + ", block " + triple(now.block);
   // The text of a fault of one thread begins with "thread".
-  text += ": " + now.failure;
+  text += ": " + mine.failure;
   throw fault(text);
 }
 
@@ -269,11 +277,12 @@ void run_block(unsigned threads) {
   ++e.generation;
   std::memset(&e.time, 0, sizeof e.time);
   for (auto& t : e.time.now) t = 1;
-  if (e.fibers.size() < threads) e.fibers.resize(threads);
+  if (mine.fibers.size() < threads) mine.fibers.resize(threads);
+  e.fibers = mine.fibers.data();
   const dim3 size = e.running->block;
   for (unsigned i = 0; i < threads; ++i) {
     fiber& f = e.fibers[i];
-    f.stack = the_stacks[i];
+    f.stack = mine.of_fibers[i];
 #ifdef MLKIT_EMULATION_ASAN
     ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(f.stack), stack_bytes);
     f.fake_stack = nullptr;
@@ -295,11 +304,11 @@ void run_block(unsigned threads) {
       if (f.state != state::ready) continue;
       moved = true;
       switch_to_fiber(f);
-      if (!e.failure.empty()) throw_failure();
+      if (e.failed) throw_failure();
       if (f.state == state::done) ++done;
     }
     if (!moved) {
-      e.failure = "threads wait for each other in vain: " + who_waits_where();
+      mine.failure = "threads wait for each other in vain: " + who_waits_where();
       throw_failure();
     }
   }
@@ -320,11 +329,10 @@ void run_grid(grid& g, const void* kernel, kernel_call call, const void* paramet
     ~finally() {
       now.running = nullptr;
       now.on_fiber = false;
-      now.failure.clear();
+      now.failed = false;
       watching = false;
     }
   } const at_the_end;
-  e.failure.clear();
   const unsigned threads = g.block.x * g.block.y * g.block.z;
   const std::uint64_t blocks = std::uint64_t{g.size.x} * g.size.y * g.size.z;
   for (std::uint64_t k = 0; k < blocks; ++k) {
@@ -337,7 +345,8 @@ void run_grid(grid& g, const void* kernel, kernel_call call, const void* paramet
 
 void note_failure(const std::string& text) {
   if (!now.on_fiber) throw fault("CUDA emulation: " + text);
-  now.failure = "thread " + triple(now.current->index) + ": " + text;
+  now.failed = true;
+  mine.failure = "thread " + triple(now.current->index) + ": " + text;
 }
 
 void leave_turn() { switch_to_scheduler(false); }

@@ -103,7 +103,7 @@ struct grid {
   std::size_t parameter_bytes = 0;
 };
 
-// The kernel that runs on a host thread.
+// The kernel that runs on a host thread. Made without being asked for, so that accesses to it need no guard.
 struct engine {
   fiber* current = nullptr;
   bool on_fiber = false;
@@ -111,10 +111,10 @@ struct engine {
   uint3 block{};
   unsigned threads = 0;          // of a block
   std::uint32_t generation = 0;  // of blocks, from 1
-  std::vector<fiber> fibers;
-  clocks time;
+  fiber* fibers = nullptr;
+  clocks time{};
   void* scheduler = nullptr;
-  std::string failure;
+  bool failed = false;
   unsigned char* shared = nullptr;  // dynamic shared memory
 #ifdef MLKIT_EMULATION_ASAN
   void* fake_stack = nullptr;
@@ -122,7 +122,7 @@ struct engine {
   std::size_t scheduler_stack_bytes = 0;
 #endif
 };
-extern thread_local engine now;
+extern thread_local constinit engine now;
 
 inline constexpr std::size_t most_shared = 232448;  // bytes that a block can ask for
 
@@ -141,8 +141,8 @@ template <class Text>
 
 // ---- checker.cpp: what memory is touched, by whom and when
 
-extern bool instrumented;           // some of the program tells of each access: hooks.cpp
-extern thread_local bool watching;  // what the thread does now is a kernel's work
+extern bool instrumented;                     // some of the program tells of each access: hooks.cpp
+extern thread_local constinit bool watching;  // what the thread does now is a kernel's work
 
 /// While it lives, accesses are the emulation's own.
 class unwatched {
