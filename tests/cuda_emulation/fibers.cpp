@@ -202,7 +202,8 @@ std::string place(const fiber& f) {
   return std::string(f.waits_in) + " at " + base_name(f.file) + ":" + std::to_string(f.line);
 }
 bool same_place(const fiber& a, const fiber& b) {
-  return a.line == b.line && std::strcmp(a.waits_in, b.waits_in) == 0 && std::strcmp(a.file, b.file) == 0;
+  const auto same = [](const char* x, const char* y) { return x == y || std::strcmp(x, y) == 0; };
+  return a.line == b.line && same(a.waits_in, b.waits_in) && same(a.file, b.file);
 }
 
 // What each thread waits for, runs of threads together: "threads 0 to 31 wait in __syncthreads at x.cu:7".
@@ -268,6 +269,7 @@ void release_barrier(int id) {
     warps |= 1u << (f.thread / 32);
     f.state = state::ready;
   }
+  now.arrived[id].count = 0;
   join_clocks(warps);
 }
 
@@ -277,6 +279,7 @@ void run_block(unsigned threads) {
   ++e.generation;
   std::memset(&e.time, 0, sizeof e.time);
   for (auto& t : e.time.now) t = 1;
+  for (auto& a : e.arrived) a.count = 0;
   if (mine.fibers.size() < threads) mine.fibers.resize(threads);
   e.fibers = mine.fibers.data();
   const dim3 size = e.running->block;
@@ -378,18 +381,14 @@ void barrier(int id, int threads, const char* name, int line, const char* file) 
   self.file = file;
   self.line = line;
   const unsigned wanted = threads == 0 ? e.threads : std::min(static_cast<unsigned>(threads), e.threads);
-  unsigned there = 0;
-  for (unsigned i = 0; i < e.threads; ++i) {
-    const fiber& f = e.fibers[i];
-    if (f.state != state::at_barrier || f.barrier != id) continue;
-    ++there;
-    if (f.threads != threads)
-      fail([&] {
-        return "barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads, where thread " +
-               std::to_string(f.thread) + " waits for " + std::to_string(f.threads);
-      });
-  }
-  if (there == wanted) release_barrier(id);
+  arrivals& there = e.arrived[id];
+  if (there.count == 0) there.first = self.thread;
+  if (const int others = e.fibers[there.first].threads; others != threads)
+    fail([&] {
+      return "barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads, where thread " +
+             std::to_string(there.first) + " waits for " + std::to_string(others);
+    });
+  if (++there.count == wanted) release_barrier(id);
   if (self.state != state::ready) switch_to_scheduler(false);
 }
 

@@ -103,6 +103,11 @@ struct grid {
   std::size_t parameter_bytes = 0;
 };
 
+// At a barrier.
+struct arrivals {
+  unsigned count, first;
+};
+
 // The kernel that runs on a host thread. Made without being asked for, so that accesses to it need no guard.
 struct engine {
   fiber* current = nullptr;
@@ -113,6 +118,7 @@ struct engine {
   std::uint32_t generation = 0;  // of blocks, from 1
   fiber* fibers = nullptr;
   clocks time{};
+  arrivals arrived[barriers]{};
   void* scheduler = nullptr;
   bool failed = false;
   unsigned char* shared = nullptr;  // dynamic shared memory
