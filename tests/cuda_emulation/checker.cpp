@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <set>
 
 #include "internal.hpp"
 
@@ -74,6 +75,7 @@ struct spaces {
   space dynamic, variables;
   unsigned char* buffer = nullptr;
   std::vector<const void*> kernel_of = kernels_of_variables();
+  std::set<const void*> launched;
 
   // Free bytes around it, so that what goes a little too far is known for what it is.
   static constexpr std::size_t margin = 1 << 16;
@@ -262,11 +264,15 @@ void check_any(fiber& who, const void* p, std::size_t bytes, access_kind how) {
 
 bool watches_memory() { return instrumented; }
 
-void begin_block_of_memory() {
+void begin_grid_of_memory() {
   if (!here) {
     the_spaces = std::make_unique<spaces>();
     here = the_spaces.get();
   }
+  if (here->launched.insert(now.running->function).second) claim_variables(now.running->function, here->kernel_of);
+}
+
+void begin_block_of_memory() {
 #ifdef MLKIT_EMULATION_ASAN
   if (here->dynamic.bytes != now.running->shared || !now.shared) {
     ASAN_POISON_MEMORY_REGION(here->buffer, most_shared + 2 * spaces::margin + 1024);

@@ -336,6 +336,7 @@ void run_grid(grid& g, const void* kernel, kernel_call call, const void* paramet
       watching = false;
     }
   } const at_the_end;
+  begin_grid_of_memory();
   const unsigned threads = g.block.x * g.block.y * g.block.z;
   const std::uint64_t blocks = std::uint64_t{g.size.x} * g.size.y * g.size.z;
   for (std::uint64_t k = 0; k < blocks; ++k) {

@@ -31,8 +31,11 @@ struct local_block {
 };
 local_block thread_local_block();
 bool is_constant(std::uintptr_t address);  // in the program's read-only data
-/// In whose body each of them is declared; null for those of functions that are no kernels.
+/// In whose body each of them is declared; null for those of functions that are no kernels, or are not known as such
+/// because they have internal linkage.
 std::vector<const void*> kernels_of_variables();
+/// Notes which variables belong to a kernel that may not have been known as one.
+void claim_variables(const void* kernel, std::vector<const void*>& kernels);
 std::string function_name(const void* function);
 std::string demangled(const char* name);
 
@@ -167,6 +170,7 @@ void check(const void* p, std::size_t bytes, access_kind how);
 /// An access by another thread than the current one: a collective's.
 void check_by(fiber& who, const void* p, std::size_t bytes, access_kind how);
 bool is_shared_memory(const void* p);
+void begin_grid_of_memory();
 void begin_block_of_memory();
 /// Marks shared memory that a copy is under way to, and that it is there.
 void copy_began(const void* shared, std::size_t bytes);

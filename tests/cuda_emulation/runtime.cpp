@@ -564,7 +564,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
   attributes->maxThreadsPerBlock = most_threads;
   attributes->numRegs = 64;
   const auto& variables = shared_variables();
-  const auto kernels = kernels_of_variables();
+  auto kernels = kernels_of_variables();
+  claim_variables(kernel, kernels);
   for (std::size_t i = 0; i < variables.size(); ++i)
     if (kernels[i] == kernel) attributes->sharedSizeBytes += variables[i].bytes;
   attributes->ptxVersion = attributes->binaryVersion = compute_capability();
