@@ -5,3 +5,4 @@
 #include "lora.hpp"
 #include "lora/cuda/dora.cuh"
 #include "lora/cuda/linear.cuh"
+#include "lora/cuda/per_row.cuh"
