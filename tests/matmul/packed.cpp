@@ -85,7 +85,7 @@ TEST_CASE("packed weights are refused by an instruction set that reads others") 
   mlkit::set_isa(mlkit::isa::avx2);
   mlkit::matmul(cpu{}, x, packed, y);
   CHECK(y(0, 0) == 0);
-  if (mlkit::isa_available(mlkit::isa::avx512_bf16)) {
+  if (mlkit::isa_available(mlkit::isa::avx512) && mlkit::isa_available(mlkit::isa::avx512_bf16)) {
     mlkit::set_isa(mlkit::isa::avx512);
     const auto shared = mlkit::pack(cpu{}, w);
     mlkit::set_isa(mlkit::isa::avx512_bf16);

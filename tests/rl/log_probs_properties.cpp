@@ -263,6 +263,10 @@ TEST_CASE("what log_probs refuses", "[rl][log_probs]") {
   says("value_error: rl::log_probs: temperature = 0 is not above 0 and finite");
   p.temperature = INFINITY;
   says("value_error: rl::log_probs: temperature = inf is not above 0 and finite");
+  p.temperature = 1e-45;  // whose inverse is no float
+  says("value_error: rl::log_probs: temperature = 1e-45 is outside [1e-30, 1e30]");
+  p.temperature = 1e300;
+  says("value_error: rl::log_probs: temperature = 1e+300 is outside [1e-30, 1e30]");
   p.tokens.push_back(1);
   says("shape_error: rl::log_probs: tokens has shape [5], but logits' rows has [4]");
   p.mask.pop_back();

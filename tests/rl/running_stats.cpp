@@ -30,6 +30,7 @@ TEMPLATE_TEST_CASE("running statistics are those of all rows so far", "[rl][runn
     stats.merge(other.state());
     rl::running_stats copy(columns);
     copy.restore(stats.state());
+    copy.restore(copy.state());
     mlkit::tensor<TestType, 2> out({700, columns}), kept_mean({700, columns});
     copy.normalize(cpu{}, x, {.epsilon = 0.5, .clip = 1.5}, out);
     copy.normalize(cpu{}, x, {.epsilon = 0, .clip = inf, .center = false}, kept_mean);

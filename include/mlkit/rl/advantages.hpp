@@ -67,7 +67,7 @@ void gae(const Executor& exec, const rollout<std::type_identity_t<T>>& in, const
   call.template episodes<Done>(in);
   call.write_optional("advantages", out.advantages, p.out[0]);
   call.write_optional("returns", out.returns, p.out[1]);
-  detail::run_scan(function, exec, p, {});
+  run_scan(function, exec, p, detail::scan_needs{});
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

@@ -264,7 +264,9 @@ void sample(const Executor& exec, const Policy& policy, const random_stream& ran
   parallel_for(threads_for(exec, c.logits.size()), rows, [&](index_t r) {
     for (index_t i = 0; i < c.count(); ++i) {
       const matrix_view<const T> z = c.of(c.logits, i);
-      const double u = random.uniform(static_cast<std::uint64_t>((first + r) * c.count() + i));
+      const double u = random.uniform((static_cast<std::uint64_t>(first) + static_cast<std::uint64_t>(r)) *
+                                          static_cast<std::uint64_t>(c.count()) +
+                                      static_cast<std::uint64_t>(i));
       actions(r, i) = static_cast<I>(sample_class(z.data + r * z.strides[0], z.strides[1], z.extent(1), u));
     }
   });

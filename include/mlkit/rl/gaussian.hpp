@@ -178,7 +178,9 @@ void sample(const Executor& exec, const gaussian<T>& policy, const random_stream
   parallel_for(threads_for(exec, a.size()), a.extent(0), [&](index_t r) {
     const index_t s = row_of_log_std(policy, r);
     for (index_t c = 0; c < d; ++c) {
-      const A normal = static_cast<A>(random.normal(static_cast<std::uint64_t>((first + r) * d + c)));
+      const A normal = static_cast<A>(random.normal(
+          (static_cast<std::uint64_t>(first) + static_cast<std::uint64_t>(r)) * static_cast<std::uint64_t>(d) +
+          static_cast<std::uint64_t>(c)));
       a(r, c) =
           static_cast<T>(static_cast<A>(policy.mean(r, c)) + exp_of(static_cast<A>(policy.log_std(s, c))) * normal);
     }

@@ -46,8 +46,7 @@ struct row_labels {
       check_view(function, "labels", v);
       call.reads("labels", v);
     });
-    if (!(std::isfinite(o.temperature) && o.temperature > 0))
-      fail_value(function, ": temperature = ", o.temperature, " is not above 0 and finite");
+    check_temperature(function, o.temperature);
     if (!(o.label_smoothing >= 0 && o.label_smoothing < 1))
       fail_value(function, ": label_smoothing = ", o.label_smoothing, " is outside [0, 1)");
     check_non_negative(function, "normaliser", o.normaliser);

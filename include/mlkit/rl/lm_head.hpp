@@ -292,8 +292,7 @@ head_problem<H, W> make_head(arguments& call, std::string_view function, const t
   check_view(function, "hidden", hidden);
   check_view(function, "lm_head", weight);
   check_extent(function, "lm_head", "columns", weight.extent(1), "hidden", hidden.extents[Rank]);
-  if (!(std::isfinite(temperature) && temperature > 0))
-    fail_value(function, ": temperature = ", temperature, " is not above 0 and finite");
+  check_temperature(function, temperature);
   call.reads("hidden", hidden);
   call.reads("lm_head", weight);
   if (is_given(to.dhidden)) {

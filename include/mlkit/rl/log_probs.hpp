@@ -3,7 +3,7 @@
 // Losses over logits stand on detail::run_logits, the one pass that all of this is:
 //
 //   arguments call(function, exec);
-//   auto p = make_logits_problem<T>(call, function, logits, tokens, options);
+//   auto p = make_logits_problem<T>(call, function, logits, tokens, options, looks_at_data<Executor>);
 //   set_gradient(call, function, dlogits, logits, p);  // without it, values alone
 //   p.with_entropy = true;                             // else f's entropy is 0
 //   run_logits(exec, p, f);
@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "../simd/math.hpp"
+#include "options.hpp"
 #include "token_ids.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
@@ -271,11 +272,11 @@ logits_problem<T> make_rows(const tensor_view<const T, Rank + 1>& logits, double
 }
 
 /// Checks logits, tokens and options, names them to the call, and makes a problem of them, without a gradient.
-/// vocabulary: what the ids are to be within, for rows that the mask keeps.
+/// Ids of rows that the mask keeps are refused outside the vocabulary where they can be looked at.
 template <class T, int Rank>
 logits_problem<T> make_logits_problem(arguments& call, std::string_view function,
                                       const tensor_view<const T, Rank + 1>& logits, const token_ids<Rank>& tokens,
-                                      const log_prob_options<Rank>& o, bool logits_are_written = false) {
+                                      const log_prob_options<Rank>& o, bool look, bool logits_are_written = false) {
   check_view(function, "logits", logits);
   const extents_t<Rank> shape = leading<Rank>(logits.extents);
   check_same_shape<Rank>(function, "tokens", tokens.extents(), "logits' rows", shape);
@@ -284,14 +285,13 @@ logits_problem<T> make_logits_problem(arguments& call, std::string_view function
     call.reads("tokens", v);
   });
   check_mask<Rank>(call, function, o.mask, "logits' rows", shape);
-  if (!(std::isfinite(o.temperature) && o.temperature > 0))
-    fail_value(function, ": temperature = ", o.temperature, " is not above 0 and finite");
+  check_temperature(function, o.temperature);
   if (!logits_are_written) call.reads("logits", logits);
 
   logits_problem<T> p = make_rows<T, Rank>(logits, o.temperature);
   tokens.visit([&](const auto& v) { p.tokens = as_rows(v); });
   if (o.mask) p.mask = as_rows(o.mask.values);
-  for (index_t i = 0; i < p.rows(); ++i)
+  for (index_t i = 0; look && i < p.rows(); ++i)
     if (p.keeps(i) && (p.token(i) < 0 || p.token(i) >= p.classes))
       fail_value(function, ": ", index_text<Rank>("tokens", i, shape), " = ", p.token(i), " is outside [0, ", p.classes,
                  ")");
@@ -355,7 +355,7 @@ struct row_outputs {
     check_row_output(call, function, "entropy", out.entropy, shape, rows_of);
     check_row_output(call, function, "lse", out.lse, shape, rows_of);
   }
-  void set(index_t row, A l, A h, A s) const noexcept {
+  MLKIT_HOST_DEVICE void set(index_t row, A l, A h, A s) const noexcept {
     const index_t b = row < time ? 0 : row / time, t = row - b * time;
     if (logp.data) logp(b, t) = l;
     if (entropy.data) entropy(b, t) = h;
@@ -373,8 +373,11 @@ struct row_outputs {
 template <class F, class A>
 inline constexpr bool wants_entropy = std::is_invocable_v<const F&, index_t, A, A>;
 
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // f runs where the kernel does
+#endif
 template <class A, class F>
-token_gradient<A> call_loss(const F& f, index_t row, A logp, A entropy) {
+MLKIT_HOST_DEVICE token_gradient<A> call_loss(const F& f, index_t row, A logp, A entropy) {
   const auto returned = [&] {
     if constexpr (wants_entropy<F, A>)
       return f(row, logp, entropy);
@@ -386,6 +389,45 @@ token_gradient<A> call_loss(const F& f, index_t row, A logp, A entropy) {
   else
     return returned;
 }
+
+// What run_logits calls for a row: f(row, logp, entropy, lse). On a GPU it also calls masked(row) for rows that the mask
+// leaves out.
+
+// Keeps what log_probs writes.
+template <class A>
+struct keep_row {
+  row_outputs<A> rows;
+
+  MLKIT_HOST_DEVICE token_gradient<A> operator()(index_t row, A logp, A entropy, A lse) const noexcept {
+    rows.set(row, logp, entropy, lse);
+    return {};
+  }
+  MLKIT_HOST_DEVICE void masked(index_t row) const noexcept { rows.set(row, A{}, A{}, A{}); }
+};
+// Asks a user's loss too. F is a reference where that may not be copied.
+template <class A, class F>
+struct keep_and_ask {
+  row_outputs<A> rows;
+  F f;
+
+  MLKIT_HOST_DEVICE token_gradient<A> operator()(index_t row, A logp, A entropy, A lse) const {
+    rows.set(row, logp, entropy, lse);
+    return call_loss<A>(f, row, logp, entropy);
+  }
+  MLKIT_HOST_DEVICE void masked(index_t row) const noexcept { rows.set(row, A{}, A{}, A{}); }
+};
+// Derivatives that are known.
+template <class A>
+struct known_slopes {
+  matrix_view<const A> dlogp, dentropy;
+  index_t time;
+
+  MLKIT_HOST_DEVICE token_gradient<A> operator()(index_t row, A, A, A) const noexcept {
+    const index_t b = row < time ? 0 : row / time, t = row - b * time;
+    return {dlogp.data ? dlogp(b, t) : A{}, dentropy.data ? dentropy(b, t) : A{}};
+  }
+  MLKIT_HOST_DEVICE void masked(index_t) const noexcept {}
+};
 
 template <class X>
 concept logits_like = viewable<X, 2> || viewable<X, 3>;
@@ -411,7 +453,7 @@ constexpr void check_gradient_type() {
 /// their row. Differences from the largest logit are what is exponentiated, so that logits of +-1e4 lose nothing.
 ///
 /// Logits are read once; nothing of their size is stored. The same bits for any number of threads. Throws shape_error
-/// where shapes do not fit or memory overlaps, value_error for a temperature that is not above 0 and finite, and for a
+/// where shapes do not fit or memory overlaps, value_error for a temperature outside [1e-30, 1e30], and for a
 /// token outside the vocabulary, named by its index, before anything is written. Milakov, Gimelshein: "Online
 /// normalizer calculation for softmax", 2018.
 template <executor Executor, detail::logits_like Logits>
@@ -424,14 +466,11 @@ void log_probs(const Executor& exec, const Logits& logits, const token_ids<detai
   using A = accumulator_t<T>;
   const tensor_view<const T, rank + 1> z = as_view(logits);
   detail::arguments call(function, exec);
-  auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options);
+  auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options, detail::looks_at_data<Executor>);
   const detail::row_outputs<A> rows(call, function, out, detail::leading<rank>(z.extents));
   p.with_entropy = rows.entropy.data != nullptr;
-  rows.clear_masked(p);
-  detail::run_logits(exec, p, [&](index_t row, A logp, A entropy, A lse) {
-    rows.set(row, logp, entropy, lse);
-    return token_gradient<A>{};
-  });
+  if constexpr (detail::looks_at_data<Executor>) rows.clear_masked(p);
+  run_logits(exec, p, detail::keep_row<A>{rows});
 }
 
 /// The log-probabilities alone.
@@ -470,15 +509,14 @@ void log_probs_and_gradient(
   const tensor_view<const T, rank + 1> z = as_view(logits);
   const tensor_view<T, rank + 1> dz = as_view(dlogits);
   detail::arguments call(function, exec);
-  auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options, detail::same_memory(dz, z));
+  auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options, detail::looks_at_data<Executor>,
+                                                detail::same_memory(dz, z));
   const detail::row_outputs<A> rows(call, function, out, detail::leading<rank>(z.extents));
   detail::set_gradient(call, function, dz, z, p);
   p.with_entropy = rows.entropy.data != nullptr || detail::wants_entropy<F, A>;
-  rows.clear_masked(p);
-  detail::run_logits(exec, p, [&](index_t row, A logp, A entropy, A lse) {
-    rows.set(row, logp, entropy, lse);
-    return detail::call_loss<A>(f, row, logp, entropy);
-  });
+  if constexpr (detail::looks_at_data<Executor>) rows.clear_masked(p);
+  using Held = std::conditional_t<detail::looks_at_data<Executor>, const F&, F>;
+  run_logits(exec, p, detail::keep_and_ask<A, Held>{rows, f});
 }
 
 /// dlogits from derivatives that are known: those of log_probs' outputs. Nothing of log_probs' is needed: the sums are
@@ -497,15 +535,13 @@ void log_probs_backward(
   const tensor_view<const T, rank + 1> z = as_view(logits);
   const tensor_view<T, rank + 1> dz = as_view(dlogits);
   detail::arguments call(function, exec);
-  auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options, detail::same_memory(dz, z));
+  auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options, detail::looks_at_data<Executor>,
+                                                detail::same_memory(dz, z));
   detail::check_derivatives<A, rank>(call, function, gradients, "logits' rows", detail::leading<rank>(z.extents));
   detail::set_gradient(call, function, dz, z, p);
   const matrix_view<const A> dlogp = detail::as_rows(gradients.dlogp), dentropy = detail::as_rows(gradients.dentropy);
   p.with_entropy = dentropy.data != nullptr;
-  detail::run_logits(exec, p, [&](index_t row, A, A, A) {
-    const auto [b, t] = p.at(row);
-    return token_gradient<A>{dlogp.data ? dlogp(b, t) : A{}, dentropy.data ? dentropy(b, t) : A{}};
-  });
+  run_logits(exec, p, detail::known_slopes<A>{dlogp, dentropy, p.time});
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

@@ -70,7 +70,7 @@ policy_stats logits_policy_loss(std::string_view function, const cpu& exec, cons
     else
       options.mask = tensor_view<const std::uint8_t, 1>(batch.mask.data, {shape[1]}, {batch.mask.strides[1]});
   }
-  auto p = make_logits_problem<T, Rank - 1>(call, function, logits, tokens, options, same_memory(out.logits, logits));
+  auto p = make_logits_problem<T, Rank - 1>(call, function, logits, tokens, options, true, same_memory(out.logits, logits));
   const policy_gradients<A> grads{.values = out.values};
   batch.mask = {};  // which is named already
   check_policy_batch(call, function, "logits' rows", shape, batch, uses_ratio<Policy>, true, o, grads);

@@ -51,6 +51,10 @@ concept batch_viewable = viewable<X, 1> || viewable<X, 2>;
 
 namespace detail {
 
+// Whether what a call is given lies where this thread can look at it before it begins.
+template <class Executor>
+inline constexpr bool looks_at_data = std::is_same_v<Executor, cpu>;
+
 template <class X>
 inline constexpr int rank_of = std::remove_cvref_t<decltype(as_view(std::declval<X&>()))>::rank;
 

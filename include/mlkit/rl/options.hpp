@@ -26,5 +26,11 @@ inline void check_non_negative(std::string_view function, std::string_view name,
   if (!(std::isfinite(value) && value >= 0))
     fail_value(function, ": ", name, " = ", value, " is negative or not finite");
 }
+// Kernels multiply by the inverse, in f32 too.
+inline void check_temperature(std::string_view function, double value) {
+  if (!(std::isfinite(value) && value > 0))
+    fail_value(function, ": temperature = ", value, " is not above 0 and finite");
+  if (value < 1e-30 || value > 1e30) fail_value(function, ": temperature = ", value, " is outside [1e-30, 1e30]");
+}
 
 }  // namespace MLKIT_NAMESPACE::rl::detail

@@ -426,8 +426,8 @@ template <class T>
 void check_policy_batch(arguments& call, std::string_view function, std::string_view of, const extents_t<2>& shape,
                         const policy_batch<T>& batch, bool with_ratio, bool with_entropies, const loss_options& o,
                         const policy_gradients<T>& grads) {
-  check_not_negative(function, "value_clip", o.value_clip);
-  check_not_negative(function, "value", o.value);
+  check_non_negative(function, "value_clip", o.value_clip);
+  check_non_negative(function, "value", o.value);
   if (!std::isfinite(o.entropy)) fail_value(function, ": entropy = ", o.entropy, " is not finite");
   const batch_check check{call, function, of, shape};
   if (shape[0] * shape[1] != 0) {
@@ -528,11 +528,11 @@ struct ppo_parts {
   loss_options parts;
 };
 inline ppo_parts parts_of_ppo(std::string_view function, const ppo_options& o) {
-  check_clip(function, "clip", o.clip);
+  check_unit_interval(function, "clip", o.clip);
   if (!std::isfinite(o.clip_high)) fail_value(function, ": clip_high = ", o.clip_high, " is not finite");
   if (o.dual_clip != 0 && !(o.dual_clip > 1))
     fail_value(function, ": dual_clip = ", o.dual_clip, " is neither 0 nor above 1");
-  check_not_negative(function, "tokens", o.tokens);
+  check_non_negative(function, "tokens", o.tokens);
   return {{.bound = o.dual_clip != 0 ? o.dual_clip : std::numeric_limits<double>::infinity(),
            .term = {.low = o.clip, .high = o.clip_high < 0 ? o.clip : o.clip_high}},
           {o.tokens},
@@ -600,7 +600,7 @@ value_stats value_loss(const Executor& exec, const Batch& batch, const value_opt
     fail_value(function, ": old_values is not given, but clip = ", o.clip);
   check.optional("old_values", batch.old_values);
   check.sequences(batch.mask, batch.cu_seqlens);
-  check_not_negative(function, "clip", o.clip);
+  check_non_negative(function, "clip", o.clip);
   check_aggregation(function, aggregate);
   check.output("dvalues", dvalues);
 

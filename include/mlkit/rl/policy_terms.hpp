@@ -8,7 +8,7 @@
 #include <string_view>
 
 #include "../core/config.hpp"
-#include "../core/error.hpp"
+#include "options.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
 
@@ -64,14 +64,6 @@ void check_term(std::string_view function, const P& term) {
   if constexpr (requires { term.check(function); }) term.check(function);
 }
 
-inline void check_clip(std::string_view function, std::string_view name, double value) {
-  if (!(value >= 0 && value <= 1)) fail_value(function, ": ", name, " = ", value, " is outside [0, 1]");
-}
-inline void check_not_negative(std::string_view function, std::string_view name, double value) {
-  if (!(std::isfinite(value) && value >= 0))
-    fail_value(function, ": ", name, " = ", value, " is negative or not finite");
-}
-
 // Terms have no branch, and no arithmetic on one side of a choice: so loops over them are vectorised.
 template <class A>
 MLKIT_HOST_DEVICE constexpr A clamp(A x, A low, A high) noexcept {
@@ -100,8 +92,8 @@ struct ppo_clip {
   double high = 0.2;  ///< not negative
 
   void check(std::string_view function) const {
-    detail::check_clip(function, "ppo_clip.low", low);
-    detail::check_not_negative(function, "ppo_clip.high", high);
+    detail::check_unit_interval(function, "ppo_clip.low", low);
+    detail::check_non_negative(function, "ppo_clip.high", high);
   }
   template <std::floating_point A>
   MLKIT_HOST_DEVICE constexpr policy_token<A> operator()(A ratio, A advantage, A) const noexcept {
@@ -158,8 +150,8 @@ struct gspo {
   double high = 4e-4;  ///< not negative
 
   void check(std::string_view function) const {
-    detail::check_clip(function, "gspo.low", low);
-    detail::check_not_negative(function, "gspo.high", high);
+    detail::check_unit_interval(function, "gspo.low", low);
+    detail::check_non_negative(function, "gspo.high", high);
   }
   template <std::floating_point A>
   MLKIT_HOST_DEVICE constexpr policy_token<A> operator()(A ratio, A advantage, A log_prob) const noexcept {
@@ -175,8 +167,8 @@ struct cispo {
   double high = 0.2;  ///< not negative
 
   void check(std::string_view function) const {
-    detail::check_clip(function, "cispo.low", low);
-    detail::check_not_negative(function, "cispo.high", high);
+    detail::check_unit_interval(function, "cispo.low", low);
+    detail::check_non_negative(function, "cispo.high", high);
   }
   template <std::floating_point A>
   MLKIT_HOST_DEVICE constexpr policy_token<A> operator()(A ratio, A advantage, A log_prob) const noexcept {
@@ -220,7 +212,7 @@ struct token_mean {
   double tokens =
       0;  ///< the number, such as that of all ranks and gradient accumulation steps; 0: those that count here
 
-  void check(std::string_view function) const { detail::check_not_negative(function, "token_mean.tokens", tokens); }
+  void check(std::string_view function) const { detail::check_non_negative(function, "token_mean.tokens", tokens); }
   MLKIT_HOST_DEVICE constexpr double weight(const token_counts& n) const noexcept {
     return 1 / (tokens > 0 ? tokens : n.tokens);
   }
@@ -231,7 +223,7 @@ struct sequence_mean_of_sums {
   double sequences = 0;  ///< the number of sequences; 0: those that have tokens here
 
   void check(std::string_view function) const {
-    detail::check_not_negative(function, "sequence_mean_of_sums.sequences", sequences);
+    detail::check_non_negative(function, "sequence_mean_of_sums.sequences", sequences);
   }
   MLKIT_HOST_DEVICE constexpr double weight(const token_counts& n) const noexcept {
     return 1 / (sequences > 0 ? sequences : n.sequences);
@@ -244,7 +236,7 @@ struct sequence_mean_of_means {
   double sequences = 0;  ///< the number of sequences; 0: those that have tokens here
 
   void check(std::string_view function) const {
-    detail::check_not_negative(function, "sequence_mean_of_means.sequences", sequences);
+    detail::check_non_negative(function, "sequence_mean_of_means.sequences", sequences);
   }
   MLKIT_HOST_DEVICE constexpr double weight(const token_counts& n) const noexcept {
     return 1 / ((sequences > 0 ? sequences : n.sequences) * n.of_sequence);

@@ -100,7 +100,7 @@ void discounted_returns(const Executor& exec, const rollout<std::type_identity_t
   call.steps("rewards", in.rewards, in.cu_seqlens, p.in[0]);
   call.template episodes<Done>(in);
   call.write("returns", returns, p.out[0]);
-  detail::run_scan(function, exec, p, {.end_values = false});
+  run_scan(function, exec, p, detail::scan_needs{.end_values = false});
 }
 
 /// G_t = r_t + gamma ((1 - lambda) v' + lambda G_{t+1}), the lambda-return, with v' as gae has it: 0 behind a
@@ -125,7 +125,7 @@ void td_lambda_returns(const Executor& exec, const rollout<std::type_identity_t<
   call.read("values", in.values, p.in[1]);
   call.template episodes<Done>(in);
   call.write("returns", returns, p.out[0]);
-  detail::run_scan(function, exec, p, {});
+  run_scan(function, exec, p, detail::scan_needs{});
 }
 
 /// G_t = r_t + gamma r_{t+1} + ... + gamma^{n-1} r_{t+n-1} + gamma^n V_{t+n}; where the episode or the window ends
@@ -149,7 +149,7 @@ void n_step_returns(const Executor& exec, const rollout<std::type_identity_t<T>>
   call.read("values", in.values, p.in[1]);
   call.template episodes<Done>(in);
   call.write("returns", returns, p.out[0]);
-  detail::run_n_step(function, exec, p);
+  run_n_step(function, exec, p);
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

@@ -32,8 +32,9 @@ class scan_call {
  public:
   using T = typename Problem::value_type;
 
-  scan_call(std::string_view function, const cpu& exec, Problem& p)
-      : function_(function), call_(function, exec), steps_(call_, function), p_(p) {}
+  template <executor Executor>
+  scan_call(std::string_view function, const Executor& exec, Problem& p)
+      : function_(function), call_(function, exec), steps_(call_, function, looks_at_data<Executor>), p_(p) {}
 
   /// The first of them; all others have its shape.
   void steps(std::string_view name, const sequence_view<const T>& v, const sequence_starts& starts,
@@ -140,7 +141,7 @@ void affine_scan(const Executor& exec, const F& f, const scan_options<std::type_
   call.read_optional("seed", options.seed, p.bootstrap);
   call.mask(options.mask);
   call.write("out", out, p.out[0]);
-  detail::run_scan(function, exec, p, {.finite_rewards = false, .end_values = false});
+  run_scan(function, exec, p, detail::scan_needs{.finite_rewards = false, .end_values = false});
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

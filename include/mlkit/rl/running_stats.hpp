@@ -74,7 +74,7 @@ class running_stats {
   void restore(std::span<const moments> state) {
     constexpr std::string_view function = "rl::running_stats::restore";
     check(function, state);
-    columns_.assign(state.begin(), state.end());
+    columns_ = std::vector<moments>(state.begin(), state.end());  // `state` may be its own
   }
   /// As if the rows behind `state` had been shown too: those of another rank, or of another running_stats.
   void merge(std::span<const moments> state) {
@@ -225,7 +225,7 @@ class reward_scaling {
     detail::name_non_finite(function, "returns",
                             vector_view<const double>(returns.data(), {static_cast<index_t>(returns.size())}), {});
     stats_.restore(state);
-    returns_.assign(returns.begin(), returns.end());
+    returns_ = std::vector<double>(returns.begin(), returns.end());
   }
 
   /// Takes in rewards [environments, time]; `ended` [environments, time] is set at steps that were the last of their

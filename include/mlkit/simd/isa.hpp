@@ -14,6 +14,12 @@
 #define MLKIT_X86 0
 #endif
 
+// Defined as 1: kernels are compiled for the narrowest and the widest set alone, in half the time; for builds that look
+// for faults rather than speed. The same in every translation unit of a program.
+#if !defined(MLKIT_TWO_SETS)
+#define MLKIT_TWO_SETS 0
+#endif
+
 namespace MLKIT_NAMESPACE {
 
 /// Instruction sets, each including those before it. `baseline` is what every machine of the architecture has: SSE2 on
@@ -26,9 +32,10 @@ constexpr const char* isa_name(isa set) noexcept {
   return names[static_cast<int>(set)];
 }
 
-/// Whether this machine (and operating system) can run the set.
+/// Whether this build has the set and this machine (and operating system) can run it.
 inline bool isa_available(isa set) noexcept {
 #if MLKIT_X86
+  if (MLKIT_TWO_SETS && (set == isa::avx2 || set == isa::avx512)) return false;
   const auto has_avx2 = [] {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
            __builtin_cpu_supports("bmi2");  // every such machine also has f16c
@@ -55,7 +62,7 @@ namespace detail {
 // one such instruction every other cycle, which is half the rate of f32.
 inline bool native_bf16_pays() noexcept {
 #if MLKIT_X86
-  return __builtin_cpu_is("amd");
+  return MLKIT_TWO_SETS || __builtin_cpu_is("amd");
 #else
   return false;
 #endif
@@ -104,7 +111,11 @@ inline void set_isa(isa set) {
 
 // MLKIT_SELECT(f<args>) is a pointer to mlkit::detail::<active set>::f<args>. A macro, since namespaces are no template
 // arguments. Kernels are reached through such a pointer, taken outside the parallel region.
-#if MLKIT_X86
+#if MLKIT_X86 && MLKIT_TWO_SETS
+#define MLKIT_SELECT(...)                                                                    \
+  (::mlkit::active_isa() == ::mlkit::isa::baseline ? &::mlkit::detail::baseline::__VA_ARGS__ \
+                                                   : &::mlkit::detail::avx512_bf16::__VA_ARGS__)
+#elif MLKIT_X86
 #define MLKIT_SELECT(...)                                                                \
   ([]() -> decltype(&::mlkit::detail::baseline::__VA_ARGS__) {                           \
     switch (::mlkit::active_isa()) {                                                     \
@@ -120,7 +131,7 @@ inline void set_isa(isa set) {
 
 // MLKIT_SELECT for code that gains nothing from bf16 instructions: on avx512_bf16 it takes avx512's, so that one set
 // less is compiled.
-#if MLKIT_X86
+#if MLKIT_X86 && !MLKIT_TWO_SETS
 #define MLKIT_SELECT_WITHOUT_BF16(...)                                         \
   ([]() -> decltype(&::mlkit::detail::baseline::__VA_ARGS__) {                 \
     switch (::mlkit::active_isa()) {                                           \
