@@ -179,7 +179,6 @@ __global__ __launch_bounds__(threads,
 template <class... Parameters, class... Arguments>
 void launch_early(std::string_view function, const cuda& exec, bool early, void (*kernel)(Parameters...),
                   const launch_shape& shape, Arguments&&... arguments) {
-#if !defined(MLKIT_CUDA_EMULATION)
   if (early && exec.properties().compute_capability >= 90) {
     const current_device here(exec.device());
     if (shape.shared > (48 << 10))
@@ -199,8 +198,6 @@ void launch_early(std::string_view function, const cuda& exec, bool early, void 
     check_cuda(function, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
     return;
   }
-#endif
-  (void)early;
   launch(function, exec, kernel, shape, std::forward<Arguments>(arguments)...);
 }
 
