@@ -104,10 +104,10 @@ void run_linear(const cuda& exec, const matrix_view<const X>& x, const Base& bas
   const index_t tokens = x.extent(0);
   finish<A, Bias, Y> stage{.columns = factors, .bias = base.bias.data};
   if (o.z.data) stage.keeping(o.z);
+  if constexpr (!Masked && std::is_same_v<X, E> && thin::has_reader<E, base_source_t<Base>>)
+    if (!o.z.data && decode_linear<E>(function, exec, x, base, p, y, o, factors)) return;
   if constexpr (!Masked && is_half<E>)
-    if (!o.z.data && (decode_linear<E>(function, exec, x, base, p, y, o, factors) ||
-                      warpgroup_linear<E>(function, exec, x, base, p, y, o, factors)))
-      return;
+    if (!o.z.data && warpgroup_linear<E>(function, exec, x, base, p, y, o, factors)) return;
   const auto left = left_of(x);
   const auto right = right_operand(transposed(base.weight()));
   if (p.rank() == 0) return multiply_on<E>(function, exec, left, right, y, stage);

@@ -175,6 +175,73 @@ __global__ __launch_bounds__(threads,
   }
 }
 
+// The same in f32, without tensor cores, for up to Few lines. Four warps take four of the wide lines and share their
+// depth out in turns, each lane four elements at a time; a block has two such groups.
+inline constexpr int single_lines = 4, single_warps = 4;
+
+template <int Few, class Tail, class Out, class Stage>
+__global__ __launch_bounds__(threads,
+                             2) void single_kernel(const problem<float, dense_source<float>, Tail, Out, Stage> p) {
+  constexpr int unroll = Few > 4 ? 1 : 2, step = 32 * 4;
+  __shared__ float parts[warps][single_lines][Few];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const index_t first = (index_t{blockIdx.x} * (warps / single_warps) + warp / single_warps) * single_lines;
+  if (!p.early) ptx::let_next_kernel_start();
+
+  float sums[single_lines][Few] = {};
+  for (index_t k0 = index_t{warp % single_warps} * step; k0 < p.depth; k0 += index_t{single_warps} * step * unroll) {
+    float wide[unroll][single_lines][4];
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) {
+      const index_t k = k0 + u * single_warps * step + lane * 4;
+#pragma unroll
+      for (int i = 0; i < single_lines; ++i) {
+        const bool valid = first + i < p.wide_lines && k < p.depth;
+        const uint4 w =
+            valid
+                ? ptx::load_streaming(reinterpret_cast<const uint4*>(p.wide.data + (first + i) * p.wide.row_stride + k))
+                : make_uint4(0, 0, 0, 0);
+        wide[u][i][0] = __uint_as_float(w.x), wide[u][i][1] = __uint_as_float(w.y);
+        wide[u][i][2] = __uint_as_float(w.z), wide[u][i][3] = __uint_as_float(w.w);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < unroll; ++u) {
+      const index_t k = k0 + u * single_warps * step + lane * 4;
+#pragma unroll
+      for (int f = 0; f < Few; ++f) {
+        if (f >= p.few_lines || k >= p.depth) continue;
+        const float4 x = *reinterpret_cast<const float4*>(p.few + f * p.few_stride + k);
+#pragma unroll
+        for (int i = 0; i < single_lines; ++i)
+          sums[i][f] += wide[u][i][0] * x.x + wide[u][i][1] * x.y + wide[u][i][2] * x.z + wide[u][i][3] * x.w;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < single_lines; ++i)
+#pragma unroll
+    for (int f = 0; f < Few; ++f) {
+#pragma unroll
+      for (int far = 16; far > 0; far /= 2) sums[i][f] += __shfl_xor_sync(0xffffffffu, sums[i][f], far);
+      if (lane == 0) parts[warp][i][f] = sums[i][f];
+    }
+  if (p.early) ptx::wait_for_previous_kernel();
+  __syncthreads();
+
+  for (int e = static_cast<int>(threadIdx.x); e < warps / single_warps * single_lines * Few; e += threads) {
+    const int w = e % (warps / single_warps * single_lines), f = e / (warps / single_warps * single_lines);
+    const index_t line = index_t{blockIdx.x} * (warps / single_warps) * single_lines + w;
+    if (line >= p.c.extent(p.wide_is_rows ? 0 : 1) || f >= p.c.extent(p.wide_is_rows ? 1 : 0)) continue;
+    float x = 0;
+    for (int i = 0; i < single_warps; ++i) x += parts[w / single_lines * single_warps + i][w % single_lines][f];
+    for (int j = 0; j < p.rank; ++j)
+      x += p.h[f * p.h_row + j * p.h_column] * static_cast<float>(p.b[line * p.b_row + j * p.b_column]);
+    const index_t row = p.wide_is_rows ? line : f, col = p.wide_is_rows ? f : line;
+    p.c.data[row * p.c.stride(0) + col * p.c.stride(1)] = static_cast<Out>(finish_element(p.stage, x, row, col, 0.0f));
+  }
+}
+
 /// Launches a kernel; with `early` it may start while the kernel before it still runs, and waits where it has to.
 template <class... Parameters, class... Arguments>
 void launch_early(std::string_view function, const cuda& exec, bool early, void (*kernel)(Parameters...),
@@ -213,15 +280,16 @@ void launch_product(std::string_view function, const cuda& exec, const problem<E
                p);
 }
 
-/// Whether the kernels can read this as their wide operand.
+/// Sources that the kernels have a reader for, and whether it can read this one.
+template <class E, class Source>
+inline constexpr bool has_reader = (is_half<E> && !is_dense<Source>) ||
+                                   (!std::is_same_v<E, double> && std::is_same_v<Source, dense_source<E>>);
 template <class E, class Source>
 bool reads_wide(const operand<Source>& op) noexcept {
-  if constexpr (std::is_same_v<Source, dense_source<E>>)
+  if constexpr (is_dense<Source>)
     return reached_by_vectors(op);
-  else if constexpr (requires { wide_reader<E, Source>::reads(op.source); })
-    return op.depth_first && wide_reader<E, Source>::reads(op.source);
   else
-    return false;
+    return op.depth_first && wide_reader<E, Source>::reads(op.source);
 }
 
 /// Few lines that run takes, and those that run_many takes.
@@ -230,15 +298,25 @@ inline constexpr index_t most_lines = 16, most_many = 64;
 /// The product for few_lines <= most_lines.
 template <class E, class Wide, class Tail, class Out, class Stage>
 void run(std::string_view function, const cuda& exec, const problem<E, Wide, Tail, Out, Stage>& p) {
-  if (p.few_lines <= 8)
+  if constexpr (std::is_same_v<E, float>) {
+    const launch_shape shape{grid_of(ceil_div(p.wide_lines, warps / single_warps * single_lines)), dim3(threads)};
+    const auto kernel = p.few_lines == 1   ? single_kernel<1, Tail, Out, Stage>
+                        : p.few_lines <= 4 ? single_kernel<4, Tail, Out, Stage>
+                                           : single_kernel<16, Tail, Out, Stage>;
+    launch_early(function, exec, p.early, kernel, shape, p);
+  } else if (p.few_lines <= 8) {
     launch_product<1, 1>(function, exec, p);
-  else
+  } else {
     launch_product<2, 1>(function, exec, p);
+  }
 }
 /// The product for few_lines <= most_many and many wide ones.
 template <class E, class Wide, class Tail, class Out, class Stage>
 void run_many(std::string_view function, const cuda& exec, const problem<E, Wide, Tail, Out, Stage>& p) {
-  if (p.few_lines <= 16)
+  const bool many_blocks = ceil_div(p.wide_lines, 32) >= exec.properties().multiprocessors / 2;
+  if (p.few_lines <= 16 && !many_blocks)
+    launch_product<2, 1>(function, exec, p);
+  else if (p.few_lines <= 16)
     launch_product<2, 2>(function, exec, p);
   else
     launch_product<8, 2>(function, exec, p);
