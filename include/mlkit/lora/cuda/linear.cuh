@@ -50,17 +50,21 @@ bool decode_linear(std::string_view function, const cuda& exec, const matrix_vie
     return true;
   }
   const reachable<E> b(function, exec, p.b);
-  const down_projection<E> down(bias_tag<Bias>{}, function, exec, x, p, o.h, false);
   if (p.scale != 0) {
-    problem.h = down.h.view.data;
-    problem.h_row = down.h.view.stride(0);
-    problem.h_column = 1;
     problem.b = b.view.data;
     problem.b_row = b.view.stride(0);
     problem.b_column = b.view.stride(1);
     problem.rank = static_cast<int>(p.rank());
-    problem.early = !o.h.data;
   }
+  if (!o.h.data) {
+    const reachable<E> a(function, exec, p.a);
+    if (thin::run_fused(function, exec, problem, left_of(a.view), p.scale)) return true;
+  }
+  const down_projection<E> down(bias_tag<Bias>{}, function, exec, x, p, o.h, false);
+  problem.h = down.h.view.data;
+  problem.h_row = down.h.view.stride(0);
+  problem.h_column = 1;
+  problem.early = !o.h.data && p.scale != 0;
   thin::run(function, exec, problem);
   return true;
 }
