@@ -183,6 +183,7 @@ void compare(bench& bench, const std::string& name, layer& l) {
     largest = std::max(largest, std::abs(static_cast<double>(reference.data()[i])));
   }
   std::printf("{\"check\": \"%s\", \"error\": %.3g}\n", name.c_str(), worst / largest);
+  std::fflush(stdout);
 }
 
 void forward(bench& bench) {
@@ -223,8 +224,8 @@ void decode(bench& bench) {
     index_t in, out;
   };
   for (const size& s : {size{4096, 4096}, size{4096, 11008}})
-    for (const index_t tokens : {1, 4, 16}) {
-      auto all = layers(bench, s.out > 4096 ? 4 : 8, tokens, s.in, s.out, 16);
+    for (const index_t tokens : {1, 4, 16, 0}) {  // the last: a rank that one kernel does not take
+      auto all = layers(bench, s.out > 4096 ? 4 : 8, tokens > 0 ? tokens : 4, s.in, s.out, tokens > 0 ? 16 : 32);
       const int count = static_cast<int>(all.size());
       const std::string name = shape_of(*all[0]);
       compare(bench, "decode bf16 " + name, *all[0]);
@@ -283,6 +284,44 @@ void backward(bench& bench) {
             });
 }
 
+void dora(bench& bench) {
+  auto all = layers(bench, 2, 4096, 4096, 4096, 16);
+  const auto magnitude = bench.normal<bf16>(1, 4096);
+  const mlkit::vector_view<const bf16> m(magnitude.data(), {4096});
+  const std::string name = shape_of(*all[0]);
+  const auto norms = lora::adapted_norms(bench.exec(), lora::dense{all[0]->w.view()}, all[0]->adapter());
+  bench.run("dora bf16, norms kept " + name, all[0]->bytes(), all[0]->flops(), 4, [&](int i) {
+    layer& l = *all[static_cast<std::size_t>(i % 2)];
+    lora::linear(bench.exec(), l.x, lora::dense{l.w}, lora::dora{l.adapter(), m, norms}, l.y);
+  });
+  bench.run("dora bf16 " + name, all[0]->bytes(), all[0]->flops(), 4, [&](int i) {
+    layer& l = *all[static_cast<std::size_t>(i % 2)];
+    lora::linear(bench.exec(), l.x, lora::dense{l.w}, lora::dora{l.adapter(), m}, l.y);
+  });
+}
+
+void many(bench& bench) {
+  constexpr int count = 32;
+  auto all = layers(bench, 6, count, 4096, 4096, 16);
+  std::vector<mlkit::device_tensor<bf16, 2>> halves;
+  std::vector<lora::adapter_view<bf16>> adapters;
+  for (int i = 0; i < count; ++i) {
+    halves.push_back(bench.normal<bf16>(16, 4096, 0.02f));
+    halves.push_back(bench.normal<bf16>(4096, 16, 0.02f));
+  }
+  for (std::size_t i = 0; i < count; ++i)
+    adapters.push_back({std::as_const(halves[2 * i]).view(), std::as_const(halves[2 * i + 1]).view(), 2.0});
+  std::vector<float> words(count);
+  for (int i = 0; i < count; ++i) std::memcpy(&words[static_cast<std::size_t>(i)], &i, sizeof i);
+  const auto ids = mlkit::to_device(bench.exec(), words);
+  const std::span<const int> rows(reinterpret_cast<const int*>(ids.data()), count);
+  bench.run("per_row bf16 32 adapters " + shape_of(*all[0]), all[0]->bytes() + 31.0 * 2 * 16 * 8192, all[0]->flops(),
+            12, [&](int i) {
+              layer& l = *all[static_cast<std::size_t>(i % 6)];
+              lora::linear(bench.exec(), l.x, lora::dense{l.w}, lora::per_row{adapters, rows}, l.y);
+            });
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -291,10 +330,12 @@ int main(int count, char** arguments) {
     bench::check(cudaStreamCreate(&stream));
     bench b(stream, count > 1 ? arguments[1] : "");
     ceilings(b);
-    forward(b);
     decode(b);
     quantised(b);
     backward(b);
+    many(b);
+    forward(b);
+    dora(b);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());
     return 1;

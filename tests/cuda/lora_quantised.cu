@@ -1,34 +1,18 @@
 // lora::linear over NF4 and int8 weights: decoded in registers for few tokens, into shared memory for many.
-#include <cstring>
-#include <deque>
-
 #include "lora_support.hpp"
 
 namespace {
 
 // A quantised weight where the executor can use it, and the dense one that it stands for.
-class placed_weight {
- public:
+struct placed_weight : placed_bytes {
   mat values;
 
   template <class Quantised>
-  placed_weight(const test::executor& exec, const Quantised& q) : exec_(exec) {
+  placed_weight(const test::executor& exec, const Quantised& q) : placed_bytes(exec) {
     mlkit::matrix<float> dense({q.rows(), q.cols()});
     lora::dequantise(mlkit::cpu{}, q, dense);
     values = from(dense);
   }
-  // Bytes travel as floats, which is what executors' memory holds.
-  template <class T>
-  std::span<const T> place(const T* data, index_t count) {
-    mlkit::vector<float> words({mlkit::detail::ceil_div(count * static_cast<index_t>(sizeof(T)), 4)});
-    std::memcpy(words.data(), data, static_cast<std::size_t>(count) * sizeof(T));
-    memory_.push_back(test::on_device(exec_, words));
-    return {reinterpret_cast<const T*>(memory_.back().view().data), static_cast<std::size_t>(count)};
-  }
-
- private:
-  test::executor exec_;
-  std::deque<test::operand<float, 1>> memory_;
 };
 
 struct placed_nf4 : placed_weight {

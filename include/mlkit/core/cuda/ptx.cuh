@@ -294,6 +294,39 @@ __device__ __forceinline__ void warpgroup_f16(float (&d)[128], std::uint64_t a, 
 
 #endif
 
+// Blocks of a cluster (cudaLaunchAttributeClusterDimension), which reach each other's shared memory; sm_90.
+
+/// This block's number in its cluster.
+__device__ __forceinline__ int cluster_rank() {
+  std::uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return static_cast<int>(rank);
+}
+/// A barrier of all threads of a cluster: what was written before any has arrived is seen by who has waited.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+/// What another block of the cluster holds at this place of its shared memory.
+__device__ __forceinline__ float load_cluster(const float* shared, int rank) {
+  float x = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .b32 a;\nmapa.shared::cluster.u32 a, %1, %2;\nld.shared::cluster.f32 %0, [a];\n}\n"
+               : "=f"(x)
+               : "r"(shared_address(shared)), "r"(rank)
+               : "memory");
+#endif
+  return x;
+}
+
 /// Lines of 64 16-bit elements, 128 bytes, as copy_box lays them down with CU_TENSOR_MAP_SWIZZLE_128B: the address is a
 /// multiple of 1024, or that and 32 bytes for each 16 elements along the line.
 __device__ __forceinline__ std::uint64_t warpgroup_operand(const void* shared) {

@@ -50,17 +50,21 @@ bool decode_linear(std::string_view function, const cuda& exec, const matrix_vie
     return true;
   }
   const reachable<E> b(function, exec, p.b);
-  const down_projection<E> down(bias_tag<Bias>{}, function, exec, x, p, o.h, false);
   if (p.scale != 0) {
-    problem.h = down.h.view.data;
-    problem.h_row = down.h.view.stride(0);
-    problem.h_column = 1;
     problem.b = b.view.data;
     problem.b_row = b.view.stride(0);
     problem.b_column = b.view.stride(1);
     problem.rank = static_cast<int>(p.rank());
-    problem.early = !o.h.data;
   }
+  if (!o.h.data) {
+    const reachable<E> a(function, exec, p.a);
+    if (thin::run_fused(function, exec, problem, left_of(a.view), p.scale)) return true;
+  }
+  const down_projection<E> down(bias_tag<Bias>{}, function, exec, x, p, o.h, false);
+  problem.h = down.h.view.data;
+  problem.h_row = down.h.view.stride(0);
+  problem.h_column = 1;
+  problem.early = !o.h.data && p.scale != 0;
   thin::run(function, exec, problem);
   return true;
 }
@@ -104,10 +108,10 @@ void run_linear(const cuda& exec, const matrix_view<const X>& x, const Base& bas
   const index_t tokens = x.extent(0);
   finish<A, Bias, Y> stage{.columns = factors, .bias = base.bias.data};
   if (o.z.data) stage.keeping(o.z);
+  if constexpr (!Masked && std::is_same_v<X, E> && thin::has_reader<E, base_source_t<Base>>)
+    if (!o.z.data && decode_linear<E>(function, exec, x, base, p, y, o, factors)) return;
   if constexpr (!Masked && is_half<E>)
-    if (!o.z.data && (decode_linear<E>(function, exec, x, base, p, y, o, factors) ||
-                      warpgroup_linear<E>(function, exec, x, base, p, y, o, factors)))
-      return;
+    if (!o.z.data && warpgroup_linear<E>(function, exec, x, base, p, y, o, factors)) return;
   const auto left = left_of(x);
   const auto right = right_operand(transposed(base.weight()));
   if (p.rank() == 0) return multiply_on<E>(function, exec, left, right, y, stage);

@@ -110,15 +110,16 @@ void project_down_on(std::string_view function, const cuda& exec, const matrix_v
                      const matrix_view<const E>& a, double scale, const matrix_view<E>& h, int most_blocks = 0) {
   using A = accumulator_t<E>;
   const finish<A, Bias, E> stage{.value = static_cast<A>(scale)};
-  if constexpr (is_half<E> && std::is_same_v<X, E>) {
+  if constexpr (!std::is_same_v<E, double> && std::is_same_v<X, E>) {
     const auto left = left_of(x), right = left_of(a);
     if (reached_by_vectors(left) && reached_by_vectors(right)) {
       if (x.extent(0) <= thin::most_lines) return thin::run(function, exec, thin_problem(right, x, h, false, stage));
-      if (a.extent(0) <= thin::most_many) {
-        auto p = thin_problem(left, a, h, true, stage);
-        p.most_blocks = most_blocks;
-        return thin::run_many(function, exec, p);
-      }
+      if constexpr (is_half<E>)
+        if (a.extent(0) <= thin::most_many) {
+          auto p = thin_problem(left, a, h, true, stage);
+          p.most_blocks = most_blocks;
+          return thin::run_many(function, exec, p);
+        }
     }
   }
   matrix_view<E> inside = h;

@@ -4,27 +4,9 @@
 
 #include "thin.cuh"
 
-#if !defined(MLKIT_CUDA_EMULATION)
 #include <cuda.h>
-#endif
 
 namespace MLKIT_NAMESPACE::detail::warpgroup {
-
-#if defined(MLKIT_CUDA_EMULATION)
-
-template <class E, class A, class B, class Out>
-bool run(std::string_view, const cuda&, const operand<dense_source<E>>&, const operand<dense_source<E>>&,
-         const operand<dense_source<E>>&, const operand<dense_source<E>>&, const matrix_view<Out>&, const A*, const B*,
-         bool) {
-  return false;
-}
-inline int spare_blocks(const cuda&, index_t, index_t) { return 0; }
-template <class E, class Out>
-bool fits(const cuda&, const operand<dense_source<E>>&, const operand<dense_source<E>>&, const matrix_view<Out>&) {
-  return false;
-}
-
-#else
 
 // A block makes tiles of 128 x 256, one after another, by steps of 64 along the depth. One thread has them copied into
 // shared memory, four steps ahead; two warpgroups multiply 64 x 256 each.
@@ -75,7 +57,7 @@ __global__ __launch_bounds__(threads, 1) void product_kernel(const __grid_consta
                                                              const __grid_constant__ CUtensorMap left2,
                                                              const __grid_constant__ CUtensorMap right2,
                                                              const problem<Out, A, B> p) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(MLKIT_CUDA_EMULATION)
   MLKIT_SHARED_MEMORY(unsigned char, dynamic);
   __shared__ std::uint64_t full[stages], empty[stages];
   unsigned char* const memory = dynamic + (1024 - ptx::shared_address(dynamic) % 1024) % 1024;
@@ -282,7 +264,5 @@ bool run(std::string_view function, const cuda& exec, const operand<dense_source
                      maps[0], maps[1], maps[2], maps[3], p);
   return true;
 }
-
-#endif
 
 }  // namespace MLKIT_NAMESPACE::detail::warpgroup
