@@ -7,7 +7,7 @@ set(MLKIT_NVCC OFF)
 if(CUDAToolkit_FOUND AND CUDAToolkit_NVCC_EXECUTABLE AND NOT MLKIT_SANITIZE AND NOT CMAKE_CROSSCOMPILING)
   set(MLKIT_NVCC ON)
 endif()
-set(MLKIT_CUDA_ARCHITECTURES 80 90 CACHE STRING "GPUs that nvcc compiles programs for")
+set(MLKIT_CUDA_ARCHITECTURES 90a CACHE STRING "GPUs that nvcc compiles programs for, as in sm_90a")
 
 function(add_nvcc_program target)
   cmake_parse_arguments(PARSE_ARGV 1 program "" "" "INCLUDES;SOURCES")
@@ -28,7 +28,7 @@ function(add_nvcc_program target)
     add_custom_command(OUTPUT ${object}
       COMMAND ${CMAKE_CXX_COMPILER_LAUNCHER} ${CUDAToolkit_NVCC_EXECUTABLE} ${options} -MD -MF ${object}.d -MT ${object}
               -c ${source} -o ${object}
-      MAIN_DEPENDENCY ${source} DEPFILE ${object}.d VERBATIM COMMENT "nvcc ${name}.cu")
+      DEPENDS ${source} DEPFILE ${object}.d VERBATIM COMMENT "nvcc ${name}.cu")
     list(APPEND objects ${object})
   endforeach()
   add_executable(${target} ${objects})

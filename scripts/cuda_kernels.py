@@ -19,9 +19,9 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "cuda_kernels.md"
-ARCHITECTURES = ["sm_80", "sm_90"]
+ARCHITECTURES = ["sm_80", "sm_90a"]
 # Of a multiprocessor: threads, by architecture; registers and the unit in which a warp gets them.
-THREADS, REGISTERS, UNIT = {"sm_80": 2048, "sm_90": 2048}, 65536, 256
+THREADS, REGISTERS, UNIT = {"sm_80": 2048, "sm_90a": 2048}, 65536, 256
 # In PTX: tensor cores, copies past registers, 16 bytes at once.
 INSTRUCTIONS = {"mma": r"\bmma\.sync|\bwgmma\.mma", "cp.async": r"\bcp\.async\.(?:cg|ca|bulk)", "128-bit loads": r"\bld\.global[.\w]*\.v4\.(?:[bfu]32)|\bld\.global[.\w]*\.v2\.(?:[bfu]64)|\bld\.global[.\w]*\.v8\.(?:[bu]16)",
                 "128-bit stores": r"\bst\.global[.\w]*\.v4\.(?:[bfu]32)|\bst\.global[.\w]*\.v2\.(?:[bfu]64)"}
@@ -106,7 +106,7 @@ def table():
             if "cub::" in names[name] or "mlkit" not in names[name]:
                 continue
             cells = [f"{at[a][0]}, {warps(a, at[a][0], at[a][3])}" if a in at else "" for a in ARCHITECTURES]
-            spills, last = max(v[1] for v in at.values()), at.get("sm_90", next(iter(at.values())))
+            spills, last = max(v[1] for v in at.values()), at.get("sm_90a", next(iter(at.values())))
             kinds = ", ".join(f"{kind} {count}" for kind, count in last[4].items() if count)
             lines.append(f"| `{short(names[name])}` | " + " | ".join(cells) + f" | {last[2]} | {spills or ''} | {kinds} |")
             if spills:

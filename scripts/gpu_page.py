@@ -20,7 +20,7 @@ def read_lines(path):
     if not os.path.exists(path):
         return []
     with open(path) as file:
-        return [json.loads(line) for line in file if line.startswith("{")]
+        return [row for row in map(json.loads, (line for line in file if line.startswith("{"))) if "microseconds" in row]
 
 
 def read_text(path):

@@ -1,7 +1,7 @@
 // LoRA on a GPU, timed: prints a line of JSON for each case, with the ceilings of the same run first.
 //
-// Calls are captured into a CUDA graph, over operands that together exceed the level-2 cache, and the graph is replayed;
-// the time is the median of the replays, divided by the calls.
+// Calls are captured into a CUDA graph, over operands that together exceed the level-2 cache, and the graph is
+// replayed; the time is the median of the replays, divided by the calls.
 #include <mlkit/lora.cuh>
 
 #include <algorithm>
@@ -88,9 +88,10 @@ class bench {
     if (!wanted(name)) return 0;
     try {
       const double us = time(calls, f);
-      std::printf("{\"case\": \"%s\", \"microseconds\": %.3f, \"bytes\": %.0f, \"flops\": %.0f, \"tb_per_s\": %.3f, "
-                  "\"tflops\": %.1f}\n",
-                  name.c_str(), us, bytes, flops, bytes / us * 1e-6, flops / us * 1e-6);
+      std::printf(
+          "{\"case\": \"%s\", \"microseconds\": %.3f, \"bytes\": %.0f, \"flops\": %.0f, \"tb_per_s\": %.3f, "
+          "\"tflops\": %.1f}\n",
+          name.c_str(), us, bytes, flops, bytes / us * 1e-6, flops / us * 1e-6);
       std::fflush(stdout);
       return us;
     } catch (const std::exception& e) {
@@ -122,10 +123,7 @@ struct layer {
         b(bench.normal<bf16>(o, r, 0.02f)),
         y(bench.exec(), {t, o}) {}
   lora::adapter_view<bf16> adapter() const { return {a.view(), b.view(), 2.0}; }
-  double flops() const {
-    return 2.0 * static_cast<double>(tokens) *
-           static_cast<double>(in * out + rank * (in + out));
-  }
+  double flops() const { return 2.0 * static_cast<double>(tokens) * static_cast<double>(in * out + rank * (in + out)); }
   double bytes(double weight_bytes = 2) const {
     return 2.0 * static_cast<double>(tokens * (in + out) + rank * (in + out)) +
            weight_bytes * static_cast<double>(in * out);
@@ -185,6 +183,7 @@ void compare(bench& bench, const std::string& name, layer& l) {
     largest = std::max(largest, std::abs(static_cast<double>(reference.data()[i])));
   }
   std::printf("{\"check\": \"%s\", \"error\": %.3g}\n", name.c_str(), worst / largest);
+  std::fflush(stdout);
 }
 
 void forward(bench& bench) {
@@ -201,6 +200,8 @@ void forward(bench& bench) {
       layer& l = at(i);
       lora::linear(bench.exec(), l.x, lora::dense{l.w}, l.adapter(), l.y);
     });
+    bench.run("part: x W^T by mlkit " + name, 2 * (2 * t * 4096 + 4096 * 4096), 2 * t * 4096 * 4096, 9,
+              [&](int i) { lora::linear(bench.exec(), at(i).x, lora::dense{at(i).w}, at(i).y); });
     // Its parts, and the one product of depth in + rank that it would be if [W | B] and [x | h] lay side by side.
     const mlkit::device_tensor<bf16, 2> h(bench.exec(), {tokens, 16});
     const mlkit::matrix_view<bf16> h_view(h.data(), h.extents());
@@ -223,8 +224,8 @@ void decode(bench& bench) {
     index_t in, out;
   };
   for (const size& s : {size{4096, 4096}, size{4096, 11008}})
-    for (const index_t tokens : {1, 4, 16}) {
-      auto all = layers(bench, s.out > 4096 ? 4 : 8, tokens, s.in, s.out, 16);
+    for (const index_t tokens : {1, 4, 16, 0}) {  // the last: a rank that one kernel does not take
+      auto all = layers(bench, s.out > 4096 ? 4 : 8, tokens > 0 ? tokens : 4, s.in, s.out, tokens > 0 ? 16 : 32);
       const int count = static_cast<int>(all.size());
       const std::string name = shape_of(*all[0]);
       compare(bench, "decode bf16 " + name, *all[0]);
@@ -275,11 +276,49 @@ void backward(bench& bench) {
   auto all = layers(bench, 2, 4096, 4096, 4096, 16);
   mlkit::device_tensor<bf16, 2> dx(bench.exec(), {4096, 4096});
   mlkit::device_tensor<float, 2> da(bench.exec(), {16, 4096}), db(bench.exec(), {4096, 16});
-  bench.run("backward bf16 " + shape_of(*all[0]), 2.0 * 4096 * 4096 * 4, 2.0 * 4096 * (4096.0 * 4096 + 5 * 4096 * 16), 4,
-            [&](int i) {
+  bench.run("backward bf16 " + shape_of(*all[0]), 2.0 * 4096 * 4096 * 4, 2.0 * 4096 * (4096.0 * 4096 + 5 * 4096 * 16),
+            4, [&](int i) {
               layer& l = *all[static_cast<std::size_t>(i % 2)];
               lora::linear_backward(bench.exec(), l.x, lora::dense{l.w}, l.adapter(), l.y,
                                     lora::gradients{da.view(), db.view()}, dx);
+            });
+}
+
+void dora(bench& bench) {
+  auto all = layers(bench, 2, 4096, 4096, 4096, 16);
+  const auto magnitude = bench.normal<bf16>(1, 4096);
+  const mlkit::vector_view<const bf16> m(magnitude.data(), {4096});
+  const std::string name = shape_of(*all[0]);
+  const auto norms = lora::adapted_norms(bench.exec(), lora::dense{all[0]->w.view()}, all[0]->adapter());
+  bench.run("dora bf16, norms kept " + name, all[0]->bytes(), all[0]->flops(), 4, [&](int i) {
+    layer& l = *all[static_cast<std::size_t>(i % 2)];
+    lora::linear(bench.exec(), l.x, lora::dense{l.w}, lora::dora{l.adapter(), m, norms}, l.y);
+  });
+  bench.run("dora bf16 " + name, all[0]->bytes(), all[0]->flops(), 4, [&](int i) {
+    layer& l = *all[static_cast<std::size_t>(i % 2)];
+    lora::linear(bench.exec(), l.x, lora::dense{l.w}, lora::dora{l.adapter(), m}, l.y);
+  });
+}
+
+void many(bench& bench) {
+  constexpr int count = 32;
+  auto all = layers(bench, 6, count, 4096, 4096, 16);
+  std::vector<mlkit::device_tensor<bf16, 2>> halves;
+  std::vector<lora::adapter_view<bf16>> adapters;
+  for (int i = 0; i < count; ++i) {
+    halves.push_back(bench.normal<bf16>(16, 4096, 0.02f));
+    halves.push_back(bench.normal<bf16>(4096, 16, 0.02f));
+  }
+  for (std::size_t i = 0; i < count; ++i)
+    adapters.push_back({std::as_const(halves[2 * i]).view(), std::as_const(halves[2 * i + 1]).view(), 2.0});
+  std::vector<float> words(count);
+  for (int i = 0; i < count; ++i) std::memcpy(&words[static_cast<std::size_t>(i)], &i, sizeof i);
+  const auto ids = mlkit::to_device(bench.exec(), words);
+  const std::span<const int> rows(reinterpret_cast<const int*>(ids.data()), count);
+  bench.run("per_row bf16 32 adapters " + shape_of(*all[0]), all[0]->bytes() + 31.0 * 2 * 16 * 8192, all[0]->flops(),
+            12, [&](int i) {
+              layer& l = *all[static_cast<std::size_t>(i % 6)];
+              lora::linear(bench.exec(), l.x, lora::dense{l.w}, lora::per_row{adapters, rows}, l.y);
             });
 }
 
@@ -291,10 +330,12 @@ int main(int count, char** arguments) {
     bench::check(cudaStreamCreate(&stream));
     bench b(stream, count > 1 ? arguments[1] : "");
     ceilings(b);
-    forward(b);
     decode(b);
     quantised(b);
     backward(b);
+    many(b);
+    forward(b);
+    dora(b);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());
     return 1;

@@ -3,4 +3,7 @@
 
 #include "core/cuda.cuh"
 #include "lora.hpp"
+#include "lora/cuda/dora.cuh"
 #include "lora/cuda/linear.cuh"
+#include "lora/cuda/merge.cuh"
+#include "lora/cuda/per_row.cuh"

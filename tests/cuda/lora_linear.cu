@@ -5,9 +5,9 @@ namespace {
 
 // Decoding steps of all row counts, ranks that fill no vector, shapes that libraries and tensor cores take, and odd
 // ones.
-constexpr shape shapes[] = {{1, 64, 48, 4},    {3, 256, 33, 16}, {9, 128, 40, 5},   {16, 320, 31, 24}, {5, 37, 70, 3},
-                            {33, 100, 130, 12}, {40, 64, 48, 8},  {130, 136, 72, 8}, {70, 136, 120, 33}, {2, 1, 1, 1},
-                            {20, 96, 140, 70}};
+constexpr shape shapes[] = {{1, 64, 48, 4},     {3, 256, 33, 16},   {9, 128, 40, 5},  {16, 320, 31, 24},
+                            {5, 37, 70, 3},     {33, 100, 130, 12}, {40, 64, 48, 8},  {130, 136, 72, 8},
+                            {70, 136, 120, 33}, {2, 1, 1, 1},       {20, 96, 140, 70}};
 
 }  // namespace
 

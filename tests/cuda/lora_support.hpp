@@ -8,6 +8,10 @@
 #include <mlkit/lora.cuh>
 #endif
 
+#include <cstring>
+#include <deque>
+#include <span>
+
 #include "executor.hpp"
 #include "lora/reference.hpp"
 
@@ -24,6 +28,24 @@ struct placed {
   test::operand<T, 2> there;
   placed(const test::executor& exec, const mlkit::matrix<T>& m) : values(from(m)), there(test::on_device(exec, m)) {}
   mlkit::matrix_view<T> view() { return there.view(); }
+};
+
+// Memory of any type where the executor can use it. It travels as floats, which is what executors' memory holds.
+class placed_bytes {
+ public:
+  explicit placed_bytes(const test::executor& exec) : exec_(exec) {}
+
+  template <class T>
+  std::span<const T> place(const T* data, index_t count) {
+    mlkit::vector<float> words({mlkit::detail::ceil_div(count * static_cast<index_t>(sizeof(T)), 4)});
+    if (count > 0) std::memcpy(words.data(), data, static_cast<std::size_t>(count) * sizeof(T));
+    memory_.push_back(test::on_device(exec_, words));
+    return {reinterpret_cast<const T*>(memory_.back().view().data), static_cast<std::size_t>(count)};
+  }
+
+ private:
+  test::executor exec_;
+  std::deque<test::operand<float, 1>> memory_;
 };
 
 template <class T>

@@ -80,6 +80,13 @@ constexpr void check_types() {
 template <class T>
 inline constexpr T no_elements{};
 
+/// Refuses executors that a function has no kernels for.
+template <class Executor>
+constexpr void check_on_cpu() {
+  static_assert(std::is_same_v<Executor, cpu>,
+                "lora: this function runs on mlkit::cpu alone; docs/support.md says which run on a GPU");
+}
+
 /// An operand of depth 0: what a segment without an adapter multiplies.
 template <class T>
 operand<dense_source<T>> nothing(index_t lines) noexcept {

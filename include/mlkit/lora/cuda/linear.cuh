@@ -25,14 +25,14 @@ struct down_projection {
 
   template <class Bias, class X, class T, class A>
   down_projection(bias_tag<Bias>, std::string_view function, const cuda& exec, const matrix_view<const X>& x,
-                  const adapter_view<T>& p, const matrix_view<A>& saved, bool saved_is_there)
+                  const adapter_view<T>& p, const matrix_view<A>& saved, bool saved_is_there, int most_blocks = 0)
       : a(function, exec, p.a), h(exec, x.extent(0), round_up(p.rank(), index_t{16 / sizeof(E)})) {
     const index_t tokens = x.extent(0);
     if (saved.data && saved_is_there) {
       each_element(function, exec, tokens, h.view.extent(1), convert<A, E>{as_const(saved), h.view});
       return;
     }
-    project_down_on<Bias>(function, exec, x, narrowed(a.view, x.extent(1)), p.scale, h.view);
+    project_down_on<Bias>(function, exec, x, narrowed(a.view, x.extent(1)), p.scale, h.view, most_blocks);
     if (saved.data) each_element(function, exec, tokens, p.rank(), convert<E, A>{as_const(h.view), saved});
   }
 };
@@ -50,57 +50,80 @@ bool decode_linear(std::string_view function, const cuda& exec, const matrix_vie
     return true;
   }
   const reachable<E> b(function, exec, p.b);
-  const down_projection<E> down(bias_tag<Bias>{}, function, exec, x, p, o.h, false);
   if (p.scale != 0) {
-    problem.h = down.h.view.data;
-    problem.h_row = down.h.view.stride(0);
-    problem.h_column = 1;
     problem.b = b.view.data;
     problem.b_row = b.view.stride(0);
     problem.b_column = b.view.stride(1);
     problem.rank = static_cast<int>(p.rank());
-    problem.early = !o.h.data;
   }
+  if (!o.h.data) {
+    const reachable<E> a(function, exec, p.a);
+    if (thin::run_fused(function, exec, problem, left_of(a.view), p.scale)) return true;
+  }
+  const down_projection<E> down(bias_tag<Bias>{}, function, exec, x, p, o.h, false);
+  problem.h = down.h.view.data;
+  problem.h_row = down.h.view.stride(0);
+  problem.h_column = 1;
+  problem.early = !o.h.data && p.scale != 0;
   thin::run(function, exec, problem);
   return true;
 }
 
-/// y = stage(x W^T + h B^T), for x in E or else, h as down_projection left it.
-template <class E, class X, class Base, class T, class Y, class Stage>
-void project_up_on(std::string_view function, const cuda& exec, const matrix_view<const X>& x, const Base& base,
-                   const matrix_view<E>& h, const adapter_view<T>& p, const matrix_view<Y>& y, const Stage& stage) {
-  const auto left = left_of(x);
-  const auto right = right_operand(transposed(base.weight()));
-  if (p.rank() == 0 || p.scale == 0) return multiply_on<E>(function, exec, left, right, y, stage);
-  const reachable<E> b(function, exec, p.b);
-  multiply_on<E>(function, exec, left, right, left_of(narrowed(h, b.view.extent(1))), right_of(transposed(b.view)), y,
-                 stage);
+/// y = (x W^T + h B^T) * factors + bias in one pass, by Hopper's warpgroups, where they can. While the first tiles are
+/// made, the multiprocessors that have one tile less to make than others compute h.
+template <class E, class Base, class T, class Y, class A>
+bool warpgroup_linear(std::string_view function, const cuda& exec, const matrix_view<const E>& x, const Base& base,
+                      const adapter_view<T>& p, const matrix_view<Y>& y, const linear_options<A>& o, const A* factors) {
+  if constexpr (std::is_same_v<base_source_t<Base>, dense_source<E>> && std::is_same_v<Y, E>) {
+    using Bias = bias_t<Base>;
+    constexpr int fewest = 8;
+    const auto left = left_of(x), right = right_operand(transposed(base.weight()));
+    if (!warpgroup::fits(exec, left, right, y)) return false;
+    if (p.rank() == 0)
+      return warpgroup::run(function, exec, left, right, nothing<E>(0), nothing<E>(0), y, factors, base.bias.data,
+                            false);
+    const int spare = warpgroup::spare_blocks(exec, y.extent(0), y.extent(1));
+    const reachable<E> b(function, exec, p.b);
+    const down_projection<E> down(bias_tag<Bias>{}, function, exec, x, p, o.h, false, spare < fewest ? 0 : spare);
+    const auto h = left_of(as_const(narrowed(down.h.view, p.scale == 0 ? 0 : b.view.extent(1))));
+    const auto b_lines = left_of(narrowed(b.view, h.depth()));
+    const bool early = !o.h.data && h.depth() > 0 && p.rank() <= thin::most_many;
+    if (warpgroup::run(function, exec, left, right, h, b_lines, y, factors, base.bias.data, early)) return true;
+    multiply_on<E>(function, exec, left, right, h, b_lines, y,
+                   finish<A, Bias, Y>{.columns = factors, .bias = base.bias.data});
+    return true;
+  } else {
+    return false;
+  }
 }
 
 template <bool Masked, class X, class Base, class T, class Y, class A>
 void run_linear(const cuda& exec, const matrix_view<const X>& x, const Base& base, adapter_view<T> p,
                 const matrix_view<Y>& y, const linear_options<A>& o, const A* factors) {
   constexpr std::string_view function = "lora::linear";
+  using Bias = bias_t<Base>;
   using E = device_type_t<X, base_source_t<Base>>;
   if (y.empty()) return;
   if (!o.h.data) p = effective(p);
   const index_t tokens = x.extent(0);
-  finish<A, bias_t<Base>, Y> stage{.columns = factors, .bias = base.bias.data};
+  finish<A, Bias, Y> stage{.columns = factors, .bias = base.bias.data};
   if (o.z.data) stage.keeping(o.z);
-  if constexpr (!Masked && is_half<E>)
+  if constexpr (!Masked && std::is_same_v<X, E> && thin::has_reader<E, base_source_t<Base>>)
     if (!o.z.data && decode_linear<E>(function, exec, x, base, p, y, o, factors)) return;
-  if (p.rank() == 0)
-    return project_up_on<E>(function, exec, x, base, matrix_view<E>(nullptr, {tokens, 0}), p, y, stage);
-  const auto masked = [&] {
-    device_matrix<X> m(exec, Masked ? tokens : 0, x.extent(1));
-    if constexpr (Masked)
-      each_element(function, exec, tokens, x.extent(1),
-                   drop<X>{x, m.view, dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1))});
-    return m;
-  }();
-  const down_projection<E> down(bias_tag<bias_t<Base>>{}, function, exec, Masked ? as_const(masked.view) : x, p, o.h,
-                                false);
-  project_up_on<E>(function, exec, x, base, down.h.view, p, y, stage);
+  if constexpr (!Masked && is_half<E>)
+    if (!o.z.data && warpgroup_linear<E>(function, exec, x, base, p, y, o, factors)) return;
+  const auto left = left_of(x);
+  const auto right = right_operand(transposed(base.weight()));
+  if (p.rank() == 0) return multiply_on<E>(function, exec, left, right, y, stage);
+  const device_matrix<X> dropped(exec, Masked ? tokens : 0, x.extent(1));
+  if constexpr (Masked)
+    each_element(function, exec, tokens, x.extent(1),
+                 drop<X>{x, dropped.view, dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1))});
+  const reachable<E> b(function, exec, p.b);
+  const down_projection<E> down(bias_tag<Bias>{}, function, exec, Masked ? as_const(dropped.view) : x, p, o.h, false);
+  const index_t depth = p.scale == 0 ? 0 : b.view.extent(1);
+  multiply_on<E>(function, exec, left, right, left_of(narrowed(down.h.view, depth)), left_of(narrowed(b.view, depth)),
+                 y, stage);
 }
 
 template <class X, class Base, class Y>

@@ -5,6 +5,7 @@
 #include "../../matmul/cuda/simt.cuh"
 #include "../../matmul/cuda/thin.cuh"
 #include "../../matmul/cuda/tile.cuh"
+#include "../../matmul/cuda/warpgroup.cuh"
 #include "elements.cuh"
 
 namespace MLKIT_NAMESPACE::lora::detail {
@@ -12,6 +13,7 @@ namespace MLKIT_NAMESPACE::lora::detail {
 namespace simt = mlkit::detail::simt;
 namespace thin = mlkit::detail::thin;
 namespace tile = mlkit::detail::tile;
+namespace warpgroup = mlkit::detail::warpgroup;
 using mlkit::detail::device_product;
 using mlkit::detail::is_half;
 using mlkit::detail::reached_by_vectors;
@@ -23,11 +25,9 @@ using base_source_t = typename decltype(right_operand(std::declval<const Base&>(
 
 // The type that x meets a weight in: their own where it is the same 16-bit one, or where the weight is decoded to it.
 template <class X, class Source>
-using device_type_t =
-    std::conditional_t<std::is_same_v<X, double>, double,
-                       std::conditional_t<is_half<X> && (is_decoded<Source> ||
-                                                         std::is_same_v<X, typename Source::value_type>),
-                                          X, float>>;
+using device_type_t = std::conditional_t<
+    std::is_same_v<X, double>, double,
+    std::conditional_t<is_half<X> && (is_decoded<Source> || std::is_same_v<X, typename Source::value_type>), X, float>>;
 
 // Whether the 16-bit tile kernel can read an operand: dense ones of its type by vectors, decoded ones always.
 template <class E, class Source>
@@ -40,8 +40,8 @@ bool tiles_read(const operand<Source>& op) noexcept {
     return false;
 }
 template <class E, class... Sources>
-inline constexpr bool tiles_can_read =
-    is_half<E> && ((is_decoded<Sources> || std::is_same_v<Sources, dense_source<E>>)&&...);
+inline constexpr bool tiles_can_read = is_half<E> &&
+                                       ((is_decoded<Sources> || std::is_same_v<Sources, dense_source<E>>)&&...);
 
 // Multiplications from which on a library's kernel, of one launch for each product, beats a kernel of mlkit's.
 inline constexpr double worth_a_library = 1 << 20;
@@ -55,10 +55,10 @@ void multiply_on(std::string_view function, const cuda& exec, const operand<Left
   if (c.empty()) return;
   if constexpr (std::is_same_v<Left, dense_source<E>> && std::is_same_v<Right, dense_source<E>> &&
                 std::is_same_v<Left2, dense_source<E>> && std::is_same_v<Right2, dense_source<E>>) {
-    const bool plain = !stage.rows && !stage.columns && !stage.row_bias && !stage.last && !stage.kept &&
-                       (!stage.bias || std::is_same_v<B, C>)&&(
-                           !stage.add || (stage.add == c.data && stage.add_row == c.stride(0) &&
-                                          stage.add_column == c.stride(1)));
+    const bool plain =
+        !stage.rows && !stage.columns && !stage.row_bias && !stage.last && !stage.kept &&
+        (!stage.bias || std::is_same_v<B, C>)&&(
+            !stage.add || (stage.add == c.data && stage.add_row == c.stride(0) && stage.add_column == c.stride(1)));
     const double work = static_cast<double>(c.size()) * static_cast<double>(left.depth());
     const C* bias = nullptr;
     if constexpr (std::is_same_v<B, C>) bias = stage.bias;
@@ -69,8 +69,9 @@ void multiply_on(std::string_view function, const cuda& exec, const operand<Left
       const auto none = nothing<E>(0);
       finish<A, B, C> rest{.value = stage.value};
       rest.adding(c);
-      return simt::run<A>(function, exec, device_product<Left2, Right2, Left, Right, C, finish<A, B, C>>{
-                                              left2, right2, none, none, c, rest});
+      return simt::run<A>(
+          function, exec,
+          device_product<Left2, Right2, Left, Right, C, finish<A, B, C>>{left2, right2, none, none, c, rest});
     }
   }
   const device_product<Left, Right, Left2, Right2, C, finish<A, B, C>> p{left, right, left2, right2, c, stage};
@@ -103,17 +104,22 @@ auto thin_problem(const operand<Source>& wide, const matrix_view<const E>& few, 
 }
 
 // h = s x A^T in E, where h may have more columns than A has lines: those become 0. The stage is the one of the product
-// that follows, as far as its type goes, so that they share their kernels.
+// that follows, as far as its type goes, so that they share their kernels. `most_blocks` multiprocessors are enough.
 template <class Bias, class E, class X>
 void project_down_on(std::string_view function, const cuda& exec, const matrix_view<const X>& x,
-                     const matrix_view<const E>& a, double scale, const matrix_view<E>& h) {
+                     const matrix_view<const E>& a, double scale, const matrix_view<E>& h, int most_blocks = 0) {
   using A = accumulator_t<E>;
   const finish<A, Bias, E> stage{.value = static_cast<A>(scale)};
-  if constexpr (is_half<E> && std::is_same_v<X, E>) {
+  if constexpr (!std::is_same_v<E, double> && std::is_same_v<X, E>) {
     const auto left = left_of(x), right = left_of(a);
     if (reached_by_vectors(left) && reached_by_vectors(right)) {
       if (x.extent(0) <= thin::most_lines) return thin::run(function, exec, thin_problem(right, x, h, false, stage));
-      if (a.extent(0) <= thin::most_many) return thin::run_many(function, exec, thin_problem(left, a, h, true, stage));
+      if constexpr (is_half<E>)
+        if (a.extent(0) <= thin::most_many) {
+          auto p = thin_problem(left, a, h, true, stage);
+          p.most_blocks = most_blocks;
+          return thin::run_many(function, exec, p);
+        }
     }
   }
   matrix_view<E> inside = h;

@@ -119,8 +119,8 @@ struct tile::run<E, quantised_source<lora::int8_view, T>> {
   }
 };
 
-// A table tells of each byte both levels at once, with a column for every lane, so that no two lanes meet in a bank. The
-// levels are rounded to E, and the factor of 64 weights multiplies their sum in f32.
+// A table tells of each byte both levels at once, with a column for every lane, so that no two lanes meet in a bank.
+// The levels are rounded to E, and the factor of 64 weights multiplies their sum in f32.
 template <class E, class T>
 struct thin::wide_reader<E, quantised_source<lora::nf4_view, T>> {
   using source = quantised_source<lora::nf4_view, T>;

@@ -65,10 +65,9 @@ class cublaslt {
     const float alpha32 = static_cast<float>(alpha), beta32 = problem.adds ? 1.0f : 0.0f;
     const double beta64 = problem.adds ? 1.0 : 0.0;
     const bool wide = problem.c_type == CUDA_R_64F;
-    check_cublaslt(function,
-                   cublasLtMatmul(handle_, p.desc, wide ? static_cast<const void*>(&alpha) : &alpha32, right, p.right,
-                                  left, p.left, wide ? static_cast<const void*>(&beta64) : &beta32, c, p.c, c, p.c,
-                                  &p.algorithm, memory.data(), p.workspace, exec.stream()));
+    check_cublaslt(function, cublasLtMatmul(handle_, p.desc, wide ? static_cast<const void*>(&alpha) : &alpha32, right,
+                                            p.right, left, p.left, wide ? static_cast<const void*>(&beta64) : &beta32,
+                                            c, p.c, c, p.c, &p.algorithm, memory.data(), p.workspace, exec.stream()));
     return true;
   }
 
@@ -108,9 +107,8 @@ class cublaslt {
     if (q.has_bias) set(p.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
     const auto layout = [](cublasLtMatrixLayout_t& to, cudaDataType_t t, std::int64_t rows, std::int64_t cols,
                            std::int64_t ld) {
-      check_cublaslt("cublasLtMatrixLayoutCreate",
-                     cublasLtMatrixLayoutCreate(&to, t, static_cast<std::uint64_t>(rows),
-                                                static_cast<std::uint64_t>(cols), ld));
+      check_cublaslt("cublasLtMatrixLayoutCreate", cublasLtMatrixLayoutCreate(&to, t, static_cast<std::uint64_t>(rows),
+                                                                              static_cast<std::uint64_t>(cols), ld));
     };
     layout(p.right, type, q.right_turned ? q.depth : q.rows, q.right_turned ? q.rows : q.depth, q.right_ld);
     layout(p.left, type, q.left_turned ? q.cols : q.depth, q.left_turned ? q.depth : q.cols, q.left_ld);
@@ -128,8 +126,8 @@ class cublaslt {
     alignment(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, q.c_alignment);
     cublasLtMatmulHeuristicResult_t result{};
     int count = 0;
-    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle_, p.desc, p.right, p.left, p.c, p.c, preference,
-                                                                 1, &result, &count);
+    const cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(handle_, p.desc, p.right, p.left, p.c, p.c, preference, 1, &result, &count);
     (void)cublasLtMatmulPreferenceDestroy(preference);
     if (status != CUBLAS_STATUS_NOT_SUPPORTED) check_cublaslt("cublasLtMatmulAlgoGetHeuristic", status);
     if (status == CUBLAS_STATUS_SUCCESS && count > 0 && result.state == CUBLAS_STATUS_SUCCESS) {
@@ -185,8 +183,8 @@ bool multiply_plainly(std::string_view function, const cuda& exec, const operand
                                  .adds = adds,
                                  .device = exec.device()};
   const current_device here(exec.device());
-  return cublaslt::on(exec.device()).run(function, exec, problem, right.source.data, left.source.data, c.data, bias,
-                                         alpha);
+  return cublaslt::on(exec.device())
+      .run(function, exec, problem, right.source.data, left.source.data, c.data, bias, alpha);
 }
 
 }  // namespace MLKIT_NAMESPACE::detail

@@ -1,4 +1,5 @@
-// A product of 16-bit operands on tensor cores, for weights that are decoded on their way and for epilogues of any kind.
+// A product of 16-bit operands on tensor cores, for weights that are decoded on their way and for epilogues of any
+// kind.
 #pragma once
 
 #include "access.cuh"

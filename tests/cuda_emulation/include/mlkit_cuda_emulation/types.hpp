@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
-// Leaves the function's address in a section of the program, by which symbols.cpp knows kernels from other functions.
-#define __global__ __attribute__((patchable_function_entry(1)))
+// By its visibility symbols.cpp knows a kernel from other functions, unless it has internal linkage.
+#define __global__ __attribute__((visibility("protected")))
 #define __device__
 #define __host__
 #define __constant__
@@ -15,7 +15,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 // One for each host thread, which runs one block at a time. The symbol table of the program says where they are and how
 // large: symbols.cpp. No two of them share a line of checker.cpp's.
-#define __shared__ static thread_local __attribute__((aligned(64), used))
+#define __shared__ static thread_local __attribute__((aligned(64), used, unused))
 
 struct dim3 {
   unsigned x, y, z;
