@@ -78,6 +78,9 @@ result_t<Executor, cross_entropy_result> cross_entropy(const Executor& exec,
 /// for starts that decrease or do not span the tokens, and for a label that is neither within the vocabulary nor
 /// ignored, named by its index, before anything is written. Reads logits once. Szegedy et al.: "Rethinking the
 /// Inception architecture", 2016, section 7, of label smoothing.
+///
+/// With a mlkit::cuda the result is a device_value, which waits where it is asked for and not before; a label that is
+/// neither within the vocabulary nor ignored makes the loss, and its row's gradient, NaN.
 template <executor Executor, detail::logits_like Logits>
 detail::result_t<Executor, cross_entropy_result> cross_entropy(
     const Executor& exec, const Logits& logits, const token_ids<detail::token_rank<const Logits>>& labels,

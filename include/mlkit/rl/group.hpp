@@ -172,6 +172,8 @@ void advantages_of(const cpu& exec, std::string_view function, const vector_view
 /// shape_error where rewards are no multiple of the groups' size, value_error for offsets that are none, a size below
 /// 1, an epsilon that is negative, and rewards that are not finite, named by their index, before advantages are
 /// touched.
+/// With a mlkit::cuda rewards that are not finite make the advantages of their group so (of the batch, for
+/// reinforce_pp); offsets are held within the rewards; over_ranks waits for the stream.
 template <executor Executor, viewable<1> R, class Method, viewable<1> Out>
 void group_advantages(const Executor& exec, const R& rewards, const groups& of, const Method& method,
                       Out&& advantages) {
@@ -201,7 +203,7 @@ template <executor Executor, viewable<1> R, std::ranges::contiguous_range Best>
   requires std::integral<std::ranges::range_value_t<Best>>
 void best_of_n(const Executor& exec, const R& rewards, const groups& of, Best&& best) {
   constexpr std::string_view function = "rl::best_of_n";
-  static_assert(detail::looks_at_data<Executor>, "rl: best_of_n runs on mlkit::cpu alone");
+  detail::only_on_cpu<Executor>();
   using T = element_t<const R>;
   using I = std::ranges::range_value_t<Best>;
   const vector_view<const T> r = as_view(rewards);

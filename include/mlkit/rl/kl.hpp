@@ -216,6 +216,8 @@ kl_reward_stats run_kl_rewards(by_executor, const cpu& exec, std::string_view fu
 /// left out: `rl::kl(exec, batch, rl::k3{})`. f32 and f64; sums in parts of 4096 tokens in T, the parts in f64 in
 /// order: the same bits for any number of threads. Throws shape_error where extents do not fit or out overlaps what is
 /// read. Log-probabilities that are not finite give estimates that are not. Reads both once.
+/// With a mlkit::cuda sums are a device_value, which waits where it is asked for; so are those of kl_loss and
+/// kl_rewards, where a score that is not finite becomes part of its reward.
 template <storage T = float, executor Executor, kl_estimator Estimator = k3>
 detail::result_t<Executor, kl_stats> kl(const Executor& exec, const kl_batch<T>& in, const Estimator& estimator = {},
                                         const sequence_view<std::type_identity_t<T>>& out = {}) {

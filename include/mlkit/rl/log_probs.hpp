@@ -456,6 +456,9 @@ constexpr void check_gradient_type() {
 /// where shapes do not fit or memory overlaps, value_error for a temperature outside [1e-30, 1e30], and for a
 /// token outside the vocabulary, named by its index, before anything is written. Milakov, Gimelshein: "Online
 /// normalizer calculation for softmax", 2018.
+///
+/// With a mlkit::cuda a token outside the vocabulary is not refused: its logp is NaN, and so is its row's gradient.
+/// The bits of a row then depend on its logits and on its address modulo 16.
 template <executor Executor, detail::logits_like Logits>
 void log_probs(const Executor& exec, const Logits& logits, const token_ids<detail::token_rank<const Logits>>& tokens,
                const log_prob_options<detail::token_rank<const Logits>>& options,
@@ -495,6 +498,8 @@ void log_probs(const Executor& exec, const Logits& logits, const token_ids<detai
 /// that row's own. Rows that are masked, and those whose derivatives are all 0, get 0, whatever their logits are; so
 /// do rows whose logits are all -inf. All else is as for log_probs; a partial overlap of dlogits with logits is a
 /// shape_error. Logits are read from memory once and dlogits are written once.
+/// With a mlkit::cuda f is a functor that device code can call (MLKIT_HOST_DEVICE), copied to the device as it is; rows
+/// that shared memory does not hold (about 56000 classes of f32) are read twice.
 template <executor Executor, detail::logits_like Logits, class F, detail::logits_like Gradient>
 void log_probs_and_gradient(
     const Executor& exec, const Logits& logits, const token_ids<detail::token_rank<const Logits>>& tokens,

@@ -55,6 +55,13 @@ namespace detail {
 template <class Executor>
 inline constexpr bool looks_at_data = std::is_same_v<Executor, cpu>;
 
+// Refuses, when it is compiled, another executor than the CPU.
+template <class Executor>
+constexpr void only_on_cpu() noexcept {
+  static_assert(std::is_same_v<Executor, cpu>,
+                "rl: this function runs on mlkit::cpu alone; docs/support.md says which run on a GPU");
+}
+
 // The first argument of what each executor has its own of: it brings in, by argument-dependent lookup, those that are
 // declared behind the call.
 struct by_executor {};

@@ -140,6 +140,7 @@ moments checked_moments(const cpu& exec, std::string_view function, std::string_
 /// of 4096 elements in f32 (f64 for f64) about the mean of the part, the parts in f64 in order: the same bits for any
 /// number of threads. Elements of one value have m2 = 0 exactly. Throws shape_error where the mask has another shape;
 /// what is not finite gives moments that are not. Reads x once.
+/// With a mlkit::cuda they are a device_value, which waits where it is asked for, and sums within parts are f64.
 template <executor Executor, batch_viewable X>
 detail::result_t<Executor, moments> find_moments(const Executor& exec, const X& x,
                                                  const mask_view<detail::rank_of<const X>>& mask = {}) {

@@ -592,6 +592,9 @@ inline ppo_parts parts_of_ppo(std::string_view function, const ppo_options& o) {
 /// what is read; value_error for options out of range, operands that the options need and starts that are none, before
 /// anything is written. The same bits for any number of threads. Reads each operand and writes each gradient once;
 /// terms with the ratio of a sequence read log-probabilities and advantages twice.
+///
+/// With a mlkit::cuda statistics are a device_value: in device memory when the stream gets there, and waited for where
+/// they are asked for. Terms and aggregations are then called by device code.
 template <class T = float, executor Executor, class Batch = policy_batch<T>, policy_term Policy,
           aggregation Aggregation>
   requires(detail::is_policy_batch<Batch>)

@@ -466,6 +466,8 @@ void run_sequence_slopes(const cpu& exec, const sequence_sum_problem<T>& p, inde
 /// the same bits for any number of threads. Throws shape_error where extents do not fit or outputs overlap what is
 /// read, value_error for options out of range and for an element that is not finite, named by its index, before
 /// anything is written. 64 pairs take less than a microsecond; many are bound by memory.
+/// With a mlkit::cuda statistics are a device_value, which waits where it is asked for, and elements that are not
+/// finite are not refused.
 template <storage T = float, executor Executor, pair_loss Loss>
 detail::result_t<Executor, preference_stats> preference_loss(
     const Executor& exec, const typename Loss::template inputs<std::type_identity_t<T>>& in, const Loss& loss,
@@ -542,7 +544,7 @@ double kto_reference_point(const Executor& exec, const batch_view<const std::typ
                            const batch_view<const std::type_identity_t<T>>& reference,
                            const merge_over_ranks& over_ranks = {}) {
   constexpr std::string_view function = "rl::kto_reference_point";
-  static_assert(detail::looks_at_data<Executor>, "rl: kto_reference_point runs on mlkit::cpu alone");
+  detail::only_on_cpu<Executor>();
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
   const index_t n = log_probs.extent(0);
@@ -565,7 +567,7 @@ preference_stats preference_loss(const Executor& exec, const ranked_completions<
                                  const k_wise&, const preference_options& o,
                                  const ranked_gradients<std::type_identity_t<T>>& out) {
   constexpr std::string_view function = "rl::preference_loss";
-  static_assert(detail::looks_at_data<Executor>, "rl: the K-wise loss runs on mlkit::cpu alone");
+  detail::only_on_cpu<Executor>();
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
   const index_t n = in.rewards.extent(0);

@@ -135,6 +135,7 @@ void td_lambda_returns(const Executor& exec, const rollout<std::type_identity_t<
 /// The maps of single steps are composed to those of 2, 4, ... and applied by the digits of n, without dividing
 /// anything: O(T log n). Layouts, masks, packed sequences, `done_begins{}`, types and errors are gae's, and value_error
 /// for steps < 1. The bits depend on a sequence's own steps alone. Sutton and Barto, section 7.1.
+/// With a mlkit::cuda a thread goes over the n steps of a return: O(T n), for the n of a few tens that are usual.
 template <class T = float, executor Executor, class Done = done_ends>
 void n_step_returns(const Executor& exec, const rollout<std::type_identity_t<T>>& in, const n_step_options& options,
                     const sequence_view<std::type_identity_t<T>>& returns, Done = {}) {

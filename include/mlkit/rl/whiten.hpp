@@ -91,6 +91,9 @@ result_t<Executor, moments> whiten(const Executor& exec, const tensor_view<const
 /// counts and is not finite, named by its index, before anything is written; on every rank, if one has such an element.
 /// Reads values twice and writes them once. Of advantages in PPO: Andrychowicz et al.: "What matters in on-policy
 /// reinforcement learning?", 2020, C67; of rewards and advantages in RLHF: TRL's masked_whiten.
+///
+/// With a mlkit::cuda the moments are a device_value, which waits where it is asked for; elements that count and are
+/// not finite make all of them NaN; over_ranks, which the host calls, waits for the stream.
 template <executor Executor, batch_viewable X>
 detail::result_t<Executor, moments> whiten(const Executor& exec, X&& values,
                                            const mask_view<detail::rank_of<X>>& mask = {},
