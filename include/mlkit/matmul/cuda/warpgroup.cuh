@@ -136,6 +136,9 @@ __global__ __launch_bounds__(threads, 1) void product_kernel(const __grid_consta
         advance();
       }
       ptx::warpgroup_wait<0>();
+#if !defined(MLKIT_CUDA_EMULATION)
+      ptx::warpgroup_settle(sums);
+#endif
       if (lane == 0) ptx::barrier_arrive(empty + before);
 
       // A lane has two columns of each eight. Four lanes exchange theirs, so that each has all eight of every fourth,
