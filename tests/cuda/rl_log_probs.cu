@@ -39,12 +39,14 @@ struct loss {
 };
 struct plain_loss {
   template <class A>
-  MLKIT_HOST_DEVICE A operator()(index_t row, A) const { return static_cast<A>(row % 3) - A(0.5); }
+  MLKIT_HOST_DEVICE A operator()(index_t row, A) const {
+    return static_cast<A>(row % 3) - A(0.5);
+  }
 };
 
 template <class T>
-inline constexpr double unit = sizeof(T) == 8   ? 1e-13
-                               : sizeof(T) == 4 ? 3e-6
+inline constexpr double unit = sizeof(T) == 8                   ? 1e-13
+                               : sizeof(T) == 4                 ? 3e-6
                                : std::is_same_v<T, mlkit::bf16> ? 0x1p-8
                                                                 : 0x1p-11;
 
@@ -91,7 +93,8 @@ void check(index_t batch, index_t time, index_t classes, const manner& how = {})
   for (const int way : {-1, 0, 1, 2}) {
     INFO("way " << way);
     if (way >= 0) gradient_on = test::on_device(exec, memory);
-    const mlkit::tensor_view<const T, 3> z = s.in_place ? mlkit::tensor_view<const T, 3>(logits_of(gradient_on)) : logits;
+    const mlkit::tensor_view<const T, 3> z =
+        s.in_place ? mlkit::tensor_view<const T, 3>(logits_of(gradient_on)) : logits;
     const rl::log_prob_outputs<A, 2> out{.logp = rows_of(logp), .entropy = rows_of(entropy), .lse = rows_of(lse)};
     auto slopes = numbers_on(), entropy_slopes = numbers_on();
     if (way == -1) {
@@ -107,8 +110,8 @@ void check(index_t batch, index_t time, index_t classes, const manner& how = {})
       slopes = test::on_device(exec, given);
       for (A& x : given) x = -x;
       entropy_slopes = test::on_device(exec, given);
-      rl::log_probs_backward(exec, z, token_view, options, {.dlogp = rows_of(slopes), .dentropy = rows_of(entropy_slopes)},
-                             logits_of(gradient_on));
+      rl::log_probs_backward(exec, z, token_view, options,
+                             {.dlogp = rows_of(slopes), .dentropy = rows_of(entropy_slopes)}, logits_of(gradient_on));
     }
     const auto l = test::to_host(exec, logp), h = test::to_host(exec, entropy), e = test::to_host(exec, lse);
     const auto d = test::to_host(exec, gradient_on);
@@ -121,7 +124,8 @@ void check(index_t batch, index_t time, index_t classes, const manner& how = {})
       for (index_t j = 0; j < s.classes; ++j) row[at(j)] = static_cast<double>(memory[offset(r, j)]);
       if (!mask[at(r)]) {
         good = l(r) == 0 && (way == 1 || way == 2 || (h(r) == 0 && e(r) == 0));
-        for (index_t j = 0; j < s.classes && way >= 0; ++j) good = good && static_cast<double>(d(index_t(offset(r, j)))) == 0;
+        for (index_t j = 0; j < s.classes && way >= 0; ++j)
+          good = good && static_cast<double>(d(index_t(offset(r, j)))) == 0;
         CHECK(good);
         continue;
       }
@@ -135,7 +139,10 @@ void check(index_t batch, index_t time, index_t classes, const manner& how = {})
       if (way < 0 || !good) continue;
       const double x = static_cast<double>(r % 5) - 2;
       const double dlogp = way == 0 ? x * want.logp / 4 : way == 1 ? static_cast<double>(r % 3) - 0.5 : 1.0 / (1 + r);
-      const double dentropy = way == 0 ? want.entropy / 8 * x : way == 1 ? 0 : -1.0 / (1 + r), dmean = way == 0 ? x / 2 : 0;
+      const double dentropy = way == 0   ? want.entropy / 8 * x
+                              : way == 1 ? 0
+                                         : -1.0 / (1 + r),
+                   dmean = way == 0 ? x / 2 : 0;
       const bool nothing = want.lse == -inf;
       for (index_t j = 0; j < s.classes && good; ++j) {
         double g = 0;
@@ -143,8 +150,10 @@ void check(index_t batch, index_t time, index_t classes, const manner& how = {})
           g = want.gradient(j, y, s.temperature, dlogp, dentropy) +
               dmean * (1 / static_cast<double>(s.classes) - want.p[at(j)]) / s.temperature;
         if (std::isnan(g)) continue;  // a token of probability 0
-        const double have = static_cast<double>(d(index_t(offset(r, j)))), most = std::max(1.0, std::fabs(dlogp) + std::fabs(dentropy));
-        const double allowed = unit<T> * std::fabs(g) + 8 * bound * size * most / s.temperature + (sizeof(T) == 2 ? 1e-7 : 0);
+        const double have = static_cast<double>(d(index_t(offset(r, j)))),
+                     most = std::max(1.0, std::fabs(dlogp) + std::fabs(dentropy));
+        const double allowed =
+            unit<T> * std::fabs(g) + 8 * bound * size * most / s.temperature + (sizeof(T) == 2 ? 1e-7 : 0);
         good = std::fabs(have - g) <= allowed;
         if (!good) INFO("class " << j << ": " << have << " for " << g);
         if (!good) CHECK(have == Approx(g));
@@ -207,7 +216,8 @@ TEST_CASE("cuda: a token outside the vocabulary gives NaN, and reads nothing the
   auto tokens = test::on_device(exec, std::vector<std::int32_t>{3, -1, 10, 1 << 30});
   rl::log_probs_and_gradient(exec, mlkit::tensor_view<const float, 2>(z.view().data, {4, 10}),
                              mlkit::tensor_view<const std::int32_t, 1>(tokens.view()), {}, plain_loss{},
-                             {.logp = l.view(), .entropy = h.view()}, mlkit::tensor_view<float, 2>(dz.view().data, {4, 10}));
+                             {.logp = l.view(), .entropy = h.view()},
+                             mlkit::tensor_view<float, 2>(dz.view().data, {4, 10}));
   const auto logp = test::to_host(exec, l), entropy = test::to_host(exec, h);
   const auto d = test::to_host(exec, dz);
   for (index_t r = 0; r < 4; ++r) {

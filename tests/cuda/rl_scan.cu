@@ -94,10 +94,11 @@ TEST_CASE("cuda: a user's recurrence, through masked steps", "[cuda][rl]") {
 
 TEST_CASE("cuda: gae gives the same bits again, and for each row or packed sequence alone", "[cuda][rl]") {
   const rl::gae_options o{.gamma = 0.999, .lambda = 0.97};
-  for (const window& w : {make_window(1, packed_starts.back(), {.bootstrap = true, .starts = packed_starts, .done = 0.001}),
-                          make_window(5, 600, {.bootstrap = true, .done = 0.001}),
-                          make_window(2, 3000, {.bootstrap = true, .done = 0.001}),
-                          make_window(1, 6000, {.bootstrap = true, .starts = {0, 5000, 6000}, .done = 0.001})}) {
+  for (const window& w :
+       {make_window(1, packed_starts.back(), {.bootstrap = true, .starts = packed_starts, .done = 0.001}),
+        make_window(5, 600, {.bootstrap = true, .done = 0.001}),
+        make_window(2, 3000, {.bootstrap = true, .done = 0.001}),
+        make_window(1, 6000, {.bootstrap = true, .starts = {0, 5000, 6000}, .done = 0.001})}) {
     device_window<float> given(w, layout::rows);
     const outputs<float> all = gae(given, o), again = gae(given, o);
     for (std::size_t k = 0; k < 2; ++k) CHECK(same_bits(all[k], again[k]));
@@ -156,7 +157,8 @@ TEST_CASE("cuda: gae refuses what does not fit before it writes", "[cuda][rl]") 
                   {.advantages = a.view()});
         }) == "mlkit::value_error: rl::gae: gamma = 1.5 is outside [0, 1]");
   CHECK(message([&] {
-          rl::gae(given.exec, {.rewards = given.r.view(), .values = given.v.view()}, {}, {.advantages = given.r.view()});
+          rl::gae(given.exec, {.rewards = given.r.view(), .values = given.v.view()}, {},
+                  {.advantages = given.r.view()});
         }) == "mlkit::shape_error: rl::gae: advantages [3, 20] overlaps rewards [3, 20]");
   const std::vector<float> have = a.plain(given.exec);
   CHECK(std::count(have.begin(), have.end(), 7.0f) == 60);

@@ -114,7 +114,7 @@ outputs<double> backwards(const window& w, std::size_t count, Step&& step) {
 }
 
 // Windows that take every way through the kernels: short rows, one group, several, few long ones; columns.
-inline const std::vector<std::pair<index_t, index_t>> wide_shapes{{1, 1},  {3, 7},     {37, 1},   {5, 16},   {9, 128},
+inline const std::vector<std::pair<index_t, index_t>> wide_shapes{{1, 1},   {3, 7},    {37, 1},   {5, 16},   {9, 128},
                                                                   {2, 257}, {19, 530}, {3, 1030}, {2, 2600}, {1, 4500}};
 
 // Calls f(window, layout, shift): each shape with a kind, each kind with some shapes, packed sequences.
@@ -135,7 +135,8 @@ void each_case(F&& f) {
     for (const bool bootstrap : {false, true})
       f(make_window(1, packed_starts.back(), {.begins = begins, .bootstrap = bootstrap, .starts = packed_starts}),
         layout::rows, index_t{bootstrap});
-  f(make_window(1, 9500, {.bootstrap = true, .starts = {0, 9000, 9004, 9500}, .done = 0.001}), layout::rows, index_t{0});
+  f(make_window(1, 9500, {.bootstrap = true, .starts = {0, 9000, 9004, 9500}, .done = 0.001}), layout::rows,
+    index_t{0});
 }
 
 inline std::string text(const window& w, layout l, index_t shift) {

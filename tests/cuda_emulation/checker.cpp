@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <set>
 
 #include "internal.hpp"
 
@@ -13,7 +14,7 @@
 namespace cuda_emulation {
 
 bool instrumented = false;
-thread_local bool watching = false;
+thread_local constinit bool watching = false;
 
 namespace {
 
@@ -74,13 +75,15 @@ struct spaces {
   space dynamic, variables;
   unsigned char* buffer = nullptr;
   std::vector<const void*> kernel_of = kernels_of_variables();
+  std::set<const void*> launched;
 
   // Free bytes around it, so that what goes a little too far is known for what it is.
   static constexpr std::size_t margin = 1 << 16;
 
   spaces() {
-    buffer = static_cast<unsigned char*>(std::aligned_alloc(1024, most_shared + 2 * margin));
-    dynamic.resize(reinterpret_cast<std::uintptr_t>(buffer) + margin, most_shared);
+    buffer = static_cast<unsigned char*>(std::aligned_alloc(1024, most_shared + 2 * margin + 1024));
+    // A multiple of 128, and of no more: kernels may not count on it.
+    dynamic.resize(reinterpret_cast<std::uintptr_t>(buffer) + margin + 128, most_shared);
     const local_block block = thread_local_block();
     if (block.bytes == 0) return;
     variables.resize(block.begin, block.bytes);
@@ -261,15 +264,19 @@ void check_any(fiber& who, const void* p, std::size_t bytes, access_kind how) {
 
 bool watches_memory() { return instrumented; }
 
-void begin_block_of_memory() {
+void begin_grid_of_memory() {
   if (!here) {
     the_spaces = std::make_unique<spaces>();
     here = the_spaces.get();
   }
+  if (here->launched.insert(now.running->function).second) claim_variables(now.running->function, here->kernel_of);
+}
+
+void begin_block_of_memory() {
 #ifdef MLKIT_EMULATION_ASAN
   if (here->dynamic.bytes != now.running->shared || !now.shared) {
-    ASAN_POISON_MEMORY_REGION(here->buffer, most_shared + 2 * spaces::margin);
-    ASAN_UNPOISON_MEMORY_REGION(here->buffer + spaces::margin, now.running->shared);
+    ASAN_POISON_MEMORY_REGION(here->buffer, most_shared + 2 * spaces::margin + 1024);
+    ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(here->dynamic.begin), now.running->shared);
   }
 #endif
   here->dynamic.bytes = now.running->shared;
@@ -280,6 +287,21 @@ void begin_block_of_memory() {
 bool is_shared_memory(const void* p) {
   const auto address = reinterpret_cast<std::uintptr_t>(p);
   return address - here->dynamic.begin < most_shared || address - here->variables.begin < here->variables.bytes;
+}
+
+// Dynamic shared memory begins at 1152, variables at 2^20: 18 bits, of which wgmma's descriptors have room for 18,
+// reach the former only.
+constexpr std::uint32_t first_address = 1024 + 128, first_variable = 1 << 20;
+
+std::uint32_t shared_address(const void* p) {
+  const auto address = reinterpret_cast<std::uintptr_t>(p);
+  if (address - here->dynamic.begin < most_shared)
+    return first_address + static_cast<std::uint32_t>(address - here->dynamic.begin);
+  return first_variable + static_cast<std::uint32_t>(address - here->variables.begin);
+}
+void* shared_pointer(std::uint32_t address) {
+  return reinterpret_cast<void*>(address >= first_variable ? here->variables.begin + (address - first_variable)
+                                                           : here->dynamic.begin + (address - first_address));
 }
 
 void check(const void* p, std::size_t bytes, access_kind how) {

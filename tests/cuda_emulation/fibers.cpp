@@ -9,6 +9,7 @@
 #include <new>
 
 #include "fibers.hpp"
+#include "hopper.hpp"
 #include "internal.hpp"
 
 #ifdef MLKIT_EMULATION_ASAN
@@ -107,11 +108,14 @@ thread_local constinit uint3 gridDim{}, blockDim{};
 
 namespace cuda_emulation {
 
-thread_local engine now;
+thread_local constinit engine now;
 
 namespace {
 
-turns turn_order = turns::forward;
+turns turn_order = [] {
+  const char* text = std::getenv("MLKIT_EMULATED_TURNS");
+  return text && std::strcmp(text, "backward") == 0 ? turns::backward : turns::forward;
+}();
 
 // Stacks of one host thread, below each of them a page that must not be touched.
 struct stacks {
@@ -132,7 +136,12 @@ struct stacks {
     for (const auto p : all) munmap(reinterpret_cast<void*>(p - guard), stack_bytes + guard);
   }
 };
-thread_local stacks the_stacks;
+struct owned {
+  stacks of_fibers;
+  std::vector<fiber> fibers;
+  std::string failure;
+};
+thread_local owned mine;
 
 void switch_to_fiber(fiber& f) {
   engine& e = now;
@@ -193,12 +202,13 @@ std::string place(const fiber& f) {
   return std::string(f.waits_in) + " at " + base_name(f.file) + ":" + std::to_string(f.line);
 }
 bool same_place(const fiber& a, const fiber& b) {
-  return a.line == b.line && std::strcmp(a.waits_in, b.waits_in) == 0 && std::strcmp(a.file, b.file) == 0;
+  const auto same = [](const char* x, const char* y) { return x == y || std::strcmp(x, y) == 0; };
+  return a.line == b.line && same(a.waits_in, b.waits_in) && same(a.file, b.file);
 }
 
 // What each thread waits for, runs of threads together: "threads 0 to 31 wait in __syncthreads at x.cu:7".
 std::string who_waits_where() {
-  const auto& fibers = now.fibers;
+  const fiber* fibers = now.fibers;
   std::string text;
   int groups = 0;
   for (unsigned i = 0; i < now.threads;) {
@@ -224,7 +234,7 @@ std::string who_waits_where() {
 [[noreturn]] void throw_failure() {
   std::string text = "CUDA emulation: kernel " + now.running->kernel + ", block " + triple(now.block);
   // The text of a fault of one thread begins with "thread".
-  text += ": " + now.failure;
+  text += ": " + mine.failure;
   throw fault(text);
 }
 
@@ -259,6 +269,7 @@ void release_barrier(int id) {
     warps |= 1u << (f.thread / 32);
     f.state = state::ready;
   }
+  now.arrived[id].count = 0;
   join_clocks(warps);
 }
 
@@ -268,11 +279,13 @@ void run_block(unsigned threads) {
   ++e.generation;
   std::memset(&e.time, 0, sizeof e.time);
   for (auto& t : e.time.now) t = 1;
-  if (e.fibers.size() < threads) e.fibers.resize(threads);
+  for (auto& a : e.arrived) a.count = 0;
+  if (mine.fibers.size() < threads) mine.fibers.resize(threads);
+  e.fibers = mine.fibers.data();
   const dim3 size = e.running->block;
   for (unsigned i = 0; i < threads; ++i) {
     fiber& f = e.fibers[i];
-    f.stack = the_stacks[i];
+    f.stack = mine.of_fibers[i];
 #ifdef MLKIT_EMULATION_ASAN
     ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(f.stack), stack_bytes);
     f.fake_stack = nullptr;
@@ -285,6 +298,7 @@ void run_block(unsigned threads) {
     f.groups = 0;
   }
   begin_block_of_memory();
+  begin_block_of_hopper();
   unsigned done = 0;
   while (done < threads) {
     bool moved = false;
@@ -293,11 +307,11 @@ void run_block(unsigned threads) {
       if (f.state != state::ready) continue;
       moved = true;
       switch_to_fiber(f);
-      if (!e.failure.empty()) throw_failure();
+      if (e.failed) throw_failure();
       if (f.state == state::done) ++done;
     }
     if (!moved) {
-      e.failure = "threads wait for each other in vain: " + who_waits_where();
+      mine.failure = "threads wait for each other in vain: " + who_waits_where();
       throw_failure();
     }
   }
@@ -318,11 +332,11 @@ void run_grid(grid& g, const void* kernel, kernel_call call, const void* paramet
     ~finally() {
       now.running = nullptr;
       now.on_fiber = false;
-      now.failure.clear();
+      now.failed = false;
       watching = false;
     }
   } const at_the_end;
-  e.failure.clear();
+  begin_grid_of_memory();
   const unsigned threads = g.block.x * g.block.y * g.block.z;
   const std::uint64_t blocks = std::uint64_t{g.size.x} * g.size.y * g.size.z;
   for (std::uint64_t k = 0; k < blocks; ++k) {
@@ -335,8 +349,11 @@ void run_grid(grid& g, const void* kernel, kernel_call call, const void* paramet
 
 void note_failure(const std::string& text) {
   if (!now.on_fiber) throw fault("CUDA emulation: " + text);
-  now.failure = "thread " + triple(now.current->index) + ": " + text;
+  now.failed = true;
+  mine.failure = "thread " + triple(now.current->index) + ": " + text;
 }
+
+void leave_turn() { switch_to_scheduler(false); }
 
 void leave_for_good() {
   switch_to_scheduler(true);
@@ -365,18 +382,14 @@ void barrier(int id, int threads, const char* name, int line, const char* file) 
   self.file = file;
   self.line = line;
   const unsigned wanted = threads == 0 ? e.threads : std::min(static_cast<unsigned>(threads), e.threads);
-  unsigned there = 0;
-  for (unsigned i = 0; i < e.threads; ++i) {
-    const fiber& f = e.fibers[i];
-    if (f.state != state::at_barrier || f.barrier != id) continue;
-    ++there;
-    if (f.threads != threads)
-      fail([&] {
-        return "barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads, where thread " +
-               std::to_string(f.thread) + " waits for " + std::to_string(f.threads);
-      });
-  }
-  if (there == wanted) release_barrier(id);
+  arrivals& there = e.arrived[id];
+  if (there.count == 0) there.first = self.thread;
+  if (const int others = e.fibers[there.first].threads; others != threads)
+    fail([&] {
+      return "barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads, where thread " +
+             std::to_string(there.first) + " waits for " + std::to_string(others);
+    });
+  if (++there.count == wanted) release_barrier(id);
   if (self.state != state::ready) switch_to_scheduler(false);
 }
 

@@ -29,11 +29,14 @@ inline void seen(const void* p, std::size_t bytes, access_kind how) {
 // By an access that the compiler takes to be aligned.
 template <std::size_t Bytes>
 inline void aligned(const void* p, access_kind how) {
-  if (watching && reinterpret_cast<std::uintptr_t>(p) % Bytes != 0) {
-    watching = false;
-    touch(p, Bytes, Bytes, how == access_kind::write);
+  if (!watching) {
+    if (__builtin_expect(is_device_memory(p), 0) && !now.on_fiber) host_touches(p);
+    return;
   }
-  seen(p, Bytes, how);
+  watching = false;
+  if (reinterpret_cast<std::uintptr_t>(p) % Bytes != 0) touch(p, Bytes, Bytes, how == access_kind::write);
+  check(p, Bytes, how);
+  watching = true;
 }
 
 }  // namespace

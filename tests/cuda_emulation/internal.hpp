@@ -31,8 +31,11 @@ struct local_block {
 };
 local_block thread_local_block();
 bool is_constant(std::uintptr_t address);  // in the program's read-only data
-/// In whose body each of them is declared; null for those of functions that are no kernels.
+/// In whose body each of them is declared; null for those of functions that are no kernels, or are not known as such
+/// because they have internal linkage.
 std::vector<const void*> kernels_of_variables();
+/// Notes which variables belong to a kernel that may not have been known as one.
+void claim_variables(const void* kernel, std::vector<const void*>& kernels);
 std::string function_name(const void* function);
 std::string demangled(const char* name);
 
@@ -54,7 +57,7 @@ std::string where_in_device_memory(std::uintptr_t address);
 
 // ---- fibers.cpp: threads
 
-enum class state : unsigned char { ready, at_barrier, in_warp, done };
+enum class state : unsigned char { ready, at_barrier, in_warp, at_mbarrier, done };
 
 struct pending_copy {
   void* shared;
@@ -72,6 +75,7 @@ struct fiber {
   int barrier = 0;
   int threads = 0;
   warp_call* call = nullptr;
+  const void* waits_for = nullptr;
   const char* waits_in = "";
   const char* file = "";
   int line = 0;
@@ -102,7 +106,12 @@ struct grid {
   std::size_t parameter_bytes = 0;
 };
 
-// The kernel that runs on a host thread.
+// At a barrier.
+struct arrivals {
+  unsigned count, first;
+};
+
+// The kernel that runs on a host thread. Made without being asked for, so that accesses to it need no guard.
 struct engine {
   fiber* current = nullptr;
   bool on_fiber = false;
@@ -110,10 +119,11 @@ struct engine {
   uint3 block{};
   unsigned threads = 0;          // of a block
   std::uint32_t generation = 0;  // of blocks, from 1
-  std::vector<fiber> fibers;
-  clocks time;
+  fiber* fibers = nullptr;
+  clocks time{};
+  arrivals arrived[barriers]{};
   void* scheduler = nullptr;
-  std::string failure;
+  bool failed = false;
   unsigned char* shared = nullptr;  // dynamic shared memory
 #ifdef MLKIT_EMULATION_ASAN
   void* fake_stack = nullptr;
@@ -121,9 +131,12 @@ struct engine {
   std::size_t scheduler_stack_bytes = 0;
 #endif
 };
-extern thread_local engine now;
+extern thread_local constinit engine now;
 
 inline constexpr std::size_t most_shared = 232448;  // bytes that a block can ask for
+
+/// Lets others go on until `current`'s state is ready again.
+void leave_turn();
 
 void note_failure(const std::string& text);
 [[noreturn]] void leave_for_good();
@@ -137,8 +150,8 @@ template <class Text>
 
 // ---- checker.cpp: what memory is touched, by whom and when
 
-extern bool instrumented;           // some of the program tells of each access: hooks.cpp
-extern thread_local bool watching;  // what the thread does now is a kernel's work
+extern bool instrumented;                     // some of the program tells of each access: hooks.cpp
+extern thread_local constinit bool watching;  // what the thread does now is a kernel's work
 
 /// While it lives, accesses are the emulation's own.
 class unwatched {
@@ -157,6 +170,7 @@ void check(const void* p, std::size_t bytes, access_kind how);
 /// An access by another thread than the current one: a collective's.
 void check_by(fiber& who, const void* p, std::size_t bytes, access_kind how);
 bool is_shared_memory(const void* p);
+void begin_grid_of_memory();
 void begin_block_of_memory();
 /// Marks shared memory that a copy is under way to, and that it is there.
 void copy_began(const void* shared, std::size_t bytes);

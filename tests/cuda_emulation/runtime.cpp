@@ -1,4 +1,6 @@
 // The host's side of the CUDA runtime.
+#include <cuda.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -539,6 +541,15 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
   return cudaSuccess;
 }
 
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  MLKIT_BEGIN(cudaGetDriverEntryPointByVersion);
+  const bool known = std::string_view(name) == "cuTensorMapEncodeTiled";
+  *function = known ? reinterpret_cast<void*>(cuTensorMapEncodeTiled) : nullptr;
+  if (result) *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return known ? cudaSuccess : error(cudaErrorInvalidValue);
+}
+
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   MLKIT_BEGIN(cudaFuncSetAttribute);
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
@@ -552,6 +563,11 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
   *attributes = {};
   attributes->maxThreadsPerBlock = most_threads;
   attributes->numRegs = 64;
+  const auto& variables = shared_variables();
+  auto kernels = kernels_of_variables();
+  claim_variables(kernel, kernels);
+  for (std::size_t i = 0; i < variables.size(); ++i)
+    if (kernels[i] == kernel) attributes->sharedSizeBytes += variables[i].bytes;
   attributes->ptxVersion = attributes->binaryVersion = compute_capability();
   const std::lock_guard lock(mutex);
   const auto at = most_dynamic.find(kernel);

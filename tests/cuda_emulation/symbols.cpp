@@ -13,13 +13,10 @@
 namespace cuda_emulation {
 namespace {
 
-// Made by the linker: addresses within functions that are declared __global__.
-extern "C" const std::uintptr_t __start___patchable_function_entries[] __attribute__((weak));
-extern "C" const std::uintptr_t __stop___patchable_function_entries[] __attribute__((weak));
-
 struct function {
   std::uintptr_t begin;
   const char* name;
+  bool is_kernel;
 };
 
 struct program {
@@ -56,7 +53,8 @@ struct program {
       const char* name = strings.data() + std::min<std::size_t>(symbol.st_name, strings.size() - 1);
       if (symbol.st_shndx == SHN_UNDEF || symbol.st_size == 0) continue;
       const int type = ELF64_ST_TYPE(symbol.st_info);
-      if (type == STT_FUNC) functions.push_back({symbol.st_value, name});
+      if (type == STT_FUNC)
+        functions.push_back({symbol.st_value, name, ELF64_ST_VISIBILITY(symbol.st_other) == STV_PROTECTED});
       // Of the thread-local variables, those inside of functions: only such are declared __shared__.
       if (type == STT_TLS && std::strncmp(name, "_ZZ", 3) == 0)
         shared.push_back({symbol.st_value, symbol.st_size, name});
@@ -133,35 +131,38 @@ std::string demangled(const char* name) {
 
 namespace {
 
-// The function that holds an address.
-const function* find_function(std::uintptr_t address) {
+const function* find_function(const void* address) {
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(address) - the_layout().base;
   const auto& all = the_program().functions;
-  const auto after = std::upper_bound(all.begin(), all.end(), address - the_layout().base,
-                                      [](std::uintptr_t value, const auto& f) { return value < f.begin; });
-  return after == all.begin() ? nullptr : &*std::prev(after);
+  const auto at = std::lower_bound(all.begin(), all.end(), begin,
+                                   [](const auto& f, std::uintptr_t value) { return f.begin < value; });
+  return at != all.end() && at->begin == begin ? &*at : nullptr;
+}
+
+void claim(const function& kernel, std::vector<const void*>& kernels) {
+  const auto& variables = shared_variables();
+  // A variable x of f, whose name is _Z1fv, is called _ZZ1fvE1x.
+  const std::string begins = std::string("_Z") + (kernel.name + 1) + "E";
+  for (std::size_t i = 0; i < variables.size(); ++i)
+    if (std::strncmp(variables[i].name, begins.c_str(), begins.size()) == 0)
+      kernels[i] = reinterpret_cast<const void*>(kernel.begin + the_layout().base);
 }
 
 }  // namespace
 
 std::vector<const void*> kernels_of_variables() {
-  const auto& variables = shared_variables();
-  std::vector<const void*> kernels(variables.size());
-  for (const auto* p = __start___patchable_function_entries; p != __stop___patchable_function_entries; ++p) {
-    const function* kernel = find_function(*p);
-    if (!kernel) continue;
-    // A variable x of f, whose name is _Z1fv, is called _ZZ1fvE1x.
-    const std::string begins = std::string("_Z") + (kernel->name + 1) + "E";
-    for (std::size_t i = 0; i < variables.size(); ++i)
-      if (std::strncmp(variables[i].name, begins.c_str(), begins.size()) == 0)
-        kernels[i] = reinterpret_cast<const void*>(kernel->begin + the_layout().base);
-  }
+  std::vector<const void*> kernels(shared_variables().size());
+  for (const auto& f : the_program().functions)
+    if (f.is_kernel) claim(f, kernels);
   return kernels;
 }
 
+void claim_variables(const void* kernel, std::vector<const void*>& kernels) {
+  if (const function* f = find_function(kernel); f && !f->is_kernel) claim(*f, kernels);
+}
+
 std::string function_name(const void* function) {
-  const auto address = reinterpret_cast<std::uintptr_t>(function);
-  const auto* found = find_function(address);
-  if (found && found->begin + the_layout().base == address) return demangled(found->name);
+  if (const auto* found = find_function(function)) return demangled(found->name);
   char text[32];
   std::snprintf(text, sizeof text, "at %p", function);
   return text;

@@ -390,8 +390,8 @@ MLKIT_HOST_DEVICE token_gradient<A> call_loss(const F& f, index_t row, A logp, A
     return returned;
 }
 
-// What run_logits calls for a row: f(row, logp, entropy, lse). On a GPU it also calls masked(row) for rows that the mask
-// leaves out.
+// What run_logits calls for a row: f(row, logp, entropy, lse). On a GPU it also calls masked(row) for rows that the
+// mask leaves out.
 
 // Keeps what log_probs writes.
 template <class A>

@@ -55,6 +55,19 @@ namespace detail {
 template <class Executor>
 inline constexpr bool looks_at_data = std::is_same_v<Executor, cpu>;
 
+// The first argument of what each executor has its own of: it brings in, by argument-dependent lookup, those that are
+// declared behind the call.
+struct by_executor {};
+
+// What a function returns where it is said to return a small T: what is made on a device stays there until it is asked
+// for.
+template <class Executor, class T>
+struct result_of {
+  using type = T;
+};
+template <class Executor, class T>
+using result_t = typename result_of<Executor, T>::type;
+
 template <class X>
 inline constexpr int rank_of = std::remove_cvref_t<decltype(as_view(std::declval<X&>()))>::rank;
 

@@ -209,6 +209,7 @@ struct batch_check {
   arguments& call;
   std::string_view function, of;
   extents_t<2> shape;
+  bool on_host = true;  // the host can look at cu_seqlens
 
   template <class T>
   void view(std::string_view name, const tensor_view<T, 2>& v) const {
@@ -236,7 +237,10 @@ struct batch_check {
     if (shape[0] != 1)
       fail_shape(function, ": ", of, " has shape ", shape_text<2>(shape),
                  ", but cu_seqlens packs sequences of [tokens] alone");
-    check_starts(function, cu_seqlens, shape[1]);
+    if (on_host)
+      check_starts(function, cu_seqlens, shape[1]);
+    else
+      check_unread_starts(function, cu_seqlens);
     if (cu_seqlens.extent(0) > 1 && cu_seqlens.stride(0) != 1)
       fail_shape(function, ": cu_seqlens has a stride of ", cu_seqlens.stride(0), ", not 1");
     call.reads("cu_seqlens", cu_seqlens);
@@ -425,11 +429,11 @@ inline void check_aggregation(std::string_view function, const auto& aggregate) 
 template <class T>
 void check_policy_batch(arguments& call, std::string_view function, std::string_view of, const extents_t<2>& shape,
                         const policy_batch<T>& batch, bool with_ratio, bool with_entropies, const loss_options& o,
-                        const policy_gradients<T>& grads) {
+                        const policy_gradients<T>& grads, bool on_host = true) {
   check_non_negative(function, "value_clip", o.value_clip);
   check_non_negative(function, "value", o.value);
   if (!std::isfinite(o.entropy)) fail_value(function, ": entropy = ", o.entropy, " is not finite");
-  const batch_check check{call, function, of, shape};
+  const batch_check check{call, function, of, shape, on_host};
   if (shape[0] * shape[1] != 0) {
     const auto needs = [&](std::string_view what, const auto&... names) {
       fail_value(function, ": ", what, " is not given", names...);
@@ -456,6 +460,11 @@ void check_policy_batch(arguments& call, std::string_view function, std::string_
 }
 
 // What a batch that was checked gives.
+template <class T, class Policy, class Aggregation>
+policy_stats run_policy_batch(by_executor, const cpu& exec, const policy_batch<T>& batch, const Policy& policy,
+                              const Aggregation& aggregate, const loss_options& o, const policy_gradients<T>& grads) {
+  return run_policy_batch(exec, batch, policy, weigher(aggregate), o, grads);
+}
 template <class T, class Policy>
 policy_stats run_policy_batch(const cpu& exec, const policy_batch<T>& batch, const Policy& policy,
                               const weigher& weight, const loss_options& o, const policy_gradients<T>& grads) {
@@ -510,15 +519,44 @@ policy_stats run_policy_batch(const cpu& exec, const policy_batch<T>& batch, con
   return stats;
 }
 
-template <class T, class Policy>
-policy_stats policy_loss(std::string_view function, const cpu& exec, const policy_batch<T>& batch, const Policy& policy,
-                         const weigher& weight, const loss_options& o, const policy_gradients<T>& grads) {
+template <class T, class Aggregation>
+value_stats run_value_batch(by_executor, const cpu& exec, const value_batch<T>& batch, const value_options& o,
+                            const sequence_view<T>& dvalues, const Aggregation& aggregate) {
+  value_stats stats{.explained_variance = std::numeric_limits<double>::quiet_NaN()};
+  if (batch.values.empty()) return stats;
+  const plane_shape shape = shape_of_planes(batch.values, batch.old_values, batch.returns, batch.mask, dvalues);
+  policy_loss_problem<T, no_policy> p;
+  p.shape = shape;
+  p.values = plane_of(batch.values, shape);
+  p.old_values = plane_or_none(batch.old_values, shape);
+  p.returns = plane_of(batch.returns, shape);
+  p.mask = plane_or_none(batch.mask, shape);
+  p.dvalues = plane_or_none(dvalues, shape);
+  if (o.clip > 0) p.value.clip = o.clip;
+  p.sequences = sequences_of(batch.values.extents, shape, batch.cu_seqlens);
+  counted_tokens counted;
+  const loss_sums s = run_policy_loss<T>(exec, p, weigher(aggregate), plane_by_sequence(batch.mask),
+                                         plane_by_sequence(batch.values), plane_by_sequence(batch.returns), counted);
+  if (counted.tokens == 0) return stats;
+  const double n = static_cast<double>(counted.tokens);
+  return {.loss = s.value,
+          .clip_fraction = s.value_clipped / n,
+          .explained_variance = explained_variance(s, n),
+          .tokens = counted.tokens,
+          .sequences = counted.sequences};
+}
+
+template <class T, executor Executor, class Policy, class Aggregation>
+result_t<Executor, policy_stats> policy_loss(std::string_view function, const Executor& exec,
+                                             const policy_batch<T>& batch, const Policy& policy,
+                                             const Aggregation& aggregate, const loss_options& o,
+                                             const policy_gradients<T>& grads) {
   arguments call(function, exec);
   check_view(function, "log_probs", batch.log_probs);
   call.reads("log_probs", batch.log_probs);
   check_policy_batch(call, function, "log_probs", batch.log_probs.extents, batch, uses_ratio<Policy>,
-                     given(batch.entropies), o, grads);
-  return run_policy_batch(exec, batch, policy, weight, o, grads);
+                     given(batch.entropies), o, grads, looks_at_data<Executor>);
+  return run_policy_batch(by_executor{}, exec, batch, policy, aggregate, o, grads);
 }
 
 // What ppo_options mean.
@@ -557,12 +595,13 @@ inline ppo_parts parts_of_ppo(std::string_view function, const ppo_options& o) {
 template <class T = float, executor Executor, class Batch = policy_batch<T>, policy_term Policy,
           aggregation Aggregation>
   requires(detail::is_policy_batch<Batch>)
-policy_stats policy_loss(const Executor& exec, const Batch& batch, const Policy& policy, const Aggregation& aggregate,
-                         const loss_options& o, const policy_gradients<typename Batch::value_type>& grads) {
+detail::result_t<Executor, policy_stats> policy_loss(const Executor& exec, const Batch& batch, const Policy& policy,
+                                                     const Aggregation& aggregate, const loss_options& o,
+                                                     const policy_gradients<typename Batch::value_type>& grads) {
   constexpr std::string_view function = "rl::policy_loss";
   detail::check_term(function, policy);
   detail::check_aggregation(function, aggregate);
-  return detail::policy_loss(function, exec, batch, policy, detail::weigher(aggregate), o, grads);
+  return detail::policy_loss(function, exec, batch, policy, aggregate, o, grads);
 }
 
 /// policy_loss with PPO's clip (and the dual one, if asked for) and the mean over tokens:
@@ -574,11 +613,11 @@ policy_stats policy_loss(const Executor& exec, const Batch& batch, const Policy&
 ///     auto stats = rl::ppo_loss(exec, batch, {.clip = 0.2f}, {.log_probs = dlogp});
 template <class T = float, executor Executor, class Batch = policy_batch<T>>
   requires(detail::is_policy_batch<Batch>)
-policy_stats ppo_loss(const Executor& exec, const Batch& batch, const ppo_options& o,
-                      const policy_gradients<typename Batch::value_type>& grads) {
+detail::result_t<Executor, policy_stats> ppo_loss(const Executor& exec, const Batch& batch, const ppo_options& o,
+                                                  const policy_gradients<typename Batch::value_type>& grads) {
   constexpr std::string_view function = "rl::ppo_loss";
   const auto [policy, aggregate, parts] = detail::parts_of_ppo(function, o);
-  return detail::policy_loss(function, exec, batch, policy, detail::weigher(aggregate), parts, grads);
+  return detail::policy_loss(function, exec, batch, policy, aggregate, parts, grads);
 }
 
 /// The loss of values alone, for critics that are trained apart:
@@ -586,15 +625,15 @@ policy_stats ppo_loss(const Executor& exec, const Batch& batch, const ppo_option
 /// and its gradient with respect to v, which may be left out. Shapes, types, errors and cost are policy_loss's.
 template <class T = float, executor Executor, class Batch = value_batch<T>, aggregation Aggregation = token_mean>
   requires(detail::is_value_batch<Batch>)
-value_stats value_loss(const Executor& exec, const Batch& batch, const value_options& o,
-                       const sequence_view<typename Batch::value_type>& dvalues, const Aggregation& aggregate = {}) {
+detail::result_t<Executor, value_stats> value_loss(const Executor& exec, const Batch& batch, const value_options& o,
+                                                   const sequence_view<typename Batch::value_type>& dvalues,
+                                                   const Aggregation& aggregate = {}) {
   constexpr std::string_view function = "rl::value_loss";
   using namespace detail;
-  using E = typename Batch::value_type;
   arguments call(function, exec);
   check_view(function, "values", batch.values);
   call.reads("values", batch.values);
-  const batch_check check{call, function, "values", batch.values.extents};
+  const batch_check check{call, function, "values", batch.values.extents, looks_at_data<Executor>};
   check.input("returns", batch.returns);
   if (o.clip != 0 && !batch.values.empty() && !given(batch.old_values))
     fail_value(function, ": old_values is not given, but clip = ", o.clip);
@@ -604,28 +643,7 @@ value_stats value_loss(const Executor& exec, const Batch& batch, const value_opt
   check_aggregation(function, aggregate);
   check.output("dvalues", dvalues);
 
-  value_stats stats{.explained_variance = std::numeric_limits<double>::quiet_NaN()};
-  if (batch.values.empty()) return stats;
-  const plane_shape shape = shape_of_planes(batch.values, batch.old_values, batch.returns, batch.mask, dvalues);
-  policy_loss_problem<E, no_policy> p;
-  p.shape = shape;
-  p.values = plane_of(batch.values, shape);
-  p.old_values = plane_or_none(batch.old_values, shape);
-  p.returns = plane_of(batch.returns, shape);
-  p.mask = plane_or_none(batch.mask, shape);
-  p.dvalues = plane_or_none(dvalues, shape);
-  if (o.clip > 0) p.value.clip = o.clip;
-  p.sequences = sequences_of(batch.values.extents, shape, batch.cu_seqlens);
-  counted_tokens counted;
-  const loss_sums s = run_policy_loss<E>(exec, p, weigher(aggregate), plane_by_sequence(batch.mask),
-                                         plane_by_sequence(batch.values), plane_by_sequence(batch.returns), counted);
-  if (counted.tokens == 0) return stats;
-  const double n = static_cast<double>(counted.tokens);
-  return {.loss = s.value,
-          .clip_fraction = s.value_clipped / n,
-          .explained_variance = explained_variance(s, n),
-          .tokens = counted.tokens,
-          .sequences = counted.sequences};
+  return run_value_batch(by_executor{}, exec, batch, o, dvalues, aggregate);
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

@@ -172,7 +172,7 @@ class running_stats {
     if (n < detail::narrow_columns || x.strides[1] != 1) {
       for (index_t c = 0; c < n; ++c) {
         const vector_view<const T> column(x.data + c * x.strides[1], {x.extent(0)}, {x.strides[0]});
-        to[c] = detail::find_moments(exec, detail::plan_moments(column, mask));
+        to[c] = detail::run_moments(exec, detail::plan_moments(column, mask));
       }
       return;
     }

@@ -69,9 +69,10 @@ struct scan_problem {
   bool begins = false;                                                   // flags say it of the step before
   const std::int32_t* starts = nullptr;                                  // of packed sequences, which lie in row 0
   index_t sequences = 0, longest = 0;
-  const T* ends = nullptr;                                 // the value behind each sequence
-  bool flags_along_batch = true, flags_along_time = true;  // all that are given
-  bool along_batch = false, far_reads = false, far_lanes = false, past_caches = false;
+  const T* ends = nullptr;       // the value behind each sequence
+  bool beside = false;           // all matrices lie along the batch
+  bool flags_along_time = true;  // all that are given do
+  bool far_reads = false, far_lanes = false, past_caches = false;
 
   index_t row(index_t s) const noexcept { return starts ? 0 : s; }
   index_t first(index_t s) const noexcept { return starts ? starts[s] : 0; }
@@ -258,27 +259,30 @@ void run_scan(std::string_view function, const cpu& exec, Problem& p, const scan
     p.longest = 0;
     for (index_t s = 0; s < p.sequences; ++s) p.longest = std::max(p.longest, p.last(s) - p.first(s));
   }
-  for (const auto* flags : {&p.terminated, &p.truncated, &p.mask})
-    if (*flags) {
-      p.flags_along_batch = p.flags_along_batch && flags->batch == 1 && flags->time != 1;
-      p.flags_along_time = p.flags_along_time && flags->time == 1;
-    }
-  p.along_batch = !p.starts && p.in[0].time != 1 && p.in[0].batch == 1;
-  p.far_reads = p.far_lanes = steps * index_t{sizeof(T)} * std::max(1, Problem::rule_type::inputs) > far_bytes;
-  p.far_reads = p.far_reads && !p.along_batch;
-  p.far_lanes = p.far_lanes && p.along_batch;
+  p.beside = !p.starts;
+  const auto look_at = [&](const auto& s) { p.beside = p.beside && (!s || (s.batch == 1 && s.time != 1)); };
+  for (const auto& s : p.in) look_at(s);
+  for (const auto& s : p.out) look_at(s);
+  look_at(p.final_values);
+  for (const auto* flags : {&p.terminated, &p.truncated, &p.mask}) {
+    look_at(*flags);
+    p.flags_along_time = p.flags_along_time && (!*flags || flags->time == 1);
+  }
+  const bool far = steps * index_t{sizeof(T)} * std::max(1, Problem::rule_type::inputs) > far_bytes;
+  p.far_reads = far && !p.beside;
+  p.far_lanes = far && p.beside;
   p.past_caches = !p.starts && steps * index_t{sizeof(T)} * Problem::rule_type::outputs > far_bytes;
-  for (const auto& s : p.out) p.past_caches = p.past_caches && (!s || whole_lines(s, p.along_batch));
+  for (const auto& s : p.out) p.past_caches = p.past_caches && (!s || whole_lines(s, p.beside));
   const cpu limited = limit_scan_threads(exec, steps);
   const workspace<T> ends(p.sequences);
   inspect_all(function, limited, p, kernels, needs, ends.data());
 
   // Sequences in one part each, or enough of them for all lanes and threads, are scanned whole. Both ways give the same
   // bits.
-  constexpr index_t few_along_batch = 4;
+  constexpr index_t few_beside = 4;
   const index_t groups = ceil_div(p.sequences, width);
-  const bool whole = p.longest <= scan_part ||
-                     (!p.starts && p.sequences >= (p.along_batch ? few_along_batch : width * limited.threads));
+  const bool whole =
+      p.longest <= scan_part || (!p.starts && p.sequences >= (p.beside ? few_beside : width * limited.threads));
   if (whole) {
     parallel_ranges(limited, groups, [&](index_t begin, index_t end) {
       kernels.scan_sequences(p, begin * width, std::min(p.sequences, end * width));

@@ -124,8 +124,7 @@ inline void check_starts(std::string_view function, const tensor_view<const std:
 // Of starts that are not on the host, what can be said without them.
 inline void check_unread_starts(std::string_view function, const tensor_view<const std::int32_t, 1>& v) {
   check_view(function, "cu_seqlens", v);
-  if (v.extent(0) == 0)
-    fail_shape(function, ": cu_seqlens is empty; it has one element more than there are sequences");
+  if (v.extent(0) == 0) fail_shape(function, ": cu_seqlens is empty; it has one element more than there are sequences");
 }
 
 // The steps of a sequence: `count` of them, the first in column `begin` of row `row`.

@@ -18,19 +18,12 @@ __global__ void copy(const float* from, float* to, int count) {
   if (i < count) to[i] = from[i];
 }
 
-template <how>
+template <how How>
 __global__ void reverse(float* x) {
   __shared__ float tile[64];
   const unsigned i = threadIdx.x;
   tile[i] = x[i];
-  __syncthreads();
-  x[i] = tile[63 - i];
-}
-template <>
-__global__ void reverse<how::badly>(float* x) {
-  __shared__ float tile[64];
-  const unsigned i = threadIdx.x;
-  tile[i] = x[i];
+  if constexpr (How == how::well) __syncthreads();
   x[i] = tile[63 - i];
 }
 

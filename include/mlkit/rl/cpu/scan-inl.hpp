@@ -7,52 +7,82 @@
 // composed to one map, and the value behind the part before is this map of it: so parts may be scanned one after
 // another or all at once, and the bits are those of the sequence alone, wherever and beside whatever it lies.
 
-// Groups of lanes ahead of which those beside them are asked for.
-inline constexpr index_t groups_ahead = 4;
-
-// How many steps ahead what a tile needs is asked for, where rows are read along time, each from a page of its own.
-inline constexpr index_t scan_ahead = 4 * scan_depth;
+// How many steps ahead what a tile needs is asked for, where rows are read along time, each from a page of its own; how
+// many lanes' steps, where they are read along the batch.
+inline constexpr index_t scan_ahead = 4 * scan_depth, lanes_ahead = 1024;
 
 typedef std::uint8_t code_row __attribute__((vector_size(16)));
 typedef std::uint8_t code_bytes __attribute__((vector_size(MLKIT_SET_BITS / 8)));
 
-// The codes of a step's lanes as integers of the width of T.
+// The lanes in whose codes one of `bits` is set: a choice for each.
 template <class T>
-MLKIT_ALWAYS_INLINE typename vec<T>::native_int widen_codes(const std::uint8_t* p) noexcept {
-  using codes = typename vec<T>::native_int;
+class lanes_with {
+  using V = vec<T>;
+
+ public:
 #if MLKIT_SET_AVX512
-  const __m128i c = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
-  return (codes)(sizeof(T) == 4 ? _mm512_cvtepu8_epi32(c) : _mm512_cvtepu8_epi64(c));
-#elif MLKIT_SET_AVX2
-  const __m128i c = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
-  return (codes)(sizeof(T) == 4 ? _mm256_cvtepu8_epi32(c) : _mm256_cvtepu8_epi64(c));
-#elif MLKIT_X86
-  const __m128i zero = _mm_setzero_si128(), c = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
-  const __m128i words = _mm_unpacklo_epi16(_mm_unpacklo_epi8(c, zero), zero);
-  return (codes)(sizeof(T) == 4 ? words : _mm_unpacklo_epi32(words, zero));
+  MLKIT_ALWAYS_INLINE lanes_with(code_row codes, int bits) noexcept
+      : chosen_(_mm_test_epi8_mask((__m128i)codes, _mm_set1_epi8(static_cast<char>(bits)))) {}
+  MLKIT_ALWAYS_INLINE V pick(V a, V b) const noexcept {
+    if constexpr (sizeof(T) == 4)
+      return V(_mm512_mask_blend_ps(chosen_, b.v, a.v));
+    else
+      return V(_mm512_mask_blend_pd(static_cast<__mmask8>(chosen_), b.v, a.v));
+  }
+  MLKIT_ALWAYS_INLINE bool any() const noexcept { return chosen_ != 0; }
+
+ private:
+  __mmask16 chosen_;
 #else
-  codes c;
-  for (int i = 0; i < vec<T>::width; ++i) c[i] = p[i];
-  return c;
+  MLKIT_ALWAYS_INLINE lanes_with(code_row codes, int bits) noexcept : chosen_((widen(codes) & bits) != 0) {}
+  MLKIT_ALWAYS_INLINE V pick(V a, V b) const noexcept { return V::select(chosen_, a, b); }
+  MLKIT_ALWAYS_INLINE bool any() const noexcept {
+#if MLKIT_SET_AVX2
+    return _mm256_testz_si256((__m256i)chosen_, (__m256i)chosen_) == 0;
+#else
+    std::uint64_t halves[2];
+    __builtin_memcpy(halves, &chosen_, sizeof halves);
+    return (halves[0] | halves[1]) != 0;
 #endif
-}
+  }
+
+ private:
+  using mask = typename V::native_int;
+  static MLKIT_ALWAYS_INLINE mask widen(code_row c) noexcept {
+#if MLKIT_SET_AVX2
+    return (mask)(sizeof(T) == 4 ? _mm256_cvtepu8_epi32((__m128i)c) : _mm256_cvtepu8_epi64((__m128i)c));
+#elif MLKIT_X86
+    const __m128i zero = _mm_setzero_si128();
+    const __m128i words = _mm_unpacklo_epi16(_mm_unpacklo_epi8((__m128i)c, zero), zero);
+    return (mask)(sizeof(T) == 4 ? words : _mm_unpacklo_epi32(words, zero));
+#else
+    mask m;
+    for (int i = 0; i < V::width; ++i) m[i] = c[i];
+    return m;
+#endif
+  }
+  mask chosen_;
+#endif
+};
 
 // What becomes of values where episodes are done; codes hold step_truncated only where step_terminated is not set.
 template <class T>
 struct some_dones {
   using V = vec<T>;
-  using mask = typename V::native_int;
-  mask terminated, truncated;
+  lanes_with<T> terminated, truncated, done;
 
-  MLKIT_ALWAYS_INLINE explicit some_dones(mask code) noexcept
-      : terminated((code & step_terminated) != 0), truncated((code & step_truncated) != 0) {}
+  MLKIT_ALWAYS_INLINE explicit some_dones(code_row codes) noexcept
+      : terminated(codes, step_terminated),
+        truncated(codes, step_truncated),
+        done(codes, step_terminated | step_truncated) {}
+  // From flags, which are set where they are not 0.
+  MLKIT_ALWAYS_INLINE some_dones(code_row ended, code_row cut_off) noexcept
+      : terminated(ended, 0xff), truncated(cut_off, 0xff), done(ended | cut_off, 0xff) {}
   // The value of what follows the step: next, or that of the final observation, or 0 behind a terminal state.
   MLKIT_ALWAYS_INLINE V following(V next, V final_value) const noexcept {
-    return V::select(terminated, V::zero(), V::select(truncated, final_value, next));
+    return terminated.pick(V::zero(), truncated.pick(final_value, next));
   }
-  MLKIT_ALWAYS_INLINE V where_done(V done, V other) const noexcept {
-    return V::select(terminated | truncated, done, other);
-  }
+  MLKIT_ALWAYS_INLINE V where_done(V a, V b) const noexcept { return done.pick(a, b); }
 };
 template <class T>
 struct no_dones {
@@ -158,74 +188,37 @@ MLKIT_ALWAYS_INLINE vec<T> load_blocks(const Rows& rows, int j, index_t offset) 
   return vec<T>::load(rows[j] + offset);
 #endif
 }
-template <class T, class Rows>
-MLKIT_ALWAYS_INLINE void store_blocks(vec<T> x, const Rows& rows, int j, index_t offset) noexcept {
-  constexpr int step = block_width<T>;
-#if MLKIT_SET_AVX512
-  if constexpr (sizeof(T) == 4) {
-    _mm_storeu_ps(rows[j] + offset, _mm512_castps512_ps128(x.v));
-    _mm_storeu_ps(rows[j + step] + offset, _mm512_extractf32x4_ps(x.v, 1));
-    _mm_storeu_ps(rows[j + 2 * step] + offset, _mm512_extractf32x4_ps(x.v, 2));
-    _mm_storeu_ps(rows[j + 3 * step] + offset, _mm512_extractf32x4_ps(x.v, 3));
-  } else {
-    _mm_storeu_pd(rows[j] + offset, _mm512_castpd512_pd128(x.v));
-    _mm_storeu_pd(rows[j + step] + offset, _mm512_extractf64x2_pd(x.v, 1));
-    _mm_storeu_pd(rows[j + 2 * step] + offset, _mm512_extractf64x2_pd(x.v, 2));
-    _mm_storeu_pd(rows[j + 3 * step] + offset, _mm512_extractf64x2_pd(x.v, 3));
+
+// store(k, x) for each k of a register's width, where x[i] = rows[i][offset + k].
+template <class T, class Rows, class Store>
+MLKIT_ALWAYS_INLINE void transpose_square(const Rows& rows, index_t offset, const Store& store) noexcept {
+  constexpr int n = block_width<T>, blocks = vec<T>::width / n;
+  vec<T> r[blocks][n];
+  MLKIT_UNROLL
+  for (int j = 0; j < n; ++j) {
+    MLKIT_UNROLL
+    for (int q = 0; q < blocks; ++q) r[q][j] = load_blocks<T>(rows, j, offset + q * n);
   }
-#elif MLKIT_SET_AVX2
-  if constexpr (sizeof(T) == 4) {
-    _mm_storeu_ps(rows[j] + offset, _mm256_castps256_ps128(x.v));
-    _mm_storeu_ps(rows[j + step] + offset, _mm256_extractf128_ps(x.v, 1));
-  } else {
-    _mm_storeu_pd(rows[j] + offset, _mm256_castpd256_pd128(x.v));
-    _mm_storeu_pd(rows[j + step] + offset, _mm256_extractf128_pd(x.v, 1));
+  MLKIT_UNROLL
+  for (int q = 0; q < blocks; ++q) {
+    turn_blocks(r[q]);
+    MLKIT_UNROLL
+    for (int j = 0; j < n; ++j) store(q * n + j, r[q][j]);
   }
-#else
-  (void)step;
-  x.store(rows[j] + offset);
-#endif
 }
 
-// to[k][i] = rows[i][k] and back, for scan_depth steps k and a register's lanes i. Some blocks of steps at once, so
-// that what is loaded fits into the registers.
-inline constexpr int blocks_at_once = MLKIT_SET_AVX512 ? 4 : 2;
-
+// to[k][i] = rows[i][k], for scan_depth steps k and a register's lanes i.
 template <class T, class Rows>
 MLKIT_ALWAYS_INLINE void rows_to_lanes(const Rows& rows, T (*to)[vec<T>::width]) noexcept {
-  constexpr int n = block_width<T>;
-  for (int c = 0; c < scan_depth; c += blocks_at_once * n) {
-    vec<T> r[blocks_at_once][n];
-    MLKIT_UNROLL
-    for (int j = 0; j < n; ++j) {
-      MLKIT_UNROLL
-      for (int q = 0; q < blocks_at_once; ++q) r[q][j] = load_blocks<T>(rows, j, c + q * n);
-    }
-    MLKIT_UNROLL
-    for (int q = 0; q < blocks_at_once; ++q) {
-      turn_blocks(r[q]);
-      MLKIT_UNROLL
-      for (int j = 0; j < n; ++j) r[q][j].store(to[c + q * n + j]);
-    }
-  }
+  for (int c = 0; c < scan_depth; c += vec<T>::width)
+    transpose_square<T>(rows, c, [&](int k, vec<T> x) { x.store(to[c + k]); });
 }
-template <class T, class Rows>
-MLKIT_ALWAYS_INLINE void lanes_to_rows(const T (*from)[vec<T>::width], const Rows& rows) noexcept {
-  constexpr int n = block_width<T>;
-  for (int c = 0; c < scan_depth; c += blocks_at_once * n) {
-    vec<T> r[blocks_at_once][n];
-    MLKIT_UNROLL
-    for (int q = 0; q < blocks_at_once; ++q) {
-      MLKIT_UNROLL
-      for (int j = 0; j < n; ++j) r[q][j] = vec<T>::load(from[c + q * n + j]);
-      turn_blocks(r[q]);
-    }
-    MLKIT_UNROLL
-    for (int j = 0; j < n; ++j) {
-      MLKIT_UNROLL
-      for (int q = 0; q < blocks_at_once; ++q) store_blocks(r[q][j], rows, j, c + q * n);
-    }
-  }
+// And back: store(i, c, x) for steps [c, c + width) of lane i.
+template <class T, class Store>
+MLKIT_ALWAYS_INLINE void lanes_to_rows(const T (*from)[vec<T>::width], const Store& store) noexcept {
+  constexpr int width = vec<T>::width;
+  for (int c = 0; c < scan_depth; c += width)
+    transpose_square<T>(spaced_rows<const T>{from[c], width}, 0, [&](int i, vec<T> x) { store(i, c, x); });
 }
 
 // out[j][i] = rows[i][j], 16 x 16 bytes.
@@ -334,6 +327,66 @@ struct recurrence<rl::detail::affine_rule<T, Inputs, F>> {
   static void end(const Rule&, V, V*) noexcept {}
 };
 
+// Whether a byte has one of `bits` set; f(i) for each byte i that has.
+MLKIT_ALWAYS_INLINE bool any_byte_with(code_bytes c, int bits) noexcept {
+#if MLKIT_SET_AVX512
+  return _mm512_test_epi8_mask((__m512i)c, _mm512_set1_epi8(static_cast<char>(bits))) != 0;
+#elif MLKIT_SET_AVX2
+  return _mm256_testz_si256((__m256i)c, _mm256_set1_epi8(static_cast<char>(bits))) == 0;
+#else
+  std::uint64_t halves[2];
+  __builtin_memcpy(halves, &c, sizeof halves);
+  return ((halves[0] | halves[1]) & 0x0101010101010101u * static_cast<unsigned>(bits)) != 0;
+#endif
+}
+template <class F>
+MLKIT_ALWAYS_INLINE void each_byte_with(code_bytes c, int bits, const F& f) noexcept {
+#if MLKIT_SET_AVX512
+  for (std::uint64_t found = _mm512_test_epi8_mask((__m512i)c, _mm512_set1_epi8(static_cast<char>(bits))); found != 0;
+       found &= found - 1)
+    f(__builtin_ctzll(found));
+#else
+  for (int i = 0; i < static_cast<int>(sizeof c); ++i)
+    if (c[i] & bits) f(i);
+#endif
+}
+
+MLKIT_ALWAYS_INLINE code_row row_of(const std::uint8_t* p, int n) noexcept {
+  code_row c{};
+  __builtin_memcpy(&c, p, static_cast<std::size_t>(n));
+  return c;
+}
+MLKIT_ALWAYS_INLINE code_bytes bytes_of(const std::uint8_t* p) noexcept {
+  code_bytes c;
+  __builtin_memcpy(&c, p, sizeof c);
+  return c;
+}
+// 16 bytes of each of as many rows as a register holds, from row i on.
+MLKIT_ALWAYS_INLINE code_bytes bytes_of_rows(const spaced_rows<const std::uint8_t>& rows, int i) noexcept {
+#if MLKIT_X86
+  const auto row = [&](int j) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i + j])); };
+#endif
+#if MLKIT_SET_AVX512
+  __m512i c = _mm512_castsi128_si512(row(0));
+  c = _mm512_mask_broadcast_i32x4(c, 0x00f0, row(1));
+  c = _mm512_mask_broadcast_i32x4(c, 0x0f00, row(2));
+  return (code_bytes)_mm512_mask_broadcast_i32x4(c, 0xf000, row(3));
+#elif MLKIT_SET_AVX2
+  return (code_bytes)_mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1);
+#elif MLKIT_X86
+  return (code_bytes)row(0);
+#else
+  return row_of(rows[i], 16);
+#endif
+}
+MLKIT_ALWAYS_INLINE int any_bits(code_row c) noexcept {
+  std::uint64_t halves[2];
+  __builtin_memcpy(halves, &c, sizeof halves);
+  std::uint64_t any = halves[0] | halves[1];
+  any |= any >> 32, any |= any >> 16, any |= any >> 8;
+  return static_cast<int>(any & 0xff);
+}
+
 // What a pass over tiles makes: the composed map of each lane, or the outputs, or both.
 enum class scan_pass { compose, emit, both };
 // What codes a tile has: none, of dones alone, or any.
@@ -344,7 +397,6 @@ struct scan_kernel {
   using T = typename Problem::value_type;
   using Rule = typename Problem::rule_type;
   using V = vec<T>;
-  using code_t = typename V::native_int;
   using recurrence_t = recurrence<Rule>;
   template <class U>
   using stream = rl::detail::stream<U>;
@@ -357,13 +409,12 @@ struct scan_kernel {
   // What goes from tile to tile.
   struct lanes_state {
     V x, a, b, next[carried];
-    code_t code;  // dones that a later step says of the one before it
+    code_row code;  // dones that a later step says of the one before it
   };
 
   // Sequences, or parts of them, to the lanes of a register. Lanes beyond `count` repeat the first.
   struct lanes {
     int count;
-    bool beside;  // consecutive rows of a matrix, with the same steps
     bool spaced;  // all lanes, each row_step rows and begin_step steps from the one before it
     index_t row_step, begin_step;
     index_t shortest, longest;  // steps
@@ -395,32 +446,18 @@ struct scan_kernel {
 
   struct alignas(64) scratch {
     T in[inputs > 0 ? inputs : 1][scan_depth][width];
-    T final_values[scan_depth][width];
+    T final_values[scan_depth][width];  // where steps were truncated
     T out[outputs][scan_depth][width];
     T rows[width][scan_depth];
-    std::uint8_t code[scan_depth][16], code_rows[16][16];
-    std::uint8_t terminated_rows[16][16], truncated_rows[16][16], mask_rows[16][16];  // 0 where there are none
-  };
-
-  // Where the tile of a stream is found: step k at data + k * step.
-  template <class U>
-  struct tile_of {
-    U* data;
-    index_t step;
+    std::uint8_t code[scan_depth][16], code_rows[16][16], flag_rows[3][16][16];
   };
 
   // The tile of a matrix from step `offset` of each lane, n[i] steps in lane i, `top` at most.
-  static tile_of<const T> read_tile(const stream<const T>& s, const lanes& g, index_t offset, const int* n, int top,
-                                    bool whole, T (*to)[width], scratch& w) noexcept {
-    if (g.beside && s.batch == 1) {
-      const T* from = s.at(g.of[0].row, g.of[0].begin + offset);
-      if (g.count == width) return {from, s.time};
-      for (int k = 0; k < top; ++k) V::load(from + k * s.time, g.count).store(to[k]);
-      return {to[0], width};
-    }
+  static void read_tile(const stream<const T>& s, const lanes& g, index_t offset, const int* n, int top, bool whole,
+                        T (*to)[width], scratch& w) noexcept {
     if (whole && s.time == 1 && g.spaced) {
       rows_to_lanes<T>(g.spaced_places(s, offset), to);
-      return {to[0], width};
+      return;
     }
     const T* from[width];
     g.places(s, offset, from);
@@ -429,7 +466,7 @@ struct scan_kernel {
         for (int k = 0; k < n[i]; ++k) to[k][i] = from[i][k * s.time];
         for (int k = n[i]; k < top; ++k) to[k][i] = T{};
       }
-      return {to[0], width};
+      return;
     }
     if (whole) {
       rows_to_lanes<T>(from, to);
@@ -441,7 +478,6 @@ struct scan_kernel {
       }
       rows_to_lanes<T>(some, to);
     }
-    return {to[0], width};
   }
 
   // Asks for what the tile `scan_ahead` steps earlier will read.
@@ -465,17 +501,6 @@ struct scan_kernel {
     }
   }
 
-  static MLKIT_ALWAYS_INLINE code_bytes bytes_of(const std::uint8_t* p) noexcept {
-    code_bytes c;
-    __builtin_memcpy(&c, p, sizeof c);
-    return c;
-  }
-  static MLKIT_ALWAYS_INLINE code_row row_of(const std::uint8_t* p, int n) noexcept {
-    code_row c{};
-    __builtin_memcpy(&c, p, static_cast<std::size_t>(n));
-    return c;
-  }
-
   // The codes of steps from their flags.
   template <class Bytes>
   static MLKIT_ALWAYS_INLINE Bytes codes_of(const Problem& p, Bytes terminated, Bytes truncated, Bytes mask) noexcept {
@@ -489,79 +514,61 @@ struct scan_kernel {
     return c;
   }
 
-  // The codes of a tile's steps; which bits there are among them.
+  // The flags of a tile, which lie along time, a row a lane.
+  static spaced_rows<const std::uint8_t> flag_rows(const stream<const std::uint8_t>& s, const lanes& g, index_t offset,
+                                                   const int* n, bool whole, std::uint8_t (*to)[16]) noexcept {
+    if (s && whole && g.spaced) return g.spaced_places(s, offset);
+    for (int i = 0; i < width && s; ++i) {
+      __builtin_memset(to[i], 0, 16);
+      __builtin_memcpy(to[i], s.at(g.of[i].row, g.of[i].begin + offset), static_cast<std::size_t>(n[i]));
+    }
+    return {to[0], 16};
+  }
+
+  // The codes of a tile's steps, and the final values of those truncated; which bits there are among the codes.
   static int read_codes(const Problem& p, const lanes& g, index_t offset, const int* n, int top, bool whole, bool even,
                         scratch& w) noexcept {
-    const code_row zero{};
+    const bool finals = p.final_values && !p.begins;
+    const auto take_final = [&](int i, int k) {
+      w.final_values[k][i] = *p.final_values.at(g.of[i].row, g.of[i].begin + offset + k);
+    };
     code_row all{};
-    if (p.flags_along_batch && g.beside) {
-      const auto start = [&](const stream<const std::uint8_t>& s) {
-        return s ? s.at(g.of[0].row, g.of[0].begin + offset) : nullptr;
-      };
-      const std::uint8_t *terminated = start(p.terminated), *truncated = start(p.truncated), *mask = start(p.mask);
-      code_row lanes_there{};
-      for (int i = 0; i < g.count; ++i) lanes_there[i] = 0xff;
-      const auto load = [&](const std::uint8_t* at, index_t step, int k) {
-        return !at ? zero : g.count == width ? row_of(at + k * step, width) : row_of(at + k * step, g.count);
-      };
-      for (int k = 0; k < top; ++k) {
-        code_row c = codes_of(p, load(terminated, p.terminated.time, k), load(truncated, p.truncated.time, k),
-                              load(mask, p.mask.time, k));
-        c &= lanes_there;
-        __builtin_memcpy(w.code[k], &c, sizeof c);
-        all |= c;
+    if (p.flags_along_time) {
+      constexpr int at_once = static_cast<int>(sizeof(code_bytes)) / 16;
+      const auto terminated = flag_rows(p.terminated, g, offset, n, whole, w.flag_rows[0]);
+      const auto truncated = flag_rows(p.truncated, g, offset, n, whole, w.flag_rows[1]);
+      const auto mask = flag_rows(p.mask, g, offset, n, whole, w.flag_rows[2]);
+      code_bytes many{};
+      unsigned truncated_in = 0;  // groups of rows, taken one after another: a branch at each of them is often missed
+      for (int i = 0; i < width; i += at_once) {
+        const code_bytes c = codes_of(p, bytes_of_rows(terminated, i), bytes_of_rows(truncated, i),
+                                      p.mask ? bytes_of_rows(mask, i) : code_bytes{});
+        __builtin_memcpy(w.code_rows[i], &c, sizeof c);
+        many |= c;
+        truncated_in |= static_cast<unsigned>(any_byte_with(c, step_truncated)) << i;
+      }
+      code_row parts[at_once];
+      __builtin_memcpy(parts, &many, sizeof many);
+      for (const code_row& part : parts) all |= part;
+      for (; finals && truncated_in != 0; truncated_in &= truncated_in - 1) {
+        const int i = __builtin_ctz(truncated_in);
+        each_byte_with(bytes_of(w.code_rows[i]), step_truncated, [&](int at) { take_final(i + at / 16, at % 16); });
       }
     } else {
-      if (p.flags_along_time) {
-        const auto load = [&](const stream<const std::uint8_t>& s, std::uint8_t(*to)[16]) {
-          if (!s) return;
-          const auto copy = [&](const auto& rows) {
-            if (whole) {
-              MLKIT_UNROLL
-              for (int i = 0; i < width; ++i) __builtin_memcpy(to[i], rows[i], 16);
-            } else {
-              for (int i = 0; i < width; ++i) {
-                __builtin_memset(to[i], 0, 16);
-                __builtin_memcpy(to[i], rows[i], static_cast<std::size_t>(n[i]));
-              }
-            }
-          };
-          if (g.spaced) {
-            copy(g.spaced_places(s, offset));
-          } else {
-            const std::uint8_t* at[width];
-            g.places(s, offset, at);
-            copy(at);
-          }
-        };
-        load(p.terminated, w.terminated_rows);
-        load(p.truncated, w.truncated_rows);
-        load(p.mask, w.mask_rows);
-        // The bytes of all rows: of row 0 alone, an index ends with that row.
-        const auto flat = [](std::uint8_t(*rows)[16]) { return static_cast<std::uint8_t*>(static_cast<void*>(rows)); };
-        code_bytes many{};
-        for (int i = 0; i < 16 * width; i += static_cast<int>(sizeof many)) {
-          const code_bytes c = codes_of(p, bytes_of(flat(w.terminated_rows) + i), bytes_of(flat(w.truncated_rows) + i),
-                                        bytes_of(flat(w.mask_rows) + i));
-          __builtin_memcpy(flat(w.code_rows) + i, &c, sizeof c);
-          many |= c;
-        }
-        code_row parts[MLKIT_SET_BITS / 128];
-        __builtin_memcpy(parts, &many, sizeof many);
-        for (const code_row& part : parts) all |= part;
-      } else {
-        for (int i = 0; i < width; ++i) {
-          const unit& u = g.of[i];
-          for (int k = 0; k < n[i]; ++k) {
-            const index_t t = u.begin + offset + k;
-            w.code_rows[i][k] = static_cast<std::uint8_t>(p.counts(u.row, t) ? p.code(u.row, t) : step_skipped);
-            all[k] |= w.code_rows[i][k];
-          }
+      for (int i = 0; i < width; ++i) {
+        const unit& u = g.of[i];
+        for (int k = 0; k < n[i]; ++k) {
+          const index_t t = u.begin + offset + k;
+          w.code_rows[i][k] = static_cast<std::uint8_t>(p.counts(u.row, t) ? p.code(u.row, t) : step_skipped);
+          all[k] |= w.code_rows[i][k];
+          if (finals && (w.code_rows[i][k] & step_truncated)) take_final(i, k);
         }
       }
-      if (even && !p.begins && !any_bits(all)) return 0;
-      transpose_bytes(w.code_rows, w.code);
     }
+    if (any_bits(all) != 0)
+      transpose_bytes(w.code_rows, w.code);
+    else
+      __builtin_memset(w.code, 0, sizeof w.code);
     if (!even) {
       for (int i = 0; i < width; ++i)
         for (int k = n[i]; k < top; ++k) w.code[k][i] = step_skipped;
@@ -570,21 +577,13 @@ struct scan_kernel {
     return any_bits(all);
   }
 
-  static MLKIT_ALWAYS_INLINE int any_bits(code_row c) noexcept {
-    std::uint64_t halves[2];
-    __builtin_memcpy(halves, &c, sizeof halves);
-    std::uint64_t any = halves[0] | halves[1];
-    any |= any >> 32, any |= any >> 16, any |= any >> 8;
-    return static_cast<int>(any & 0xff);
-  }
-
   // What a step leaves where it is skipped, and elsewhere.
   struct keep_fresh {
     MLKIT_ALWAYS_INLINE V operator()(V fresh, V) const noexcept { return fresh; }
   };
   struct keep_unless {
-    code_t skipped;
-    MLKIT_ALWAYS_INLINE V operator()(V fresh, V old) const noexcept { return V::select(skipped, old, fresh); }
+    lanes_with<T> skipped;
+    MLKIT_ALWAYS_INLINE V operator()(V fresh, V old) const noexcept { return skipped.pick(old, fresh); }
   };
 
   template <scan_pass Pass, class Dones, class Keep>
@@ -610,58 +609,33 @@ struct scan_kernel {
 
   // Steps top - 1 to 0 of a tile.
   template <scan_pass Pass, tile_codes Codes>
-  static void run_steps(const Problem& p, int top, const tile_of<const T>* in, tile_of<const T> finals,
-                        const std::uint8_t (*codes)[16], const tile_of<T>* out, bool in_place,
-                        lanes_state& state) noexcept {
+  static void run_steps(const Problem& p, int top, lanes_state& state, scratch& w) noexcept {
     const Rule rule = p.rule;  // its own copy, which no store can change
-    const bool begins = p.begins, past_caches = p.past_caches && p.along_batch && in_place;
+    const bool begins = p.begins;
     V x = state.x, a = state.a, b = state.b, next[carried];
-    code_t later = state.code;
-    const T* from[inputs > 0 ? inputs : 1];
-    T* to[outputs];
+    code_row later = state.code;
     MLKIT_UNROLL
     for (int i = 0; i < carried; ++i) next[i] = state.next[i];
-    MLKIT_UNROLL
-    for (int i = 0; i < inputs; ++i) from[i] = in[i].data + (top - 1) * in[i].step;
-    const T* final_values = finals.data + (top - 1) * finals.step;
-    if constexpr (Pass != scan_pass::compose) {
-      MLKIT_UNROLL
-      for (int o = 0; o < outputs; ++o) to[o] = out[o].data + (top - 1) * out[o].step;
-    }
     for (int k = top - 1; k >= 0; --k) {
       V now[inputs > 0 ? inputs : 1], then[carried], before[carried], result[outputs];
       MLKIT_UNROLL
-      for (int i = 0; i < inputs; ++i) now[i] = V::load(from[i]), from[i] -= in[i].step;
+      for (int i = 0; i < inputs; ++i) now[i] = V::load(w.in[i][k]);
       MLKIT_UNROLL
       for (int i = 0; i < carried; ++i) then[i] = before[i] = next[i];
+      const code_row own = row_of(w.code[k], width);
+      const V final_value = V::load(w.final_values[k]);
       if constexpr (Codes == tile_codes::none) {
         run_step<Pass>(rule, now, V::zero(), no_dones<T>{}, keep_fresh{}, before, then, next, x, a, b, result);
+      } else if constexpr (Codes == tile_codes::dones) {
+        run_step<Pass>(rule, now, final_value, some_dones<T>(own), keep_fresh{}, before, then, next, x, a, b, result);
       } else {
-        const V final_value = V::load(final_values);
-        final_values -= finals.step;
-        const code_t own = widen_codes<T>(codes[k]);
-        if constexpr (Codes == tile_codes::dones) {
-          run_step<Pass>(rule, now, final_value, some_dones<T>(own), keep_fresh{}, before, then, next, x, a, b, result);
-        } else {
-          const code_t skipped = (own & step_skipped) != 0;
-          code_t code = own;
-          if (begins) {
-            code = later;
-            later = skipped ? later : own;
-          }
-          run_step<Pass>(rule, now, final_value, some_dones<T>(code), keep_unless{skipped}, before, then, next, x, a, b,
-                         result);
-        }
+        const code_row code = begins ? said_later(own, later) : own;
+        run_step<Pass>(rule, now, final_value, some_dones<T>(code), keep_unless{{own, step_skipped}}, before, then,
+                       next, x, a, b, result);
       }
       if constexpr (Pass != scan_pass::compose) {
         MLKIT_UNROLL
-        for (int o = 0; o < outputs; ++o) {
-          if (whole_lines && past_caches)
-            stream_register(to[o], result[o]);
-          else
-            result[o].store(to[o]);
-          to[o] -= out[o].step;
-        }
+        for (int o = 0; o < outputs; ++o) result[o].store(w.out[o][k]);
       }
     }
     state.x = x, state.a = a, state.b = b, state.code = later;
@@ -669,15 +643,21 @@ struct scan_kernel {
     for (int i = 0; i < carried; ++i) state.next[i] = next[i];
   }
 
-  static void write_tile(const stream<T>& s, const lanes& g, index_t offset, const int* n, int top, bool whole,
-                         bool past_caches, const T (*from)[width], scratch& w) noexcept {
-    if (g.beside && s.batch == 1) {
-      T* to = s.at(g.of[0].row, g.of[0].begin + offset);
-      for (int k = 0; k < top; ++k) V::load(from[k]).store(to + k * s.time, g.count);
-      return;
-    }
-    if (whole && s.time == 1 && g.spaced && !past_caches) {
-      lanes_to_rows<T>(from, g.spaced_places(s, offset));
+  // The codes of steps of which later ones have said so; of those before them, which are not skipped, these say theirs.
+  static MLKIT_ALWAYS_INLINE code_row said_later(code_row own, code_row& later) noexcept {
+    const code_row code = later, skipped = (code_row)((own & step_skipped) != 0);
+    later = (skipped & later) | (~skipped & own);
+    return code;
+  }
+
+  static void write_tile(const stream<T>& s, const lanes& g, index_t offset, const int* n, bool whole, bool past_caches,
+                         const T (*from)[width], scratch& w) noexcept {
+    if (whole && s.time == 1 && g.spaced) {
+      const spaced_rows<T> to = g.spaced_places(s, offset);
+      if (past_caches)
+        lanes_to_rows<T>(from, [&](int i, int c, V x) { stream_register(to[i] + c, x); });
+      else
+        lanes_to_rows<T>(from, [&](int i, int c, V x) { x.store(to[i] + c); });
       return;
     }
     T* to[width];
@@ -687,21 +667,8 @@ struct scan_kernel {
         for (int k = 0; k < n[i]; ++k) to[i][k * s.time] = from[k][i];
       return;
     }
-    if (whole && g.count == width && !past_caches) {
-      lanes_to_rows<T>(from, to);
-      return;
-    }
-    T* some[width];
-    for (int i = 0; i < width; ++i) some[i] = w.rows[i];
-    lanes_to_rows<T>(from, some);
-    if (whole && past_caches) {
-      for (int i = 0; i < g.count; ++i) {
-        MLKIT_UNROLL
-        for (int c = 0; c < depth; c += width) stream_register(to[i] + c, V::load(some[i] + c));
-      }
-    } else {
-      for (int i = 0; i < g.count; ++i) __builtin_memcpy(to[i], some[i], static_cast<std::size_t>(n[i]) * sizeof(T));
-    }
+    lanes_to_rows<T>(from, [&](int i, int c, V x) { x.store(w.rows[i] + c); });
+    for (int i = 0; i < g.count; ++i) __builtin_memcpy(to[i], w.rows[i], static_cast<std::size_t>(n[i]) * sizeof(T));
   }
 
   // Steps [offset, offset + depth) of each lane, as far as it has them.
@@ -721,62 +688,43 @@ struct scan_kernel {
       top = static_cast<int>(std::min<index_t>(depth, g.longest - offset));
       even = g.shortest == g.longest;
     }
-    int codes = even ? 0 : step_skipped;
-    if (!even || p.begins || p.terminated || p.truncated || p.mask)
-      codes = read_codes(p, g, offset, n, top, whole, even, w);
-    if (p.begins) {
-      std::int64_t lanes_of_code[width * sizeof(T) / 8];
-      __builtin_memcpy(lanes_of_code, &state.code, sizeof state.code);
-      std::int64_t any = 0;
-      for (const std::int64_t c : lanes_of_code) any |= c;
-      codes |= static_cast<int>(any | (any >> 32));
-    }
-    tile_of<const T> in[inputs > 0 ? inputs : 1], finals{w.final_values[0], width};
     for (int i = 0; i < inputs; ++i) {
-      in[i] = read_tile(p.in[i], g, offset, n, top, whole, w.in[i], w);
+      read_tile(p.in[i], g, offset, n, top, whole, w.in[i], w);
       if (p.far_reads) fetch_tile(p.in[i], g, offset);
     }
+    int codes = read_codes(p, g, offset, n, top, whole, even, w);
     if (p.far_reads) {
       if (p.terminated) fetch_tile(p.terminated, g, offset);
       if (p.truncated) fetch_tile(p.truncated, g, offset);
     }
-    if ((codes & step_truncated) && p.final_values)
-      finals = read_tile(p.final_values, g, offset, n, top, whole, w.final_values, w);
-    tile_of<T> out[outputs];
-    bool in_place[outputs], all_in_place = true;
-    for (int o = 0; o < outputs; ++o) {
-      const stream<T>& s = p.out[o];
-      in_place[o] = s && g.beside && g.count == width && s.batch == 1;
-      all_in_place = all_in_place && in_place[o];
-      out[o] = {in_place[o] ? s.at(g.of[0].row, g.of[0].begin + offset) : w.out[o][0], in_place[o] ? s.time : width};
+    if (p.begins) {
+      codes |= any_bits(state.code);
+      if ((codes & step_truncated) && p.final_values)
+        read_tile(p.final_values, g, offset, n, top, whole, w.final_values, w);
     }
     if (codes == 0 && Pass == scan_pass::emit) {
-      if constexpr (Pass == scan_pass::emit)
-        run_steps<Pass, tile_codes::none>(p, top, in, finals, w.code, out, all_in_place, state);
+      if constexpr (Pass == scan_pass::emit) run_steps<Pass, tile_codes::none>(p, top, state, w);
     } else if (!p.begins && !(codes & step_skipped)) {
-      if (codes == 0) __builtin_memset(w.code, 0, sizeof w.code);
-      run_steps<Pass, tile_codes::dones>(p, top, in, finals, w.code, out, all_in_place, state);
+      run_steps<Pass, tile_codes::dones>(p, top, state, w);
     } else {
-      run_steps<Pass, tile_codes::any>(p, top, in, finals, w.code, out, all_in_place, state);
+      run_steps<Pass, tile_codes::any>(p, top, state, w);
     }
     if constexpr (Pass != scan_pass::compose)
       for (int o = 0; o < outputs; ++o)
-        if (p.out[o] && !in_place[o]) write_tile(p.out[o], g, offset, n, top, whole, p.past_caches, w.out[o], w);
+        if (p.out[o]) write_tile(p.out[o], g, offset, n, whole, p.past_caches, w.out[o], w);
   }
 
   // The value that the scan has behind the sequence's end, and what it carries there.
   static void start_at_end(const Problem& p, const lanes& g, lanes_state& state) noexcept {
     V end = V::zero();
-    if (p.ends && g.beside) {
-      end = V::load(p.ends + g.of[0].sequence, g.count);
-    } else if (p.ends) {
+    if (p.ends) {
       T ends[width];
       for (int i = 0; i < width; ++i) ends[i] = p.ends[g.of[i].sequence];
       end = V::load(ends);
     }
-    state.code = code_t{};
-    if (p.begins)
-      for (int i = 0; i < width; ++i) state.code[i] = static_cast<typename V::int_type>(p.last_code(g.of[i].sequence));
+    state.code = code_row{};
+    for (int i = 0; i < width && p.begins; ++i)
+      state.code[i] = static_cast<std::uint8_t>(p.last_code(g.of[i].sequence));
     state.x = recurrence_t::seed(p.rule, end);
     recurrence_t::end(p.rule, end, state.next);
     state.a = V(T(1)), state.b = V::zero();
@@ -808,11 +756,8 @@ struct scan_kernel {
         if (t >= 0 && p.final_values && (p.begins || (code & step_truncated)))
           w.final_values[j][i] = *p.final_values.at(b, t);
       }
-    tile_of<const T> in[inputs > 0 ? inputs : 1];
-    for (int s = 0; s < inputs; ++s) in[s] = {w.in[s][0], width};
     const V x = state.x;
-    run_steps<scan_pass::compose, tile_codes::any>(p, looked_at, in, {w.final_values[0], width}, w.code, nullptr, false,
-                                                   state);
+    run_steps<scan_pass::compose, tile_codes::any>(p, looked_at, state, w);
     state.x = x, state.a = V(T(1)), state.b = V::zero();
   }
 
@@ -822,79 +767,191 @@ struct scan_kernel {
 
   static void fill(lanes& g, const unit* units, index_t count) noexcept {
     g.count = static_cast<int>(count < width ? count : width);
-    g.beside = false;
     for (int i = 0; i < width; ++i) g.of[i] = units[i < g.count ? i : 0];
     g.measure();
   }
 
-  // Part `part` of sequences [first, first + count).
+  // Part `part` of as many of `count` sequences as there are lanes.
   static void fill_part(const Problem& p, lanes& g, index_t first, index_t count, index_t part) noexcept {
     g.count = static_cast<int>(count < width ? count : width);
-    g.beside = !p.starts;
-    if (g.beside) {
-      const index_t begin = part * scan_part, end = std::min(begin + scan_part, p.time);
-      for (int i = 0; i < width; ++i)
-        g.of[i] = {first + (i < g.count ? i : 0), begin, end, first + (i < g.count ? i : 0)};
-      g.shortest = g.longest = end - begin;
-      g.spaced = g.count == width, g.row_step = 1, g.begin_step = 0;
-      return;
-    }
     for (int i = 0; i < width; ++i) {
       const index_t s = first + (i < g.count ? i : 0), begin = p.first(s) + part * scan_part;
-      g.of[i] = {0, begin, std::min(begin + scan_part, p.last(s)), s};
+      g.of[i] = {p.row(s), begin, std::min(begin + scan_part, p.last(s)), s};
     }
     g.measure();
   }
 
-  // Asks for what group j of a strip will read at `offset`: each step is in a page of its own, too many for the
-  // processor to follow. Behind the last group come the steps before.
-  static void fetch_beside(const Problem& p, const lanes* g, index_t groups, index_t offset, index_t j) noexcept {
-    if (j >= groups) j -= groups, offset -= scan_depth;
-    if (j >= groups || offset < 0) return;
-    const unit& first = g[j].of[0];
-    const index_t steps = std::min(scan_depth, first.end - first.begin - offset);
-    const auto fetch = [&](const auto& s) {
-      if (!s || s.batch != 1) return;
-      for (index_t k = 0; k < steps; ++k) __builtin_prefetch(s.at(first.row, first.begin + offset + k), 0, 2);
-    };
-    for (const auto& s : p.in) fetch(s);
-    if (j % (64 / width) != 0) return;  // flags of as many lie in a line
-    fetch(p.terminated), fetch(p.truncated), fetch(p.mask);
-  }
-
-  // Sequences [first, end), a strip of registers at a time; the parts of each one after another.
+  // Sequences [first, end), a register of them at a time; the parts of each one after another.
   static void scan_sequences(const Problem& p, index_t first, index_t end) noexcept {
-    constexpr index_t most_groups = 64;
+    if (p.beside) {
+      scan_beside(p, first, end);
+      return;
+    }
     scratch w;
     clear(w);
-    lanes g[most_groups];
-    lanes_state state[most_groups];
-    V behind[most_groups];
-    const index_t strip = p.along_batch ? most_groups : 1;
-    for (index_t s = first; s < end; s += strip * width) {
-      const index_t groups = ceil_div(std::min(strip * width, end - s), width);
+    for (index_t s = first; s < end; s += width) {
       index_t parts = 1;
-      for (index_t i = s; i < std::min(end, s + groups * width) && p.longest > scan_part; ++i)
+      for (index_t i = s; i < std::min(end, s + width) && p.longest > scan_part; ++i)
         parts = std::max(parts, ceil_div(p.last(i) - p.first(i), scan_part));
+      lanes g;
+      lanes_state state;
       for (index_t part = parts - 1; part >= 0; --part) {
-        index_t steps = 0;
-        for (index_t j = 0; j < groups; ++j) {
-          fill_part(p, g[j], s + j * width, end - s - j * width, part);
-          if (part == parts - 1) start_at_end(p, g[j], state[j]);
-          behind[j] = state[j].x;
-          state[j].a = V(T(1)), state[j].b = V::zero();
-          steps = std::max(steps, g[j].longest);
+        fill_part(p, g, s, end - s, part);
+        if (part == parts - 1) start_at_end(p, g, state);
+        const V behind = state.x;
+        state.a = V(T(1)), state.b = V::zero();
+        for (index_t offset = (ceil_div(g.longest, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth) {
+          if (part > 0)
+            run_tile<scan_pass::both>(p, g, offset, state, w);
+          else
+            run_tile<scan_pass::emit>(p, g, offset, state, w);
         }
-        for (index_t offset = (ceil_div(steps, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth)
-          for (index_t j = 0; j < groups; ++j) {
-            if (p.far_lanes) fetch_beside(p, g, groups, offset, j + groups_ahead);
-            if (part > 0)
-              run_tile<scan_pass::both>(p, g[j], offset, state[j], w);
-            else
-              run_tile<scan_pass::emit>(p, g[j], offset, state[j], w);
-          }
-        if (part > 0)
-          for (index_t j = 0; j < groups; ++j) state[j].x = apply_map(state[j].a, state[j].b, behind[j]);
+        if (part > 0) state.x = apply_map(state.a, state.b, behind);
+      }
+    }
+    finish_stores(p);
+  }
+
+  // What goes from step to step of sequences beside each other, in memory: as many as leave room for a row of each
+  // matrix beside it in the first cache.
+  static constexpr index_t strip_groups = 64 * 4 / (width * static_cast<index_t>(sizeof(T)) / 16);
+  struct strip_state {
+    lanes_state of[strip_groups];
+    V behind[strip_groups];
+  };
+  // The rows of a step's matrices, from the first of some lanes on.
+  struct step_rows {
+    const T* in[inputs > 0 ? inputs : 1];
+    const T* final_values;
+    const std::uint8_t *terminated, *truncated, *mask;
+    T* out[outputs];
+  };
+
+  // A step of a register of sequences beside each other.
+  template <scan_pass Pass, tile_codes Codes>
+  static MLKIT_ALWAYS_INLINE void step_beside(const Problem& p, const Rule& rule, const step_rows& at, bool past_caches,
+                                              lanes_state& state) noexcept {
+    V now[inputs > 0 ? inputs : 1], then[carried], before[carried], next[carried], result[outputs];
+    V x = state.x, a = state.a, b = state.b, final_value = V::zero();
+    MLKIT_UNROLL
+    for (int i = 0; i < inputs; ++i) now[i] = V::load(at.in[i]);
+    MLKIT_UNROLL
+    for (int i = 0; i < carried; ++i) next[i] = then[i] = before[i] = state.next[i];
+    const auto flags = [](const std::uint8_t* f) { return f ? row_of(f, width) : code_row{}; };
+    const code_row terminated = flags(at.terminated), truncated = flags(at.truncated);
+    if constexpr (Codes == tile_codes::dones) {
+      const some_dones<T> dones(terminated, truncated);
+      if (dones.truncated.any() && at.final_values) final_value = V::load(at.final_values);
+      run_step<Pass>(rule, now, final_value, dones, keep_fresh{}, before, then, next, x, a, b, result);
+    } else {
+      const code_row own = codes_of(p, terminated, truncated, flags(at.mask));
+      const some_dones<T> dones(p.begins ? said_later(own, state.code) : own);
+      if (dones.truncated.any() && at.final_values) final_value = V::load(at.final_values);
+      run_step<Pass>(rule, now, final_value, dones, keep_unless{{own, step_skipped}}, before, then, next, x, a, b,
+                     result);
+    }
+    MLKIT_UNROLL
+    for (int o = 0; o < outputs; ++o) {
+      if (!at.out[o]) continue;
+      if (past_caches)
+        stream_register(at.out[o], result[o]);
+      else
+        result[o].store(at.out[o]);
+    }
+    state.x = x;
+    if constexpr (Pass == scan_pass::both) state.a = a, state.b = b;
+    MLKIT_UNROLL
+    for (int i = 0; i < Rule::carried; ++i) state.next[i] = next[i];
+  }
+
+  // Step t of sequences [first, first + count).
+  template <scan_pass Pass, tile_codes Codes>
+  static void row_beside(const Problem& p, index_t first, index_t count, index_t t, strip_state& strip) noexcept {
+    const Rule rule = p.rule;
+    const bool past_caches = whole_lines && p.past_caches;
+    const index_t ahead = p.far_lanes ? std::min(t, ceil_div(lanes_ahead, count)) : 0;
+    const auto start = [&](const auto& s) { return s ? s.at(first, t) : nullptr; };
+    step_rows row;
+    MLKIT_UNROLL
+    for (int i = 0; i < inputs; ++i) row.in[i] = start(p.in[i]);
+    MLKIT_UNROLL
+    for (int o = 0; o < outputs; ++o) row.out[o] = start(p.out[o]);
+    row.final_values = start(p.final_values);
+    row.terminated = start(p.terminated), row.truncated = start(p.truncated), row.mask = start(p.mask);
+    const auto rows_from = [&](index_t lane) {
+      const auto from = [&](auto* data) { return data ? data + lane : nullptr; };
+      step_rows at;
+      MLKIT_UNROLL
+      for (int i = 0; i < inputs; ++i) at.in[i] = row.in[i] + lane;
+      MLKIT_UNROLL
+      for (int o = 0; o < outputs; ++o) at.out[o] = from(row.out[o]);
+      at.final_values = from(row.final_values);
+      at.terminated = from(row.terminated), at.truncated = from(row.truncated), at.mask = from(row.mask);
+      return at;
+    };
+    index_t lane = 0;
+    for (; lane + width <= count; lane += width) {
+      if (ahead > 0) {
+        MLKIT_UNROLL
+        for (int i = 0; i < inputs; ++i) __builtin_prefetch(row.in[i] + lane - ahead * p.in[i].time, 0, 2);
+        if (lane % 64 == 0) {
+          if (row.terminated) __builtin_prefetch(row.terminated + lane - ahead * p.terminated.time, 0, 2);
+          if (row.truncated) __builtin_prefetch(row.truncated + lane - ahead * p.truncated.time, 0, 2);
+        }
+      }
+      step_beside<Pass, Codes>(p, rule, rows_from(lane), past_caches, strip.of[lane / width]);
+    }
+    if (lane == count) return;
+    // The last lanes, of which there are fewer, by way of memory that has room for all.
+    const int some = static_cast<int>(count - lane);
+    T in[inputs > 0 ? inputs : 1][width], final_values[width], out[outputs][width];
+    std::uint8_t flags[3][16] = {};
+    step_rows at = rows_from(lane), copy = at;
+    for (int i = 0; i < inputs; ++i) V::load(at.in[i], some).store(in[i]), copy.in[i] = in[i];
+    for (int o = 0; o < outputs; ++o) copy.out[o] = out[o];
+    if (at.final_values) V::load(at.final_values, some).store(final_values), copy.final_values = final_values;
+    const auto copy_flags = [&](const std::uint8_t*& from, std::uint8_t* to) {
+      if (!from) return;
+      __builtin_memcpy(to, from, static_cast<std::size_t>(some));
+      from = to;
+    };
+    copy_flags(copy.terminated, flags[0]), copy_flags(copy.truncated, flags[1]), copy_flags(copy.mask, flags[2]);
+    step_beside<Pass, Codes>(p, rule, copy, false, strip.of[lane / width]);
+    for (int o = 0; o < outputs; ++o)
+      if (at.out[o]) V::load(out[o]).store(at.out[o], some);
+  }
+
+  // Sequences [first, end) that lie beside each other in all matrices: a step of a strip of them at a time, as it lies.
+  static void scan_beside(const Problem& p, index_t first, index_t end) noexcept {
+    strip_state strip;
+    const bool any = p.begins || p.mask;
+    for (index_t s = first; s < end; s += strip_groups * width) {
+      const index_t count = std::min(strip_groups * width, end - s), groups = ceil_div(count, width);
+      lanes g;
+      for (index_t j = 0; j < groups; ++j) {
+        fill_part(p, g, s + j * width, count - j * width, 0);
+        start_at_end(p, g, strip.of[j]);
+      }
+      for (index_t part = ceil_div(p.time, scan_part) - 1; part >= 0; --part) {
+        for (index_t j = 0; j < groups; ++j) {
+          lanes_state& state = strip.of[j];
+          strip.behind[j] = state.x;
+          state.a = V(T(1)), state.b = V::zero();
+        }
+        for (index_t t = std::min((part + 1) * scan_part, p.time) - 1; t >= part * scan_part; --t) {
+          if (part > 0 && any)
+            row_beside<scan_pass::both, tile_codes::any>(p, s, count, t, strip);
+          else if (part > 0)
+            row_beside<scan_pass::both, tile_codes::dones>(p, s, count, t, strip);
+          else if (any)
+            row_beside<scan_pass::emit, tile_codes::any>(p, s, count, t, strip);
+          else
+            row_beside<scan_pass::emit, tile_codes::dones>(p, s, count, t, strip);
+        }
+        for (index_t j = 0; j < groups && part > 0; ++j) {
+          lanes_state& state = strip.of[j];
+          state.x = apply_map(state.a, state.b, strip.behind[j]);
+        }
       }
     }
     finish_stores(p);

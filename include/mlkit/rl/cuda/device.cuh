@@ -10,6 +10,8 @@
 
 namespace MLKIT_NAMESPACE::rl::detail {
 
+namespace ptx = mlkit::detail::ptx;
+
 inline constexpr int warp_threads = 32;
 inline constexpr unsigned whole_warp = 0xffffffffu;
 
@@ -109,6 +111,24 @@ __device__ __forceinline__ std::uint32_t load_flags(const std::uint8_t* p, index
   for (int i = 0; i < N; ++i)
     if (i < count) all |= std::uint32_t{p[i * step]} << (8 * i);
   return all;
+}
+
+// A number of storage as one of sums, and back.
+template <class T>
+__device__ __forceinline__ accumulator_t<T> widen_one(const T& x) {
+  if constexpr (std::is_same_v<T, f16>)
+    return ptx::widen_f16(x.bits);
+  else
+    return static_cast<accumulator_t<T>>(x);
+}
+template <class T>
+__device__ __forceinline__ T narrow_one(accumulator_t<T> x) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return bf16::from_bits(static_cast<std::uint16_t>(ptx::pack_bf16(x, 0.0f)));
+  else if constexpr (std::is_same_v<T, f16>)
+    return f16::from_bits(static_cast<std::uint16_t>(ptx::pack_f16(x, 0.0f)));
+  else
+    return x;
 }
 
 }  // namespace MLKIT_NAMESPACE::rl::detail

@@ -13,8 +13,6 @@
 
 namespace MLKIT_NAMESPACE::rl::detail {
 
-namespace ptx = mlkit::detail::ptx;
-
 // Sixteen bytes of elements as numbers, and back.
 template <class T>
 __device__ __forceinline__ void widen(const uint4& u, accumulator_t<T> (&to)[16 / sizeof(T)]) {
@@ -47,23 +45,6 @@ __device__ __forceinline__ uint4 narrow(const accumulator_t<T> (&from)[16 / size
     return mlkit::detail::bit_cast<uint4>(q);
   }
 }
-template <class T>
-__device__ __forceinline__ accumulator_t<T> widen_one(const T& x) {
-  if constexpr (std::is_same_v<T, f16>)
-    return ptx::widen_f16(x.bits);
-  else
-    return static_cast<accumulator_t<T>>(x);
-}
-template <class T>
-__device__ __forceinline__ T narrow_one(accumulator_t<T> x) {
-  if constexpr (std::is_same_v<T, bf16>)
-    return bf16::from_bits(static_cast<std::uint16_t>(ptx::pack_bf16(x, 0.0f)));
-  else if constexpr (std::is_same_v<T, f16>)
-    return f16::from_bits(static_cast<std::uint16_t>(ptx::pack_f16(x, 0.0f)));
-  else
-    return x;
-}
-
 __device__ __forceinline__ float power_of_2(float x) { return ptx::exp2(x); }
 __device__ __forceinline__ double power_of_2(double x) { return ::exp2(x); }
 // The larger; a NaN is passed over.
@@ -194,19 +175,26 @@ struct row_curve {
   int nothing;
 };
 
+// Whether a loss is also given the sum of the row's logits.
+template <class F>
+inline constexpr bool totals = false;
+template <class F>
+  requires requires { F::wants_total; }
+inline constexpr bool totals<F> = F::wants_total;
+
 // Whether a row is read alone; or kept in shared memory for its gradient; or of any strides, and read again.
 enum class logits_pass { values, staged, plain };
 
 inline constexpr int copies_ahead = 4, most_row_threads = 1024, rows_of_warps = 4;
 
 template <class T, class F, logits_pass Pass, bool Entropy>
-__global__ void __launch_bounds__(most_row_threads) logits_kernel(const device_logits<T> p, const F f) {
+__global__ void __launch_bounds__(most_row_threads, 1) logits_kernel(const device_logits<T> p, const F f) {
   using A = accumulator_t<T>;
   using sums_t = logit_sums<A, Entropy>;
   constexpr int each = 16 / static_cast<int>(sizeof(T));
   constexpr bool whole_pieces = Pass != logits_pass::plain;
   __shared__ A tops[most_row_threads / warp_threads], sums[most_row_threads / warp_threads],
-      weights[most_row_threads / warp_threads];
+      weights[most_row_threads / warp_threads], row_totals[totals<F> ? most_row_threads / warp_threads : 1];
   __shared__ row_curve<A> curves[rows_of_warps];
   MLKIT_SHARED_MEMORY(uint4, staged);
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x), classes = p.classes;
@@ -235,6 +223,7 @@ __global__ void __launch_bounds__(most_row_threads) logits_kernel(const device_l
   }
 
   sums_t s;
+  A total = 0;
   int head = 0, pieces = 0, tail = 0;
   uint4* const own = staged + static_cast<std::ptrdiff_t>(threadIdx.y) * (classes / each);
   A first = no_logit<A>(), last = no_logit<A>();
@@ -250,6 +239,9 @@ __global__ void __launch_bounds__(most_row_threads) logits_kernel(const device_l
       A x[each];
       widen<T>(u, x);
       s.add(x, p.scale);
+      if constexpr (totals<F>)
+#pragma unroll
+        for (int k = 0; k < each; ++k) total += x[k];
     };
     if constexpr (Pass == logits_pass::staged) {
       int next = thread;
@@ -277,8 +269,8 @@ __global__ void __launch_bounds__(most_row_threads) logits_kernel(const device_l
       }
       for (; i < pieces; i += threads) add(__ldcs(from + i));
     }
-    if (thread < head) s.add(first, p.scale);
-    if (thread < tail) s.add(last, p.scale);
+    if (thread < head) s.add(first, p.scale), total += first;
+    if (thread < tail) s.add(last, p.scale), total += last;
   } else {
     int j = thread;
     for (; j + 3 * threads < classes; j += 4 * threads) {
@@ -286,13 +278,25 @@ __global__ void __launch_bounds__(most_row_threads) logits_kernel(const device_l
 #pragma unroll
       for (int k = 0; k < 4; ++k) x[k] = widen_one(z[(j + k * threads) * p.class_stride]);
       s.add(x, p.scale);
+      if constexpr (totals<F>) total += (x[0] + x[1]) + (x[2] + x[3]);
     }
-    for (; j < classes; j += threads) s.add(widen_one(z[j * p.class_stride]), p.scale);
+    for (; j < classes; j += threads) {
+      const A x = widen_one(z[j * p.class_stride]);
+      s.add(x, p.scale), total += x;
+    }
   }
 
+  const auto sum_warp = [](A x) {
+#pragma unroll
+    for (unsigned d = warp_threads / 2; d > 0; d /= 2) x += __shfl_down_sync(whole_warp, x, d);
+    return x;
+  };
   s.merge_warp(p.scale);
+  if constexpr (totals<F>) total = sum_warp(total);
   if (threads > warp_threads) {
     const int lane = thread % warp_threads, warp = thread / warp_threads;
+    if constexpr (totals<F>)
+      if (lane == 0) row_totals[warp] = total;
     if (lane == 0) tops[warp] = s.top, sums[warp] = s.sum, weights[warp] = s.weighted;
     __syncthreads();
     s = {};
@@ -301,6 +305,7 @@ __global__ void __launch_bounds__(most_row_threads) logits_kernel(const device_l
       if constexpr (Entropy) s.weighted = weights[lane];
     }
     s.merge_warp(p.scale);
+    if constexpr (totals<F>) total = sum_warp(lane < threads / warp_threads ? row_totals[lane] : A{});
   }
 
   if (thread == 0) {
@@ -310,7 +315,11 @@ __global__ void __launch_bounds__(most_row_threads) logits_kernel(const device_l
             logp = impossible && known ? no_logit<A>() : (of_token - s.top) * p.inverse_temperature - log_sum,
             lse = impossible ? no_logit<A>() : fused(s.top, p.inverse_temperature, log_sum),
             entropy = impossible || !Entropy ? A{} : log_sum - s.weighted * ln2 / s.sum;
-    token_gradient<A> g = f(row, logp, entropy, lse);
+    token_gradient<A> g;
+    if constexpr (totals<F>)
+      g = f(row, logp, entropy, lse, total);
+    else
+      g = f(row, logp, entropy, lse);
     if (dz) {
       if (!known) g.dlogp = not_a_number<A>();
       row_curve<A> c;

@@ -174,7 +174,8 @@ struct scan_chunk {
   T in[inputs][Steps], final_value[Steps];
   T before[Steps][carried];
   affine<T> map[Steps];
-  std::uint32_t terminated[Steps / 4], truncated[Steps / 4], mask[Steps / 4], codes[Steps / 4] = {};  // a byte to a step
+  std::uint32_t terminated[Steps / 4], truncated[Steps / 4], mask[Steps / 4],
+      codes[Steps / 4] = {};  // a byte to a step
   int count;
 
   // Asks for the steps [t, t + n) of a row, and their flags.

@@ -45,6 +45,19 @@ void copy_async_commit();
 void copy_async_wait(int groups);
 
 void load_matrices(std::uint32_t* r, int count, bool transposed, const void* shared_row, int line, const char* file);
+// Where a pointer to shared memory points, as instructions want it; and back.
+std::uint32_t shared_address(const void* p);
+void* shared_pointer(std::uint32_t address);
+
+void mbarrier_init(std::uint64_t* barrier, int arrivals);
+void mbarrier_arrive(std::uint64_t* barrier, std::uint32_t bytes);  // for so many bytes more of copies
+void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity, int line, const char* file);
+void copy_matrix_box(void* shared, const void* map, std::uint64_t* barrier, int x, int y);
+void warpgroup_multiply(bool is_f16, float* d, std::uint64_t a, std::uint64_t b, bool adds, int line, const char* file);
+void warpgroup_commit(int line, const char* file);
+void warpgroup_wait(int groups, int line, const char* file);
+void warpgroup_fence(int line, const char* file);
+
 std::uint32_t round_bf16(float x) noexcept;  // to nearest even
 std::uint32_t round_f16(float x) noexcept;
 float widen_f16(std::uint32_t bits) noexcept;

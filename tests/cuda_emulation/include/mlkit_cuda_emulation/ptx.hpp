@@ -75,6 +75,43 @@ inline uint4 load_streaming(const uint4* p) { return *p; }
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 
+inline std::uint32_t shared_address(const void* p) { return cuda_emulation::shared_address(p); }
+
+inline void barrier_init(std::uint64_t* barrier, int arrivals) { cuda_emulation::mbarrier_init(barrier, arrivals); }
+inline void fence_barriers() {}
+inline void barrier_arrive(std::uint64_t* barrier) { cuda_emulation::mbarrier_arrive(barrier, 0); }
+inline void barrier_expect(std::uint64_t* barrier, std::uint32_t bytes) {
+  cuda_emulation::mbarrier_arrive(barrier, bytes);
+}
+inline void barrier_wait(std::uint64_t* barrier, std::uint32_t parity, MLKIT_EMULATED_PLACE) {
+  cuda_emulation::mbarrier_wait(barrier, parity, line, file);
+}
+inline void copy_box(void* shared, const void* map, std::uint64_t* barrier, int x, int y) {
+  cuda_emulation::copy_matrix_box(shared, map, barrier, x, y);
+}
+inline void prefetch_map(const void*) {}
+template <int Count>
+void take_registers() {}
+template <int Count>
+void give_registers() {}
+
+inline void warpgroup_fence(MLKIT_EMULATED_PLACE) { cuda_emulation::warpgroup_fence(line, file); }
+inline void warpgroup_commit(MLKIT_EMULATED_PLACE) { cuda_emulation::warpgroup_commit(line, file); }
+template <int N>
+void warpgroup_wait(MLKIT_EMULATED_PLACE) {
+  cuda_emulation::warpgroup_wait(N, line, file);
+}
+inline void warpgroup_bf16(float (&d)[128], std::uint64_t a, std::uint64_t b, bool adds, MLKIT_EMULATED_PLACE) {
+  cuda_emulation::warpgroup_multiply(false, d, a, b, adds, line, file);
+}
+inline void warpgroup_f16(float (&d)[128], std::uint64_t a, std::uint64_t b, bool adds, MLKIT_EMULATED_PLACE) {
+  cuda_emulation::warpgroup_multiply(true, d, a, b, adds, line, file);
+}
+inline std::uint64_t warpgroup_operand(const void* shared) {
+  return static_cast<std::uint64_t>((shared_address(shared) & 0x3ffff) >> 4) | std::uint64_t{1} << 16 |
+         std::uint64_t{1024 >> 4} << 32 | std::uint64_t{1} << 62;
+}
+
 }  // namespace MLKIT_NAMESPACE::detail::ptx
 
 #undef MLKIT_EMULATED_PLACE

@@ -36,6 +36,7 @@ inline constexpr std::size_t device_memory_bytes = std::size_t{1} << 30;
 bool watches_memory();
 
 /// In which order blocks, and the threads of a block, take their turns. What a kernel computes must not depend on it.
+/// MLKIT_EMULATED_TURNS=backward in the environment begins backward.
 enum class turns { forward, backward };
 void take_turns(turns order);
 
