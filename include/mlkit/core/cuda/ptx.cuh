@@ -225,6 +225,12 @@ __device__ __forceinline__ void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+/// After a wait: nothing that reads d is moved to before it.
+__device__ __forceinline__ void warpgroup_settle(float (&d)[128]) {
+#pragma unroll
+  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 /// d (+)= a b^T for a [64, 16] and b [256, 16] in shared memory, as warpgroup_operand says where; without `adds`, d is
 /// overwritten. Warp w of the four has rows 16 w to 16 w + 15, as mma has them: d[4 j + e] is element e of columns 8 j
 /// to 8 j + 7.

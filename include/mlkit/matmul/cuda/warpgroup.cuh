@@ -51,6 +51,18 @@ __device__ __forceinline__ void exchange(std::uint32_t (&x)[4], int t) {
     }
 }
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(MLKIT_CUDA_EMULATION)
+// sums (+)= a b^T of 16 elements along the depth, the k-th in a line.
+template <class E>
+__device__ __forceinline__ void multiply(float (&sums)[128], std::uint64_t a, std::uint64_t b, int k, bool adds) {
+  const auto offset = static_cast<std::uint64_t>(2 * k);
+  if constexpr (std::is_same_v<E, bf16>)
+    ptx::warpgroup_bf16(sums, a + offset, b + offset, adds);
+  else
+    ptx::warpgroup_f16(sums, a + offset, b + offset, adds);
+}
+#endif
+
 template <class E, class Out, class A, class B>
 __global__ __launch_bounds__(threads, 1) void product_kernel(const __grid_constant__ CUtensorMap left,
                                                              const __grid_constant__ CUtensorMap right,
@@ -59,13 +71,13 @@ __global__ __launch_bounds__(threads, 1) void product_kernel(const __grid_consta
                                                              const problem<Out, A, B> p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(MLKIT_CUDA_EMULATION)
   MLKIT_SHARED_MEMORY(unsigned char, dynamic);
-  __shared__ std::uint64_t full[stages], empty[stages];
+  __shared__ std::uint64_t full_barriers[stages], empty_barriers[stages];
   unsigned char* const memory = dynamic + (1024 - ptx::shared_address(dynamic) % 1024) % 1024;
   const int thread = static_cast<int>(threadIdx.x), warps_group = thread / 128;
   if (thread == 0) {
     for (int i = 0; i < stages; ++i) {
-      ptx::barrier_init(full + i, 1);
-      ptx::barrier_init(empty + i, 8);
+      ptx::barrier_init(full_barriers + i, 1);
+      ptx::barrier_init(empty_barriers + i, 8);
     }
     ptx::fence_barriers();
   }
@@ -94,12 +106,12 @@ __global__ __launch_bounds__(threads, 1) void product_kernel(const __grid_consta
             ptx::wait_for_previous_kernel();
             waited = true;
           }
-          ptx::barrier_wait(empty + stage, phase ^ 1);
-          ptx::barrier_expect(full + stage, stage_bytes);
+          ptx::barrier_wait(empty_barriers + stage, phase ^ 1);
+          ptx::barrier_expect(full_barriers + stage, stage_bytes);
           unsigned char* const to = memory + static_cast<std::size_t>(stage) * stage_bytes;
           const int k = (second ? step - p.steps : step) * depth;
-          ptx::copy_box(to, second ? &left2 : &left, full + stage, k, row * rows);
-          ptx::copy_box(to + rows * depth * 2, second ? &right2 : &right, full + stage, k, col * cols);
+          ptx::copy_box(to, second ? &left2 : &left, full_barriers + stage, k, row * rows);
+          ptx::copy_box(to + rows * depth * 2, second ? &right2 : &right, full_barriers + stage, k, col * cols);
           advance();
         }
       }
@@ -112,31 +124,35 @@ __global__ __launch_bounds__(threads, 1) void product_kernel(const __grid_consta
       int row = 0, col = 0;
       walk.find(at, row, col);
       int before = -1;  // the stage whose products may still be under way
-      for (int step = 0; step < steps; ++step) {
-        ptx::barrier_wait(full + stage, phase);
+      // `full`: four products; else the end of the second depth, which is short. Each kind has its own code, so that
+      // the compiler sees which products belong to which group.
+      const auto make_step = [&](bool first, auto full) {
+        ptx::barrier_wait(full_barriers + stage, phase);
         const unsigned char* const from = memory + static_cast<std::size_t>(stage) * stage_bytes;
         const std::uint64_t a = ptx::warpgroup_operand(from + half * 64 * depth * 2);
         const std::uint64_t b = ptx::warpgroup_operand(from + rows * depth * 2);
-        const int count = step == steps - 1 && p.steps2 > 0 ? p.last_depth : depth / 16;
         ptx::warpgroup_fence();
+        if constexpr (decltype(full)::value) {
 #pragma unroll
-        for (int k = 0; k < depth / 16; ++k)
-          if (k < count) {
-            if constexpr (std::is_same_v<E, bf16>)
-              ptx::warpgroup_bf16(sums, a + static_cast<std::uint64_t>(2 * k), b + static_cast<std::uint64_t>(2 * k),
-                                  step > 0 || k > 0);
-            else
-              ptx::warpgroup_f16(sums, a + static_cast<std::uint64_t>(2 * k), b + static_cast<std::uint64_t>(2 * k),
-                                 step > 0 || k > 0);
-          }
+          for (int k = 0; k < depth / 16; ++k) multiply<E>(sums, a, b, k, !first || k > 0);
+        } else {
+          for (int k = 0; k < p.last_depth; ++k) multiply<E>(sums, a, b, k, !first || k > 0);
+        }
         ptx::warpgroup_commit();
         ptx::warpgroup_wait<1>();
-        if (before >= 0 && lane == 0) ptx::barrier_arrive(empty + before);
+        if (before >= 0 && lane == 0) ptx::barrier_arrive(empty_barriers + before);
         before = stage;
         advance();
-      }
+      };
+      const int full_steps = p.steps2 > 0 ? steps - 1 : steps;
+      make_step(true, std::true_type{});
+      for (int step = 1; step < full_steps; ++step) make_step(false, std::true_type{});
+      if (full_steps < steps) make_step(false, std::false_type{});
       ptx::warpgroup_wait<0>();
-      if (lane == 0) ptx::barrier_arrive(empty + before);
+#if !defined(MLKIT_CUDA_EMULATION)
+      ptx::warpgroup_settle(sums);
+#endif
+      if (lane == 0) ptx::barrier_arrive(empty_barriers + before);
 
       // A lane has two columns of each eight. Four lanes exchange theirs, so that each has all eight of every fourth,
       // 16 bytes in a row.
@@ -160,7 +176,7 @@ __global__ __launch_bounds__(threads, 1) void product_kernel(const __grid_consta
           exchange(pairs, t);
           const index_t c = index_t{col} * cols + (j + t) * 8;
           if (r < p.m && c < p.n)
-            *reinterpret_cast<uint4*>(p.c + r * p.c_row + c) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            __stcs(reinterpret_cast<uint4*>(p.c + r * p.c_row + c), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
         }
       }
     }
