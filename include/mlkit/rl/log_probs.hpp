@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "../simd/math.hpp"
+#include "lanes.hpp"
 #include "options.hpp"
 #include "token_ids.hpp"
 
@@ -67,6 +68,9 @@ inline constexpr index_t chunk_classes = 2048;
 // Rows that are worked on together, at most.
 inline constexpr index_t block_rows = 64;
 
+// What an exponential costs, in elements of simpler loops.
+inline constexpr index_t exponential_cost = 4;
+
 // A gradient larger than this will not be in cache when it is read.
 inline constexpr index_t cached_bytes = index_t{16} << 20;
 
@@ -80,6 +84,7 @@ template <class A>
 struct row_block {
   alignas(64) A top[block_rows]{}, sum[block_rows]{}, weighted[block_rows]{}, log_sum[block_rows]{}, logp[block_rows]{},
       entropy[block_rows]{}, lse[block_rows]{};
+  alignas(64) A probability[block_rows]{}, less_one[block_rows]{};  // e^logp and e^logp - 1
   void set(index_t i, const chunk_state<A>& s) noexcept {
     top[i] = s.top;
     sum[i] = s.sum;
@@ -133,11 +138,12 @@ struct logits_kernels {
   using A = accumulator_t<T>;
   using problem = logits_problem<T>;
   void (*scan)(const problem&, index_t row, index_t first, index_t last, chunk_state<A>*) noexcept;
-  void (*measure)(const problem&, const index_t* rows, index_t count, row_block<A>&) noexcept;
+  void (*measure)(const problem&, const index_t* rows, index_t count, row_block<A>&, A* kept) noexcept;
   void (*collect)(const problem&, const index_t* rows, index_t count, const chunk_state<A>*, row_block<A>&) noexcept;
   void (*differentiate)(const problem&, index_t row, index_t begin, index_t end, const row_block<A>&, index_t i,
-                        const token_gradient<A>&) noexcept;
+                        const token_gradient<A>&, const A* kept) noexcept;
   A (*total)(const problem&, index_t row) noexcept;
+  index_t (*kept_stride)(index_t classes) noexcept;
 };
 
 }  // namespace detail
@@ -168,12 +174,12 @@ void run_logits(const cpu& exec, const logits_problem<T>& p, const F& f) {
       parallel_ranges(threads_for(exec, (rows - static_cast<index_t>(kept.size())) * p.classes), rows,
                       [&](index_t begin, index_t end) {
                         for (index_t i = begin; i < end; ++i)
-                          if (!p.keeps(i)) kernels.differentiate(p, i, 0, p.classes, none, 0, {});
+                          if (!p.keeps(i)) kernels.differentiate(p, i, 0, p.classes, none, 0, {}, nullptr);
                       });
   }
   const index_t count = p.mask ? static_cast<index_t>(kept.size()) : rows;
   if (count == 0) return;
-  const cpu limited = threads_for(exec, count * p.classes);
+  const cpu limited = threads_for(exec, exponential_cost * count * p.classes);
   const index_t threads = concurrency(limited);
   const auto rows_from = [&](index_t first, index_t n, index_t* own) -> const index_t* {
     if (p.mask) return kept.data() + first;
@@ -205,7 +211,8 @@ void run_logits(const cpu& exec, const logits_problem<T>& p, const F& f) {
         for (index_t i = begin; i < end;) {
           const index_t r = i / chunks, last = std::min(end, (r + 1) * chunks);
           kernels.differentiate(p, at[r], (i - r * chunks) * chunk_classes,
-                                std::min(p.classes, (last - r * chunks) * chunk_classes), block, r, gradients[r]);
+                                std::min(p.classes, (last - r * chunks) * chunk_classes), block, r, gradients[r],
+                                nullptr);
           i = last;
         }
       });
@@ -213,19 +220,23 @@ void run_logits(const cpu& exec, const logits_problem<T>& p, const F& f) {
     return;
   }
 
-  // Rows whose logits and gradient stay in cache between the two passes over them.
+  // Rows whose logits and gradient stay in cache between the two passes over them. Those of one chunk keep their powers
+  // for the second.
   constexpr index_t cached_elements = 1 << 13;
-  const index_t together = std::clamp<index_t>(cached_elements / p.classes, 1, block_rows);
-  parallel_ranges(limited, ceil_div(count, together), [&](index_t begin, index_t end) {
+  const index_t together = p.gradient ? std::clamp<index_t>(cached_elements / p.classes, 1, block_rows) : block_rows;
+  const index_t stride = p.gradient && chunks == 1 ? kernels.kept_stride(p.classes) : 0;
+  parallel_ranges(limited, count, [&](index_t begin, index_t end) {
     index_t own[block_rows];
     row_block<A> block;
-    for (index_t b = begin; b < end; ++b) {
-      const index_t first = b * together, n = std::min(together, count - first);
+    const workspace<A> powers(together * stride);
+    A* const kept = stride > 0 ? powers.data() : nullptr;
+    for (index_t first = begin; first < end; first += together) {
+      const index_t n = std::min(together, end - first);
       const index_t* at = rows_from(first, n, own);
-      kernels.measure(p, at, n, block);
+      kernels.measure(p, at, n, block, kept);
       for (index_t i = 0; i < n; ++i) {
         const token_gradient<A> g = ask(at[i], block, i);
-        if (p.gradient) kernels.differentiate(p, at[i], 0, p.classes, block, i, g);
+        if (p.gradient) kernels.differentiate(p, at[i], 0, p.classes, block, i, g, kept ? kept + i * stride : nullptr);
       }
     }
   });

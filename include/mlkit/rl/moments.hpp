@@ -4,8 +4,7 @@
 #include <cmath>
 #include <functional>
 
-#include "../simd/vec.hpp"
-#include "mask.hpp"
+#include "lanes.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
 

@@ -8,7 +8,7 @@
 
 #include "../core/tensor.hpp"
 #include "../simd/math.hpp"
-#include "mask.hpp"
+#include "lanes.hpp"
 #include "policy_terms.hpp"
 #include "steps.hpp"
 
@@ -259,24 +259,6 @@ plane<T> plane_by_sequence(const tensor_view<T, 2>& v) noexcept {
   return {v.data, v.strides[0], v.strides[1]};
 }
 
-inline index_t count_bytes(const std::uint8_t* p, index_t stride, index_t n) noexcept {
-  index_t total = 0;
-  constexpr index_t lanes = 64, most = 255;
-  if (stride == 1)
-    for (; n >= lanes;) {
-      std::uint8_t counts[lanes] = {};
-      const index_t rounds = std::min(n / lanes, most);
-      for (index_t r = 0; r < rounds; ++r, p += lanes) {
-        MLKIT_SIMD
-        for (index_t i = 0; i < lanes; ++i) counts[i] = static_cast<std::uint8_t>(counts[i] + (p[i] != 0));
-      }
-      n -= rounds * lanes;
-      for (const std::uint8_t c : counts) total += c;
-    }
-  for (index_t i = 0; i < n; ++i) total += p[i * stride] != 0;
-  return total;
-}
-
 // Tokens that count: how many, of each sequence, and where the first is.
 struct counted_tokens {
   index_t tokens = 0, sequences = 0;
@@ -295,9 +277,14 @@ inline counted_tokens count_tokens(const plane<const std::uint8_t>& mask, const 
     std::fill_n(counts, of.sequences, index_t{0});
     for (index_t t = 0; t < of.length; ++t)
       for (index_t b = 0; b < of.sequences; ++b) counts[b] += *mask.at(b, t) != 0;
+  } else if (mask.col_stride == 1) {
+    const auto count = MLKIT_SELECT_WITHOUT_BF16(count_kept);
+    for (index_t b = 0; b < of.sequences; ++b) counts[b] = count(mask.at(row_of(b), col_of(b)), length(b));
   } else {
-    for (index_t b = 0; b < of.sequences; ++b)
-      counts[b] = count_bytes(mask.at(row_of(b), col_of(b)), mask.col_stride, length(b));
+    for (index_t b = 0; b < of.sequences; ++b) {
+      counts[b] = 0;
+      for (index_t t = 0; t < length(b); ++t) counts[b] += *mask.at(row_of(b), col_of(b) + t) != 0;
+    }
   }
   for (index_t b = 0; b < of.sequences; ++b) {
     if (counts[b] == 0) continue;
@@ -588,10 +575,10 @@ inline ppo_parts parts_of_ppo(std::string_view function, const ppo_options& o) {
 /// all are, losses and gradients are 0.
 ///
 /// Operands are [batch, time], or [tokens] with cu_seqlens; tokens without cu_seqlens are one sequence. f32, f64, bf16
-/// and f16; computed in f32 (f64 for f64), sums in f64. Throws shape_error where shapes differ or a gradient overlaps
-/// what is read; value_error for options out of range, operands that the options need and starts that are none, before
-/// anything is written. The same bits for any number of threads. Reads each operand and writes each gradient once;
-/// terms with the ratio of a sequence read log-probabilities and advantages twice.
+/// and f16; computed in f32 (f64 for f64), sums of 512 tokens too, those of all in f64. Throws shape_error where shapes
+/// differ or a gradient overlaps what is read; value_error for options out of range, operands that the options need and
+/// starts that are none, before anything is written. The same bits for any number of threads. Reads each operand and
+/// writes each gradient once; terms with the ratio of a sequence read log-probabilities and advantages twice.
 ///
 /// With a mlkit::cuda statistics are a device_value: in device memory when the stream gets there, and waited for where
 /// they are asked for. Terms and aggregations are then called by device code.
