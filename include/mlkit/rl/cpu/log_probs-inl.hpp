@@ -358,7 +358,7 @@ struct logit_rows {
     V sum[unrolled], weighted[unrolled];
     MLKIT_UNROLL
     for (int u = 0; u < unrolled; ++u) sum[u] = weighted[u] = V::zero();
-    each_pair<unrolled / 2>(s, [&](index_t j, int u, const pair& z) {
+    each_pair<unrolled / 2>(s, [&](index_t j, int u, const pair& z) MLKIT_RL_LOOP_BODY {
       const char* ahead = reinterpret_cast<const char*>(s.z + chunk + j);
       MLKIT_UNROLL
       for (index_t line = 0; line < index_t{sizeof(T)} * pair::size; line += 64) __builtin_prefetch(ahead + line, 0, 3);

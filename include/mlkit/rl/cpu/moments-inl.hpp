@@ -22,7 +22,7 @@ rl::moments moments_of(const T* x, const std::uint8_t* mask, index_t n) noexcept
   const index_t start = Masked ? first_kept(mask, n) : 0;
   if (start == n) return {};
   // f(u, deviations from `from`, lanes) for all registers; deviations are 0 in lanes that are not kept.
-  const auto each = [&](A from, auto&& f) {
+  const auto each = [&](A from, auto&& f) MLKIT_RL_LOOP_BODY {
     const auto one = [&](int u, index_t i) {
       const V d = V::load(x + i) - V(from);
       if constexpr (Masked) {
@@ -50,7 +50,7 @@ rl::moments moments_of(const T* x, const std::uint8_t* mask, index_t n) noexcept
   for (int u = 0; u < chains; ++u) sum[u] = square[u] = V::zero();
   typename V::native_int counts{};
   const A first = static_cast<A>(x[start]);
-  each(first, [&](int u, V d, typename V::native_int keep) {
+  each(first, [&](int u, V d, typename V::native_int keep) MLKIT_RL_LOOP_BODY {
     sum[u] += d;
     if constexpr (Masked) counts -= keep != 0;
   });
@@ -62,7 +62,7 @@ rl::moments moments_of(const T* x, const std::uint8_t* mask, index_t n) noexcept
   const A mean = first + total(sum) / static_cast<A>(kept);
   MLKIT_UNROLL
   for (int u = 0; u < chains; ++u) sum[u] = V::zero();
-  each(mean, [&](int u, V d, typename V::native_int) {
+  each(mean, [&](int u, V d, typename V::native_int) MLKIT_RL_LOOP_BODY {
     sum[u] += d;
     square[u] = fma(d, d, square[u]);
   });

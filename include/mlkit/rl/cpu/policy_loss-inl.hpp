@@ -52,6 +52,12 @@ struct wide_sum {
   MLKIT_ALWAYS_INLINE double total() const noexcept { return across(low + high, sum_of_two{}); }
 };
 
+// Asks for what is in the place of these in the next block.
+template <class... T>
+MLKIT_ALWAYS_INLINE void prefetch_next(const T*... p) noexcept {
+  (__builtin_prefetch(p + rl::detail::tokens_of_block), ...);
+}
+
 // f(i, count) for the registers of n elements: whole ones, and the rest.
 template <class V, class F>
 MLKIT_ALWAYS_INLINE void each_vector(index_t n, F&& f) noexcept {
@@ -189,7 +195,7 @@ struct loss_block {
                                                double& loss, double& clipped) noexcept {
     V sum = V::zero(), count = V::zero();
     const V of_all(factor * p.weight);
-    each_vector<V>(n, [&](index_t i, int m) {
+    each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
       const auto keep = load_some<V>(s.keep + i, m) != V::zero();
       V term = load_some<V>(s.loss + i, m), weight = of_all;
       if constexpr (Weighted) {
@@ -199,7 +205,10 @@ struct loss_block {
       }
       sum += V::select(keep, term, V::zero());
       count += V::select(keep, load_some<V>(s.clipped + i, m), V::zero());
-      if constexpr (Gradient) store_some(V::select(keep, weight * load_some<V>(s.slope + i, m), V::zero()), to + i, m);
+      if constexpr (Gradient) {
+        store_some(V::select(keep, weight * load_some<V>(s.slope + i, m), V::zero()), to + i, m);
+        prefetch_next(to + i);
+      }
     });
     loss = static_cast<double>(across(sum, sum_of_two{})) * static_cast<double>(Weighted ? A(1) : p.weight);
     clipped = static_cast<double>(across(count, sum_of_two{}));
@@ -212,9 +221,10 @@ struct loss_block {
     terms(p.value, n, values, old, returns, s.loss, s.slope, s.clipped);
     wide_sum<A> error, square_error, target, square_target;
     const V first_error(p.first_error), first_return(p.first_return);
-    each_vector<V>(n, [&](index_t i, int m) {
+    each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
       const auto keep = load_some<V>(s.keep + i, m) != V::zero();
       const V r = load_some<V>(returns + i, m), v = load_some<V>(values + i, m);
+      prefetch_next(returns + i, values + i, old + i);
       wide_sum<A>::add_moments(V::select(keep, (r - v) - first_error, V::zero()), error, square_error);
       wide_sum<A>::add_moments(V::select(keep, r - first_return, V::zero()), target, square_target);
     });
@@ -229,7 +239,7 @@ struct loss_block {
                           scratch& s) noexcept {
     const T* entropies = in_order(p.entropies, p.shape, begin, n, s.in[0]);
     V sum = V::zero();
-    each_vector<V>(n, [&](index_t i, int m) {
+    each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
       const auto keep = load_some<V>(s.keep + i, m) != V::zero();
       const V h = load_some<V>(entropies + i, m) * load_some<V>(s.weight + i, m);
       sum += V::select(keep, h, V::zero());
@@ -237,7 +247,7 @@ struct loss_block {
     sums.entropy = static_cast<double>(across(sum, sum_of_two{}));
     if (!p.dentropies.data) return;
     const gradient to(p.dentropies, p.shape, begin, n, s.out);
-    each_vector<V>(n, [&](index_t i, int m) {
+    each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
       const auto keep = load_some<V>(s.keep + i, m) != V::zero();
       const V g = load_some<V>(s.weight + i, m) * -p.entropy_coefficient;
       store_some(V::select(keep, g, V::zero()), to.buffer + i, m);
@@ -266,11 +276,12 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
     if (p.old_log_probs.data) {
       const T* old = in_order(p.old_log_probs, p.shape, begin, n, s.in[2]);
       V k1 = V::zero(), k3 = V::zero(), low(math_table<A>::infinity), high(-math_table<A>::infinity);
-      each_vector<V>(n, [&](index_t i, int m) {
+      each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
         const auto keep = load_some<V>(s.keep + i, m) != V::zero();
         const V d = V::select(keep, clamped(load_some<V>(log_probs + i, m) - load_some<V>(old + i, m)), V::zero());
         const auto [ratio, excess] = exp_and_excess(d);
         store_some(ratio, s.ratio + i, m);
+        prefetch_next(log_probs + i, old + i, advantages + i);
         k1 -= d;
         k3 += excess;
         low = V::select(keep, min(low, ratio), low);
@@ -281,7 +292,7 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
       if constexpr (rl::detail::of_sequence<Policy>) {
         spread(p.sequences, p.sequence_ratios, begin, n, s.ratio);
         low = V(math_table<A>::infinity), high = -low;
-        each_vector<V>(n, [&](index_t i, int m) {
+        each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
           const auto keep = load_some<V>(s.keep + i, m) != V::zero();
           const V ratio = load_some<V>(s.ratio + i, m);
           low = V::select(keep, min(low, ratio), low);
@@ -321,7 +332,7 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
       fill_keep(q.mask.data ? in_order(q.mask, q.shape, at, n, s.mask) : nullptr, n, s.keep);
       const T* log_probs = in_order(q.log_probs, q.shape, at, n, s.in[0]);
       const T* old = in_order(q.old_log_probs, q.shape, at, n, s.in[2]);
-      each_vector<V>(n, [&](index_t i, int m) {
+      each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
         const V keep = load_some<V>(s.keep + i, m);
         const V d = load_some<V>(log_probs + i, m) - load_some<V>(old + i, m);
         sum.add(V::select(keep != V::zero(), d, V::zero()));
@@ -343,7 +354,7 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
         const T* log_probs = in_order(q.log_probs, q.shape, at, n, s.in[0]);
         const T* advantages = in_order(q.advantages, q.shape, at, n, s.in[1]);
         terms(p.policy, n, s.ratio, advantages, log_probs, s.loss, s.slope, s.clipped);
-        each_vector<V>(n, [&](index_t i, int m) {
+        each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
           const auto keep = load_some<V>(s.keep + i, m) != V::zero();
           slopes.add(V::select(keep, load_some<V>(s.slope + i, m), V::zero()));
         });
