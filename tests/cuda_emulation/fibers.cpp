@@ -240,8 +240,6 @@ std::string who_waits_where() {
 
 void join_clocks(const std::uint32_t warps) {
   clocks& t = now.time;
-  std::uint32_t all[most_warps];
-  std::copy(t.now, t.now + most_warps, all);
   for (std::uint32_t a = 0; a < most_warps; ++a) {
     std::uint32_t most = 0;
     for (std::uint32_t b = 0; b < most_warps; ++b)
