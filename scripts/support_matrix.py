@@ -16,7 +16,11 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "support.md"
 TYPES = [("f32", "float"), ("f64", "double"), ("bf16", "mlkit::bf16"), ("f16", "mlkit::f16")]
-EXECUTORS = ["cpu"]
+# With the flags that a host compiler needs for its code: what a GPU runs is asked for through the tests' stand-ins for CUDA.
+EXECUTORS = {
+    "cpu": [],
+    "cuda": ["-DMLKIT_CUDA_EMULATION", "-I", str(ROOT / "tests" / "cuda_emulation" / "include")],
+}
 
 SETUP = """
 #include <mlkit/attention.hpp>
@@ -25,6 +29,10 @@ SETUP = """
 #include <mlkit/matmul.hpp>
 #include <mlkit/rl.hpp>
 #include <vector>
+#if defined(MLKIT_CUDA_EMULATION)
+#include <mlkit/lora.cuh>
+#include <mlkit/rl.cuh>
+#endif
 namespace lora = mlkit::lora;
 namespace attention = mlkit::attention;
 namespace rl = mlkit::rl;
@@ -174,7 +182,7 @@ def refused(snippets, type_name, executor):
     with tempfile.NamedTemporaryFile("w", suffix=".cpp") as file:
         file.write(source)
         file.flush()
-        done = subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-I", str(ROOT / "include"), file.name],
+        done = subprocess.run(["g++", "-std=c++20", "-fsyntax-only", "-I", str(ROOT / "include"), *EXECUTORS[executor], file.name],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode and "-v" in sys.argv:
         print(type_name, *[line for line in done.stdout.splitlines() if "error" in line], sep="\n  ")

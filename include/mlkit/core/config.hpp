@@ -5,14 +5,29 @@
 #define MLKIT_VERSION_MINOR 1
 #define MLKIT_VERSION_PATCH 0
 
-// Every entity of mlkit lives in this inline namespace. A translation unit compiled with OpenMP and one without hold
-// different bodies under the same names, so they get different ABI namespaces and never mix silently.
+// Defined as 1: kernels are compiled for the narrowest and the widest instruction set alone, in half the time; for
+// builds that look for faults rather than speed.
+#if !defined(MLKIT_TWO_SETS)
+#define MLKIT_TWO_SETS 0
+#endif
+
+// Every entity of mlkit lives in this inline namespace. Translation units compiled with and without OpenMP, or for all
+// and for two instruction sets, hold different bodies under the same names, so they get different ABI namespaces and
+// never mix silently.
 #if defined(_OPENMP) && !defined(MLKIT_NO_OPENMP)
 #define MLKIT_USE_OPENMP 1
+#if MLKIT_TWO_SETS
+#define MLKIT_ABI v0_openmp_two_sets
+#else
 #define MLKIT_ABI v0_openmp
+#endif
 #else
 #define MLKIT_USE_OPENMP 0
+#if MLKIT_TWO_SETS
+#define MLKIT_ABI v0_two_sets
+#else
 #define MLKIT_ABI v0
+#endif
 #endif
 
 #define MLKIT_NAMESPACE mlkit::inline MLKIT_ABI

@@ -18,7 +18,7 @@ namespace detail {
 
 /// How many elements a new tensor of this shape has. Throws shape_error.
 template <class T, int Rank>
-index_t checked_count(std::string_view what, const extents_t<Rank>& extents) {
+MLKIT_ALWAYS_INLINE index_t checked_count(std::string_view what, const extents_t<Rank>& extents) {
   index_t count = 1;
   for (int d = 0; d < Rank; ++d) {
     const index_t extent = extents[static_cast<std::size_t>(d)];

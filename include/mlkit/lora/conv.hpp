@@ -256,6 +256,7 @@ void run_conv_backward(const cpu& exec, const tensor_view<const X, 4>& x, const 
 template <executor Executor, viewable<4> X, linear_base Base, plain_adapter Adapter, viewable<4> Y>
 void conv2d(const Executor& exec, const X& x, const Base& base, const Adapter& adapter, Y&& y,
             const conv_options& options) {
+  detail::check_on_cpu<Executor>();
   constexpr std::string_view function = "lora::conv2d";
   using U = element_t<const X>;
   using T = typename Adapter::value_type;
@@ -278,6 +279,7 @@ void conv2d(const Executor& exec, const X& x, const Base& base, const Adapter& a
 template <executor Executor, viewable<4> X, linear_base Base, class T, class M, viewable<4> Y>
 void conv2d(const Executor& exec, const X& x, const Base& base, const dora<T, M>& adapter, Y&& y,
             const conv_options& options) {
+  detail::check_on_cpu<Executor>();
   constexpr std::string_view function = "lora::conv2d";
   using U = element_t<const X>;
   using A = accumulator_t<T>;
@@ -322,6 +324,7 @@ template <executor Executor, viewable<4> X, linear_base Base, plain_adapter Adap
           viewable<4> Dx>
 void conv2d_backward(const Executor& exec, const X& x, const Base& base, const Adapter& adapter, const D& dy,
                      const gradients<G>& grads, Dx&& dx, const conv_options& options, bool accumulate = false) {
+  detail::check_on_cpu<Executor>();
   constexpr std::string_view function = "lora::conv2d_backward";
   using U = element_t<const X>;
   using V = element_t<const D>;
@@ -345,6 +348,7 @@ void conv2d_backward(const Executor& exec, const X& x, const Base& base, const A
 template <executor Executor, viewable<4> X, linear_base Base, class T, class M, viewable<4> D, class G, viewable<4> Dx>
 void conv2d_backward(const Executor& exec, const X& x, const Base& base, const dora<T, M>& adapter, const D& dy,
                      const gradients<G>& grads, Dx&& dx, const conv_options& options, bool accumulate = false) {
+  detail::check_on_cpu<Executor>();
   constexpr std::string_view function = "lora::conv2d_backward";
   using U = element_t<const X>;
   using V = element_t<const D>;

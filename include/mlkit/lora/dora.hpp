@@ -7,16 +7,17 @@
 namespace MLKIT_NAMESPACE::lora {
 
 /// ||W||^2 of each row of a base, [out]: what DoRA's norms need of the frozen weight, computed once by base_norms.
-template <class A>
+/// They are where the executor that computed them keeps its data.
+template <class A, class Memory = vector<A>>
 struct base_squares {
-  vector<A> squares;
+  Memory squares;
 };
 
 /// ||W + s B A|| of each row, [out]: all that DoRA needs while neither weight nor adapter changes, computed by
 /// adapted_norms.
-template <class A>
+template <class A, class Memory = vector<A>>
 struct frozen_norms {
-  vector<A> norms;
+  Memory norms;
 };
 
 namespace detail {
@@ -50,11 +51,11 @@ struct dora {
 
   template <plain_adapter P, viewable<1> V>
   dora(const P& p, V&& m) : adapter(as_adapter(p)), magnitude(as_view(m)) {}
-  template <plain_adapter P, viewable<1> V>
-  dora(const P& p, V&& m, const base_squares<sums_type>& b)
+  template <plain_adapter P, viewable<1> V, class Memory>
+  dora(const P& p, V&& m, const base_squares<sums_type, Memory>& b)
       : adapter(as_adapter(p)), magnitude(as_view(m)), squares(b.squares.view()) {}
-  template <plain_adapter P, viewable<1> V>
-  dora(const P& p, V&& m, const frozen_norms<sums_type>& n)
+  template <plain_adapter P, viewable<1> V, class Memory>
+  dora(const P& p, V&& m, const frozen_norms<sums_type, Memory>& n)
       : adapter(as_adapter(p)), magnitude(as_view(m)), norms(n.norms.view()) {}
 };
 template <class P, viewable<1> V, class... Norms>
@@ -276,6 +277,45 @@ void run_dora_backward(const cpu& exec, const matrix_view<const X>& x, const Bas
   finish_magnitude(dmagnitude, o.accumulate, sums, norms);
 }
 
+template <class X, class Base, class T, class M, class D, class G, class Dx, class A>
+void run_dora_gradients(const cpu& exec, const matrix_view<const X>& x, const Base& base, const dora<T, M>& d,
+                        const matrix_view<const D>& dy, const gradients<G>& grads, const matrix_view<Dx>& dx,
+                        const linear_options<A>& o) {
+  summed_as<A>(grads, o.accumulate, [&](const auto& sums) {
+    if (drops(o))
+      run_dora_backward<true>(exec, x, base, d, dy, sums, grads.dmagnitude, dx, o);
+    else
+      run_dora_backward<false>(exec, x, base, d, dy, sums, grads.dmagnitude, dx, o);
+  });
+}
+
+// norms[o] = ||W[o] + s B[o] A||, from the weight.
+template <class Base, class T, class A>
+void run_adapted_norms(const cpu& exec, const Base& base, const adapter_view<T>& p, A* norms) {
+  const workspace<A> squares(base.outputs());
+  square_rows(exec, base, squares.data());
+  adapted_rows(exec, base, p, static_cast<const A*>(squares.data()), norms);
+}
+
+// A vector where the executor keeps its data.
+template <class A, class Executor>
+struct executor_vector {
+  static vector<A> make(const Executor&, index_t n) { return vector<A>({n}); }
+};
+
+// What lora.cuh brings for mlkit::cuda.
+template <bool Masked, class X, class Base, class T, class M, class Y, class A>
+void run_dora(const cuda& exec, const matrix_view<const X>& x, const Base& base, const dora<T, M>& d,
+              const matrix_view<Y>& y, const linear_options<A>& o);
+template <class X, class Base, class T, class M, class D, class G, class Dx, class A>
+void run_dora_gradients(const cuda& exec, const matrix_view<const X>& x, const Base& base, const dora<T, M>& d,
+                        const matrix_view<const D>& dy, const gradients<G>& grads, const matrix_view<Dx>& dx,
+                        const linear_options<A>& o);
+template <class Base, class A>
+void square_rows(const cuda& exec, const Base& base, A* squares);
+template <class Base, class T, class A>
+void run_adapted_norms(const cuda& exec, const Base& base, const adapter_view<T>& p, A* norms);
+
 }  // namespace detail
 
 /// ||W||^2 of each row of a base, for dora{adapter, magnitude, norms}: once for each frozen weight.
@@ -284,9 +324,9 @@ template <executor Executor, linear_base Base>
 auto base_norms(const Executor& exec, const Base& base) {
   using A = accumulator_t<typename Base::value_type>;
   detail::check_base("lora::base_norms", base);
-  base_squares<A> result{vector<A>({base.outputs()})};
-  detail::square_rows(exec, base, result.squares.data());
-  return result;
+  auto squares = detail::executor_vector<A, Executor>::make(exec, base.outputs());
+  detail::square_rows(exec, base, squares.data());
+  return base_squares<A, decltype(squares)>{std::move(squares)};
 }
 
 /// ||W + s B A|| of each row, without forming W + s B A. Also where a magnitude starts:
@@ -300,11 +340,9 @@ auto adapted_norms(const Executor& exec, const Base& base, const Adapter& adapte
   const adapter_view<P> p = as_adapter(adapter);
   detail::check_base("lora::adapted_norms", base);
   detail::check_adapter("lora::adapted_norms", p, base.outputs(), base.inputs());
-  frozen_norms<A> result{vector<A>({base.outputs()})};
-  const detail::workspace<A> squares(base.outputs());
-  detail::square_rows(exec, base, squares.data());
-  detail::adapted_rows(exec, base, p, static_cast<const A*>(squares.data()), result.norms.data());
-  return result;
+  auto norms = detail::executor_vector<A, Executor>::make(exec, base.outputs());
+  detail::run_adapted_norms(exec, base, p, norms.data());
+  return frozen_norms<A, decltype(norms)>{std::move(norms)};
 }
 
 /// DoRA: y = g * (x W^T + s (x A^T) B^T) + bias, g = magnitude / ||W + s B A|| (0 where the norm is 0).
@@ -361,12 +399,7 @@ void linear_backward(const Executor& exec, const X& x, const Base& base, const d
   detail::check_backward(call, function, in, base, adapter.adapter, dout, grads, din, options);
   detail::check_dora(call, function, adapter, base.outputs(), base.inputs());
   detail::check_magnitude(call, function, grads, base.outputs());
-  detail::summed_as<accumulator_t<T>>(grads, options.accumulate, [&](const auto& sums) {
-    if (detail::drops(options))
-      detail::run_dora_backward<true>(exec, in, base, adapter, dout, sums, grads.dmagnitude, din, options);
-    else
-      detail::run_dora_backward<false>(exec, in, base, adapter, dout, sums, grads.dmagnitude, din, options);
-  });
+  detail::run_dora_gradients(exec, in, base, adapter, dout, grads, din, options);
 }
 
 }  // namespace MLKIT_NAMESPACE::lora

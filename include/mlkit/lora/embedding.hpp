@@ -145,6 +145,7 @@ auto ids_view(const Ids& ids) {
 /// errors and determinism as for linear. 2 tokens rank width flops.
 template <executor Executor, std::ranges::contiguous_range Ids, viewable<2> W, plain_adapter Adapter, viewable<2> Y>
 void embedding(const Executor& exec, const Ids& ids, const W& w, const Adapter& adapter, Y&& y) {
+  detail::check_on_cpu<Executor>();
   constexpr std::string_view function = "lora::embedding";
   using T = typename Adapter::value_type;
   using U = element_t<const W>;
@@ -167,6 +168,7 @@ void embedding(const Executor& exec, const Ids& ids, const W& w, const Adapter& 
 /// adapter); without them every call reads all of W.
 template <executor Executor, std::ranges::contiguous_range Ids, viewable<2> W, class T, class M, viewable<2> Y>
 void embedding(const Executor& exec, const Ids& ids, const W& w, const dora<T, M>& adapter, Y&& y) {
+  detail::check_on_cpu<Executor>();
   constexpr std::string_view function = "lora::embedding";
   using U = element_t<const W>;
   using A = accumulator_t<T>;
@@ -194,6 +196,7 @@ template <executor Executor, std::ranges::contiguous_range Ids, viewable<2> W, p
           class G>
 void embedding_backward(const Executor& exec, const Ids& ids, const W& w, const Adapter& adapter, const D& dy,
                         const gradients<G>& grads, bool accumulate = false) {
+  detail::check_on_cpu<Executor>();
   constexpr std::string_view function = "lora::embedding_backward";
   using T = typename Adapter::value_type;
   using U = element_t<const D>;
@@ -219,6 +222,7 @@ void embedding_backward(const Executor& exec, const Ids& ids, const W& w, const 
 template <executor Executor, std::ranges::contiguous_range Ids, viewable<2> W, class T, class M, viewable<2> D, class G>
 void embedding_backward(const Executor& exec, const Ids& ids, const W& w, const dora<T, M>& adapter, const D& dy,
                         const gradients<G>& grads, bool accumulate = false) {
+  detail::check_on_cpu<Executor>();
   constexpr std::string_view function = "lora::embedding_backward";
   using U = element_t<const D>;
   using V = element_t<const W>;

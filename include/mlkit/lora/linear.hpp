@@ -315,6 +315,48 @@ void run_backward(const cpu& exec, const matrix_view<const X>& x, const Base& ba
   });
 }
 
+template <class X, class Base, class Y>
+void run_base(const cpu& exec, const matrix_view<const X>& x, const Base& base, const matrix_view<Y>& y) {
+  using A = sums_t<X>;
+  using W = typename Base::value_type;
+  project_up(exec, left_of(x), base, matrix_view<const A>(&no_elements<A>, {x.extent(0), 0}),
+             matrix_view<const W>(&no_elements<W>, {base.outputs(), 0}), y,
+             finish<A, bias_t<Base>, Y>{.bias = base.bias.data});
+}
+
+template <class Base, class D, class Dx>
+void run_base_backward(const cpu& exec, const Base& base, const matrix_view<const D>& dy, const matrix_view<Dx>& dx) {
+  using A = sums_t<D>;
+  using W = typename Base::value_type;
+  multiply<product_type_t<D, W>>(exec, left_of(dy), right_operand(base.weight()), nothing<A>(dy.extent(0)),
+                                 nothing<W>(base.inputs()), dx, finish<A, bias_t<Base>, Dx>{});
+}
+
+template <class X, class Base, class T, class D, class G, class Dx, class A>
+void run_gradients(const cpu& exec, const matrix_view<const X>& x, const Base& base, const adapter_view<T>& p,
+                   const matrix_view<const D>& dy, const gradients<G>& grads, const matrix_view<Dx>& dx,
+                   const linear_options<A>& o) {
+  summed_as<sums_t<X>>(grads, o.accumulate, [&](const auto& sums) {
+    if (drops(o))
+      run_backward<true>(exec, x, base, p, dy, sums, dx, o);
+    else
+      run_backward<false>(exec, x, base, p, dy, sums, dx, o);
+  });
+}
+
+// What lora.cuh brings for mlkit::cuda.
+template <bool Masked, class X, class Base, class T, class Y, class A>
+void run_linear(const cuda& exec, const matrix_view<const X>& x, const Base& base, adapter_view<T> p,
+                const matrix_view<Y>& y, const linear_options<A>& o, const A* factors = nullptr);
+template <class X, class Base, class Y>
+void run_base(const cuda& exec, const matrix_view<const X>& x, const Base& base, const matrix_view<Y>& y);
+template <class Base, class D, class Dx>
+void run_base_backward(const cuda& exec, const Base& base, const matrix_view<const D>& dy, const matrix_view<Dx>& dx);
+template <class X, class Base, class T, class D, class G, class Dx, class A>
+void run_gradients(const cuda& exec, const matrix_view<const X>& x, const Base& base, const adapter_view<T>& p,
+                   const matrix_view<const D>& dy, const gradients<G>& grads, const matrix_view<Dx>& dx,
+                   const linear_options<A>& o);
+
 }  // namespace detail
 
 /// y = x W^T + bias: the base alone. x [tokens, in], y [tokens, out].
@@ -325,20 +367,15 @@ void run_backward(const cpu& exec, const matrix_view<const X>& x, const Base& ba
 template <executor Executor, viewable<2> X, linear_base Base, viewable<2> Y>
 void linear(const Executor& exec, const X& x, const Base& base, Y&& y) {
   using T = element_t<const X>;
-  using W = typename Base::value_type;
-  using A = detail::sums_t<T>;
-  using R = element_t<std::remove_reference_t<Y>>;
   const matrix_view<const T> in = as_view(x);
   const auto out = as_view(y);
-  detail::check_types<T, W, R>();
+  detail::check_types<T, typename Base::value_type, element_t<std::remove_reference_t<Y>>>();
   detail::arguments call("lora::linear", exec);
   detail::check_linear("lora::linear", in, base, out);
   call.reads("x", in);
   detail::name_base(call, base);
   call.writes("y", out);
-  detail::project_up(exec, detail::left_of(in), base, matrix_view<const A>(&detail::no_elements<A>, {in.extent(0), 0}),
-                     matrix_view<const W>(&detail::no_elements<W>, {base.outputs(), 0}), out,
-                     detail::finish<A, detail::bias_t<Base>, R>{.bias = base.bias.data});
+  detail::run_base(exec, in, base, out);
 }
 
 /// y = x W^T + bias + s (x A^T) B^T, with s the adapter's scale: one product of depth in + rank over [x | s x A^T] and
@@ -392,13 +429,10 @@ void linear(const Executor& exec, const X& x, const Base& base, const Adapter& a
 template <executor Executor, linear_base Base, viewable<2> D, viewable<2> Dx>
 void linear_backward(const Executor& exec, const Base& base, const D& dy, Dx&& dx) {
   constexpr std::string_view function = "lora::linear_backward";
-  using W = typename Base::value_type;
   using U = element_t<const D>;
-  using R = element_t<std::remove_reference_t<Dx>>;
-  using A = detail::sums_t<U>;
   const matrix_view<const U> dout = as_view(dy);
   const auto din = as_view(dx);
-  detail::check_types<W, U, R>();
+  detail::check_types<typename Base::value_type, U, element_t<std::remove_reference_t<Dx>>>();
   detail::arguments call(function, exec);
   detail::check_base(function, base);
   detail::check_view(function, "dy", dout);
@@ -412,9 +446,7 @@ void linear_backward(const Executor& exec, const Base& base, const D& dy, Dx&& d
   if (din.extent(1) != base.inputs())
     detail::fail_shape(function, ": dx has ", din.extent(1), " columns, but base has ", base.inputs(), " inputs");
   call.writes("dx", din);
-  detail::multiply<detail::product_type_t<U, W>>(exec, detail::left_of(dout), detail::right_operand(base.weight()),
-                                                 detail::nothing<A>(dout.extent(0)), detail::nothing<W>(base.inputs()),
-                                                 din, detail::finish<A, detail::bias_t<Base>, R>{});
+  detail::run_base_backward(exec, base, dout, din);
 }
 
 /// The gradients of linear: with dy [tokens, out], h = s D(x) A^T and G = s dy B,
@@ -442,12 +474,7 @@ void linear_backward(const Executor& exec, const X& x, const Base& base, const A
   detail::check_no_magnitude("lora::linear_backward", grads);
   detail::arguments call("lora::linear_backward", exec);
   detail::check_backward(call, "lora::linear_backward", in, base, p, dout, grads, din, options);
-  detail::summed_as<detail::sums_t<T>>(grads, options.accumulate, [&](const auto& sums) {
-    if (detail::drops(options))
-      detail::run_backward<true>(exec, in, base, p, dout, sums, din, options);
-    else
-      detail::run_backward<false>(exec, in, base, p, dout, sums, din, options);
-  });
+  detail::run_gradients(exec, in, base, p, dout, grads, din, options);
 }
 
 /// The same without options: no dropout, h computed again, da and db overwritten.
@@ -467,9 +494,7 @@ void linear_backward(const Executor& exec, const X& x, const Base& base, const A
   detail::check_no_magnitude("lora::linear_backward", grads);
   detail::arguments call("lora::linear_backward", exec);
   detail::check_backward(call, "lora::linear_backward", in, base, p, dout, grads, din, options);
-  detail::summed_as<detail::sums_t<T>>(grads, false, [&](const auto& sums) {
-    detail::run_backward<false>(exec, in, base, p, dout, sums, din, options);
-  });
+  detail::run_gradients(exec, in, base, p, dout, grads, din, options);
 }
 
 }  // namespace MLKIT_NAMESPACE::lora

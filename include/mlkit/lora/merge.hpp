@@ -118,15 +118,59 @@ void check_merge(arguments& call, std::string_view function, const matrix_view<T
   call.reads(message(name, ".b"), p.b);
 }
 
+// w += sum over i of weights[i] s_i B_i A_i.
 template <class T, class P>
-void run_merge(std::string_view function, const cpu& exec, const matrix_view<T>& w, const adapter_view<P>& p,
+void add_adapters(std::string_view function, const cpu& exec, const matrix_view<T>& w,
+                  std::span<const adapter_view<P>> adapters, std::span<const double> weights) {
+  const stacked<accumulator_t<T>> s(adapters, w.extent(0), w.extent(1), [&](std::size_t i) { return weights[i]; });
+  merge_product(function, exec, s.b, s.a, w, static_cast<const accumulator_t<T>*>(nullptr));
+}
+
+template <class T, class P, class M>
+void merge_dora(std::string_view function, const cpu& exec, const matrix_view<T>& w, const dora<P, M>& d) {
+  using A = accumulator_t<T>;
+  const index_t out = w.extent(0);
+  const workspace<A> memory(2 * out);
+  A* factors = memory.data() + out;
+  find_factors(d.magnitude, find_norms(exec, dense<T>{w}, d, memory.data()), factors);
+  const stacked<A> s(std::span<const adapter_view<P>>(&d.adapter, 1), out, w.extent(1),
+                     [](std::size_t) { return 1.0; });
+  merge_product(function, exec, s.b, s.a, w, static_cast<const A*>(factors));
+}
+
+template <class T, class P, class M>
+void unmerge_dora(std::string_view function, const cpu& exec, const matrix_view<T>& w, const dora<P, M>& d) {
+  using A = accumulator_t<T>;
+  const index_t out = w.extent(0);
+  const workspace<A> memory(out);
+  A* factors = memory.data();
+  find_factors(d.magnitude, d.norms.data, factors);
+  const stacked<A> s(std::span<const adapter_view<P>>(&d.adapter, 1), out, w.extent(1),
+                     [](std::size_t) { return -1.0; });
+  for (index_t o = 0; o < out; ++o) {
+    if (factors[o] == 0) fail_value(function, ": row ", o, " was merged with the factor 0");
+    for (index_t j = 0; j < s.b.extent(1); ++j) s.b(o, j) *= factors[o];
+    factors[o] = 1 / factors[o];
+  }
+  merge_product(function, exec, s.b, s.a, w, static_cast<const A*>(factors));
+}
+
+// What lora.cuh brings for mlkit::cuda.
+template <class T, class P>
+void add_adapters(std::string_view function, const cuda& exec, const matrix_view<T>& w,
+                  std::span<const adapter_view<P>> adapters, std::span<const double> weights);
+template <class T, class P, class M>
+void merge_dora(std::string_view function, const cuda& exec, const matrix_view<T>& w, const dora<P, M>& d);
+template <class T, class P, class M>
+void unmerge_dora(std::string_view function, const cuda& exec, const matrix_view<T>& w, const dora<P, M>& d);
+
+template <class Executor, class T, class P>
+void run_merge(std::string_view function, const Executor& exec, const matrix_view<T>& w, const adapter_view<P>& p,
                double weight) {
   arguments call(function, exec);
   check_merge(call, function, w, p, weight);
   call.writes("w", w);
-  const stacked<accumulator_t<T>> s(std::span<const adapter_view<P>>(&p, 1), w.extent(0), w.extent(1),
-                                    [&](std::size_t) { return weight; });
-  merge_product(function, exec, s.b, s.a, w, static_cast<const accumulator_t<T>*>(nullptr));
+  add_adapters(function, exec, w, std::span<const adapter_view<P>>(&p, 1), std::span<const double>(&weight, 1));
 }
 
 }  // namespace detail
@@ -137,7 +181,7 @@ void run_merge(std::string_view function, const cpu& exec, const matrix_view<T>&
 /// The update is summed in f32 (f64 for f64) and added to w before the one rounding to its type.
 /// Throws shape_error where extents do not fit, and value_error for null data, a weight that is not finite or a result
 /// that would not be, before w is touched. The same bits for any number of threads. 2 out in rank flops; w is read
-/// twice and written once.
+/// twice and written once. A GPU does not look at what the result would be: elements out of range become infinite.
 template <executor Executor, viewable<2> W, plain_adapter Adapter>
 void merge(const Executor& exec, W&& w, const Adapter& adapter, const merge_options& options = {}) {
   detail::run_merge("lora::merge", exec, as_view(w), as_adapter(adapter), options.weight);
@@ -158,7 +202,6 @@ void merge(const Executor& exec, W&& w, const Adapters& adapters, const Weights&
   constexpr std::string_view function = "lora::merge";
   using P = typename std::ranges::range_value_t<Adapters>::value_type;
   const auto c = as_view(w);
-  using A = accumulator_t<typename decltype(c)::value_type>;
   std::vector<adapter_view<P>> views;
   for (const auto& p : adapters) views.push_back(as_adapter(p));
   const std::span<const std::ranges::range_value_t<Weights>> factors(weights);
@@ -170,9 +213,9 @@ void merge(const Executor& exec, W&& w, const Adapters& adapters, const Weights&
     detail::check_merge(call, function, c, views[i], static_cast<double>(factors[i]),
                         detail::message("adapters[", static_cast<index_t>(i), "]"));
   if (views.empty()) return;
-  const detail::stacked<A> s(std::span<const adapter_view<P>>(views), c.extent(0), c.extent(1),
-                             [&](std::size_t i) { return static_cast<double>(factors[i]); });
-  detail::merge_product(function, exec, s.b, s.a, c, static_cast<const A*>(nullptr));
+  std::vector<double> strengths;
+  for (const auto& f : factors) strengths.push_back(static_cast<double>(f));
+  detail::add_adapters(function, exec, c, std::span<const adapter_view<P>>(views), std::span<const double>(strengths));
 }
 
 /// W = g * (W + s B A) with g = magnitude / ||W + s B A||, row by row. To be able to undo it, compute
@@ -182,19 +225,11 @@ template <executor Executor, viewable<2> W, class T, class M>
 void merge(const Executor& exec, W&& w, const dora<T, M>& adapter) {
   constexpr std::string_view function = "lora::merge";
   const auto c = as_view(w);
-  using U = typename decltype(c)::value_type;
-  using A = accumulator_t<U>;
   detail::arguments call(function, exec);
   detail::check_merge(call, function, c, adapter.adapter, 1);
   detail::check_dora(call, function, adapter, c.extent(0), c.extent(1));
   call.writes("w", c);
-  const index_t out = c.extent(0);
-  const detail::workspace<A> memory(2 * out);
-  A* factors = memory.data() + out;
-  detail::find_factors(adapter.magnitude, detail::find_norms(exec, dense<U>{c}, adapter, memory.data()), factors);
-  const detail::stacked<A> s(std::span<const adapter_view<T>>(&adapter.adapter, 1), out, c.extent(1),
-                             [](std::size_t) { return 1.0; });
-  detail::merge_product(function, exec, s.b, s.a, c, static_cast<const A*>(factors));
+  detail::merge_dora(function, exec, c, adapter);
 }
 
 /// W = W / g - s B A: undoes merge of a DoRA adapter, given the norms that were computed before it
@@ -204,7 +239,6 @@ template <executor Executor, viewable<2> W, class T, class M>
 void unmerge(const Executor& exec, W&& w, const dora<T, M>& adapter) {
   constexpr std::string_view function = "lora::unmerge";
   const auto c = as_view(w);
-  using A = accumulator_t<typename decltype(c)::value_type>;
   detail::arguments call(function, exec);
   detail::check_merge(call, function, c, adapter.adapter, 1);
   detail::check_dora(call, function, adapter, c.extent(0), c.extent(1));
@@ -212,18 +246,7 @@ void unmerge(const Executor& exec, W&& w, const dora<T, M>& adapter) {
   if (!adapter.norms.data)
     detail::fail_value(function,
                        ": the norms from before the merge are needed: dora{adapter, magnitude, adapted_norms}");
-  const index_t out = c.extent(0);
-  const detail::workspace<A> memory(out);
-  A* factors = memory.data();
-  detail::find_factors(adapter.magnitude, adapter.norms.data, factors);
-  const detail::stacked<A> s(std::span<const adapter_view<T>>(&adapter.adapter, 1), out, c.extent(1),
-                             [](std::size_t) { return -1.0; });
-  for (index_t o = 0; o < out; ++o) {
-    if (factors[o] == 0) detail::fail_value(function, ": row ", o, " was merged with the factor 0");
-    for (index_t j = 0; j < s.b.extent(1); ++j) s.b(o, j) *= factors[o];
-    factors[o] = 1 / factors[o];
-  }
-  detail::merge_product(function, exec, s.b, s.a, c, static_cast<const A*>(factors));
+  detail::unmerge_dora(function, exec, c, adapter);
 }
 
 }  // namespace MLKIT_NAMESPACE::lora

@@ -265,12 +265,19 @@ void linear_rows(const cpu& exec, const matrix_view<const X>& x, const Base& bas
   }
 }
 
+// What lora.cuh brings for mlkit::cuda.
+template <class X, class Base, class Many, class Y>
+void linear_rows(const cuda& exec, const matrix_view<const X>& x, const Base& base, const Many& many,
+                 const matrix_view<Y>& y);
+
 }  // namespace detail
 
 /// y[i] = W x[i] + bias + s B (A x[i]) with each row's own adapter: one product with W for all rows, and each A and B
 /// read once for all its rows. Rows without an adapter get the bits of the base alone, and a row's bits do not depend
 /// on the adapters of the others.
-/// Throws value_error naming the index for an id out of range; otherwise as linear with one adapter.
+/// Throws value_error naming the index for an id out of range; otherwise as linear with one adapter. A GPU does not
+/// look at ids beforehand: rows whose id is out of range get the base alone, and the update is added to the rounded
+/// base.
 template <executor Executor, viewable<2> X, linear_base Base, class P, class I, viewable<2> Y>
 void linear(const Executor& exec, const X& x, const Base& base, const per_row<P, I>& adapters, Y&& y) {
   detail::check_many<P>();

@@ -5,6 +5,10 @@
 #include "adapter.hpp"
 #include "base.hpp"
 
+namespace MLKIT_NAMESPACE {
+class cuda;  // core/cuda.cuh
+}
+
 namespace MLKIT_NAMESPACE::lora::detail {
 
 /// ((x * value * rows[row] -> kept) * columns[col] + bias[col] + row_bias[row] + add[row, col]) * last[row], where null
@@ -75,6 +79,13 @@ constexpr void check_types() {
 // What an operand of depth 0 points at: nothing of it is read, but an address may be computed.
 template <class T>
 inline constexpr T no_elements{};
+
+/// Refuses executors that a function has no kernels for.
+template <class Executor>
+constexpr void check_on_cpu() {
+  static_assert(std::is_same_v<Executor, cpu>,
+                "lora: this function runs on mlkit::cpu alone; docs/support.md says which run on a GPU");
+}
 
 /// An operand of depth 0: what a segment without an adapter multiplies.
 template <class T>

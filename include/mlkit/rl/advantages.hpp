@@ -52,6 +52,11 @@ namespace MLKIT_NAMESPACE::rl {
 /// the outputs of their own and earlier steps of the episode so, and no others. The bits depend on a sequence's own
 /// steps alone, not on the layout, its neighbours or the number of threads. Bound by memory: a step reads two numbers
 /// and two flags and writes two numbers; rewards are read once more beforehand. Schulman et al., arXiv 1506.02438.
+///
+/// With a mlkit::cuda nothing of the data is looked at beforehand: rewards that are not finite make the outputs of
+/// their own and earlier steps of the episode so; a value that a truncation or a window's end lacks is NaN; starts are
+/// held within the tokens. The bits then depend on a sequence's own steps, on whether these lie along memory or beside
+/// those of other sequences, and on nothing else: where they lie beside (time-major), also on whether there are many.
 template <class T = float, executor Executor, class Done = done_ends>
 void gae(const Executor& exec, const rollout<std::type_identity_t<T>>& in, const gae_options& options,
          const advantages<std::type_identity_t<T>>& out, Done = {}) {
@@ -67,7 +72,7 @@ void gae(const Executor& exec, const rollout<std::type_identity_t<T>>& in, const
   call.template episodes<Done>(in);
   call.write_optional("advantages", out.advantages, p.out[0]);
   call.write_optional("returns", out.returns, p.out[1]);
-  detail::run_scan(function, exec, p, {});
+  run_scan(function, exec, p, detail::scan_needs{});
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

@@ -155,6 +155,7 @@ template <executor Executor, discrete_policy Policy, class I>
 void log_probs(const Executor& exec, const Policy& policy, const tensor_view<I, 2>& actions,
                const policy_log_probs<accumulator_t<typename Policy::value_type>>& out) {
   constexpr std::string_view function = "rl::log_probs";
+  detail::only_on_cpu<Executor>();
   using namespace detail;
   using T = typename Policy::value_type;
   using A = accumulator_t<T>;
@@ -193,6 +194,7 @@ void backward(const Executor& exec, const Policy& policy, const tensor_view<I, 2
               const policy_derivatives<accumulator_t<typename Policy::value_type>>& derivatives,
               const matrix_view<typename Policy::value_type>& dlogits) {
   constexpr std::string_view function = "rl::backward";
+  detail::only_on_cpu<Executor>();
   using namespace detail;
   using T = typename Policy::value_type;
   using A = accumulator_t<T>;
@@ -235,6 +237,7 @@ template <executor Executor, discrete_policy Policy, class I>
 void sample(const Executor& exec, const Policy& policy, const random_stream& random, const tensor_view<I, 2>& actions,
             index_t first = 0) {
   constexpr std::string_view function = "rl::sample";
+  detail::only_on_cpu<Executor>();
   using namespace detail;
   using T = typename Policy::value_type;
   static_assert(std::is_same_v<I, std::int32_t> || std::is_same_v<I, std::int64_t>,

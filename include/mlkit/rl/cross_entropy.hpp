@@ -7,19 +7,10 @@
 namespace MLKIT_NAMESPACE::rl {
 namespace detail {
 
-template <class T, int Rank>
-cross_entropy_result cross_entropy(const cpu& exec, const tensor_view<const T, Rank + 1>& logits,
-                                   const token_ids<Rank>& labels, const cross_entropy_options& o,
-                                   const tensor_view<T, Rank + 1>* dlogits) {
-  constexpr std::string_view function = "rl::cross_entropy";
+template <class T>
+cross_entropy_result run_cross_entropy(const cpu& exec, logits_problem<T>& p, const row_labels& targets,
+                                       const cross_entropy_options& o) {
   using A = accumulator_t<T>;
-  arguments call(function, exec);
-  check_view(function, "logits", logits);
-  const row_labels targets(call, function, labels, "logits' rows", leading<Rank>(logits.extents), logits.extents[Rank],
-                           o);
-  auto p = make_rows<T, Rank>(logits, o.temperature);
-  if (!dlogits || !same_memory(*dlogits, logits)) call.reads("logits", logits);
-  if (dlogits) set_gradient(call, function, *dlogits, logits, p);
   const extents_t<2> rows{p.batch, p.time};
   p.tokens = tensor_view<const std::int64_t, 2>(targets.of.data(), rows);
   p.mask = tensor_view<const std::uint8_t, 2>(targets.counts.data(), rows);
@@ -43,6 +34,33 @@ cross_entropy_result cross_entropy(const cpu& exec, const tensor_view<const T, R
   return result;
 }
 
+template <class T, int Rank, executor Executor>
+result_t<Executor, cross_entropy_result> cross_entropy(const Executor& exec,
+                                                       const tensor_view<const T, Rank + 1>& logits,
+                                                       const token_ids<Rank>& labels, const cross_entropy_options& o,
+                                                       const tensor_view<T, Rank + 1>* dlogits) {
+  constexpr std::string_view function = "rl::cross_entropy";
+  arguments call(function, exec);
+  check_view(function, "logits", logits);
+  const extents_t<Rank> shape = leading<Rank>(logits.extents);
+  const auto problem = [&] {
+    auto p = make_rows<T, Rank>(logits, o.temperature);
+    if (!dlogits || !same_memory(*dlogits, logits)) call.reads("logits", logits);
+    if (dlogits) set_gradient(call, function, *dlogits, logits, p);
+    return p;
+  };
+  if constexpr (looks_at_data<Executor>) {
+    const row_labels targets(call, function, labels, "logits' rows", shape, logits.extents[Rank], o);
+    auto p = problem();
+    return run_cross_entropy(exec, p, targets, o);
+  } else {
+    const sequence_places places = check_labels<Rank>(call, function, labels, "logits' rows", shape, o, false);
+    auto p = problem();
+    labels.visit([&](const auto& v) { p.tokens = as_rows(v); });
+    return run_cross_entropy(exec, p, places, o);
+  }
+}
+
 }  // namespace detail
 
 /// The loss of predicting labels: with p the softmax of a row's logits over the temperature and e the label smoothing,
@@ -60,26 +78,30 @@ cross_entropy_result cross_entropy(const cpu& exec, const tensor_view<const T, R
 /// for starts that decrease or do not span the tokens, and for a label that is neither within the vocabulary nor
 /// ignored, named by its index, before anything is written. Reads logits once. Szegedy et al.: "Rethinking the
 /// Inception architecture", 2016, section 7, of label smoothing.
+///
+/// With a mlkit::cuda the result is a device_value, which waits where it is asked for and not before; a label that is
+/// neither within the vocabulary nor ignored makes the loss, and its row's gradient, NaN.
 template <executor Executor, detail::logits_like Logits>
-cross_entropy_result cross_entropy(const Executor& exec, const Logits& logits,
-                                   const token_ids<detail::token_rank<const Logits>>& labels,
-                                   const cross_entropy_options& options = {}) {
+detail::result_t<Executor, cross_entropy_result> cross_entropy(
+    const Executor& exec, const Logits& logits, const token_ids<detail::token_rank<const Logits>>& labels,
+    const cross_entropy_options& options = {}) {
   using T = element_t<const Logits>;
   constexpr int rank = detail::token_rank<const Logits>;
-  return detail::cross_entropy<T, rank>(exec, as_view(logits), labels, options, nullptr);
+  return detail::cross_entropy<T, rank>(exec, tensor_view<const T, rank + 1>(as_view(logits)), labels, options,
+                                        static_cast<const tensor_view<T, rank + 1>*>(nullptr));
 }
 
 /// The same, and its gradient: dlogits, of logits' shape and type, becomes dloss / dlogits, in the same pass. It may be
 /// logits itself, which it then replaces. Rows that do not count get 0.
 template <executor Executor, detail::logits_like Logits, detail::logits_like Gradient>
-cross_entropy_result cross_entropy(const Executor& exec, const Logits& logits,
-                                   const token_ids<detail::token_rank<const Logits>>& labels,
-                                   const cross_entropy_options& options, Gradient&& dlogits) {
+detail::result_t<Executor, cross_entropy_result> cross_entropy(
+    const Executor& exec, const Logits& logits, const token_ids<detail::token_rank<const Logits>>& labels,
+    const cross_entropy_options& options, Gradient&& dlogits) {
   using T = element_t<const Logits>;
   constexpr int rank = detail::token_rank<const Logits>;
   detail::check_gradient_type<Logits, Gradient>();
   const tensor_view<T, rank + 1> dz = as_view(dlogits);
-  return detail::cross_entropy<T, rank>(exec, as_view(logits), labels, options, &dz);
+  return detail::cross_entropy<T, rank>(exec, tensor_view<const T, rank + 1>(as_view(logits)), labels, options, &dz);
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

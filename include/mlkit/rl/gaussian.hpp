@@ -61,6 +61,7 @@ template <executor Executor, storage T, viewable<2> Actions>
 void log_probs(const Executor& exec, const gaussian<T>& policy, const Actions& actions,
                const policy_log_probs<accumulator_t<T>>& out) {
   constexpr std::string_view function = "rl::log_probs";
+  detail::only_on_cpu<Executor>();
   using namespace detail;
   using A = accumulator_t<T>;
   static_assert(std::is_same_v<element_t<const Actions>, T>, "rl: a gaussian's actions are of its type");
@@ -100,6 +101,7 @@ template <executor Executor, storage T, viewable<2> Actions>
 void backward(const Executor& exec, const gaussian<T>& policy, const Actions& actions,
               const policy_derivatives<accumulator_t<T>>& derivatives, const gaussian_gradients<T>& out) {
   constexpr std::string_view function = "rl::backward";
+  detail::only_on_cpu<Executor>();
   using namespace detail;
   using A = accumulator_t<T>;
   static_assert(std::is_same_v<element_t<const Actions>, T>, "rl: a gaussian's actions are of its type");
@@ -163,6 +165,7 @@ template <executor Executor, storage T, viewable<2> Actions>
 void sample(const Executor& exec, const gaussian<T>& policy, const random_stream& random, Actions&& actions,
             index_t first = 0) {
   constexpr std::string_view function = "rl::sample";
+  detail::only_on_cpu<Executor>();
   using namespace detail;
   using A = accumulator_t<T>;
   static_assert(std::is_same_v<element_t<std::remove_reference_t<Actions>>, T>,

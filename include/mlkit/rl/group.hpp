@@ -63,9 +63,15 @@ struct group_places {
 };
 
 inline group_places check_groups(arguments& call, std::string_view function, const groups& g, std::string_view of,
-                                 index_t n) {
+                                 index_t n, bool on_host = true) {
   if (g.size == groups::of_offsets) {
-    mlkit::detail::check_starts(function, "offsets", g.offsets, message(of, " has"), n, "elements");
+    if (on_host) {
+      mlkit::detail::check_starts(function, "offsets", g.offsets, message(of, " has"), n, "elements");
+    } else {
+      check_view(function, "offsets", g.offsets);
+      if (g.offsets.extent(0) == 0)
+        fail_shape(function, ": offsets is empty; it has one element more than there are groups");
+    }
     call.reads("offsets", g.offsets);
     return {g.offsets.extent(0) - 1, 0, g.offsets};
   }
@@ -166,6 +172,8 @@ void advantages_of(const cpu& exec, std::string_view function, const vector_view
 /// shape_error where rewards are no multiple of the groups' size, value_error for offsets that are none, a size below
 /// 1, an epsilon that is negative, and rewards that are not finite, named by their index, before advantages are
 /// touched.
+/// With a mlkit::cuda rewards that are not finite make the advantages of their group so (of the batch, for
+/// reinforce_pp); offsets are held within the rewards; over_ranks waits for the stream.
 template <executor Executor, viewable<1> R, class Method, viewable<1> Out>
 void group_advantages(const Executor& exec, const R& rewards, const groups& of, const Method& method,
                       Out&& advantages) {
@@ -177,13 +185,14 @@ void group_advantages(const Executor& exec, const R& rewards, const groups& of, 
   const vector_view<T> out = as_view(advantages);
   detail::arguments call(function, exec);
   detail::check_view(function, "rewards", r);
-  const detail::group_places places = detail::check_groups(call, function, of, "rewards", r.extent(0));
+  const detail::group_places places =
+      detail::check_groups(call, function, of, "rewards", r.extent(0), detail::looks_at_data<Executor>);
   detail::check_view(function, "advantages", out);
   detail::check_extent(function, "advantages", "elements", out.extent(0), "rewards", r.extent(0));
   if (!detail::same_elements(r, out)) call.reads("rewards", r);
   call.writes("advantages", out);
-  detail::name_non_finite(function, "rewards", r, {});
-  detail::advantages_of(exec, function, r, places, method, out);
+  if constexpr (detail::looks_at_data<Executor>) detail::name_non_finite(function, "rewards", r, {});
+  advantages_of(exec, function, r, places, method, out);
 }
 
 /// best[g] = the index in rewards [n] of the largest reward of group g, the first of equal ones. best is a contiguous
@@ -194,6 +203,7 @@ template <executor Executor, viewable<1> R, std::ranges::contiguous_range Best>
   requires std::integral<std::ranges::range_value_t<Best>>
 void best_of_n(const Executor& exec, const R& rewards, const groups& of, Best&& best) {
   constexpr std::string_view function = "rl::best_of_n";
+  detail::only_on_cpu<Executor>();
   using T = element_t<const R>;
   using I = std::ranges::range_value_t<Best>;
   const vector_view<const T> r = as_view(rewards);

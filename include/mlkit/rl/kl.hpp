@@ -80,6 +80,24 @@ struct kl_stats {
   double mean() const noexcept { return tokens == 0 ? 0 : total / static_cast<double>(tokens); }
 };
 
+/// What kl_loss may be told.
+struct kl_loss_options {
+  double coefficient = 1;
+  double normaliser = 0;  ///< what the sum is divided by, such as the tokens of all ranks; 0: the tokens that count
+};
+
+/// What kl_loss returns.
+struct kl_loss_stats : kl_stats {
+  double loss = 0;
+};
+
+/// What kl_rewards returns.
+struct kl_reward_stats : kl_stats {
+  index_t sequences = 0;  ///< those with a token that counts
+  /// A sequence's; 0 where there is none. What controllers are shown.
+  double per_sequence() const noexcept { return sequences == 0 ? 0 : total / static_cast<double>(sequences); }
+};
+
 namespace detail {
 
 inline constexpr index_t kl_chunk = 4096;  // tokens that are summed together, whatever the threads
@@ -121,8 +139,8 @@ sequence_places check_kl_batch(step_arguments& steps, const kl_batch<T>& in, con
 }
 
 template <class T, class Estimator>
-kl_stats run_kl(const cpu& exec, const kl_batch<T>& in, const Estimator& estimator, T value_factor, T derivative_factor,
-                const sequence_view<T>& out) {
+kl_stats run_kl(by_executor, const cpu& exec, const kl_batch<T>& in, const Estimator& estimator, T value_factor,
+                T derivative_factor, const sequence_view<T>& out) {
   if (in.log_probs.empty()) return {};
   kl_problem<T, Estimator> p{};
   p.shape = shape_of_planes(in.log_probs, in.reference, in.mask, out);
@@ -157,33 +175,59 @@ inline index_t count_kept(const flag_view& mask, const extents_t<2>& extents) no
   return n;
 }
 
+template <class T, class Estimator>
+kl_loss_stats run_kl_loss(by_executor, const cpu& exec, const kl_batch<T>& in, const kl_loss_options& o,
+                          const Estimator& estimator, const sequence_view<T>& gradient) {
+  const double n = o.normaliser > 0 ? o.normaliser : static_cast<double>(count_kept(in.mask, in.log_probs.extents));
+  const double factor = n > 0 ? o.coefficient / n : 0;
+  kl_loss_stats all;
+  static_cast<kl_stats&>(all) = run_kl(by_executor{}, exec, in, estimator, T(0), static_cast<T>(factor), gradient);
+  all.loss = all.tokens == 0 ? 0 : factor * all.total;
+  return all;
+}
+
+template <class T, class Estimator>
+kl_reward_stats run_kl_rewards(by_executor, const cpu& exec, std::string_view function, const kl_batch<T>& in,
+                               const sequence_places& places, const batch_view<const T>& scores, double beta,
+                               const Estimator& estimator, const sequence_view<T>& rewards) {
+  const bool scored = step_arguments::given(scores);
+  const workspace<index_t> last(places.sequences);  // the token that has the score, or -1
+  kl_reward_stats all;
+  for (index_t b = 0; b < places.sequences; ++b) {
+    const auto [row, begin, count] = places(b);
+    index_t t = begin + count - 1;
+    if (in.mask.data)
+      while (t >= begin && !in.mask(row, t)) --t;
+    last.data()[b] = t < begin ? -1 : t;
+    all.sequences += t >= begin;
+    if (scored && t >= begin && !std::isfinite(scores(b)))
+      fail_value(function, ": scores[", b, "] = ", scores(b), " is not finite");
+  }
+  static_cast<kl_stats&>(all) = run_kl(by_executor{}, exec, in, estimator, static_cast<T>(-beta), T(0), rewards);
+  if (scored)
+    for (index_t b = 0; b < places.sequences; ++b)
+      if (last.data()[b] >= 0) rewards(places(b).row, last.data()[b]) += scores(b);
+  return all;
+}
+
 }  // namespace detail
 
 /// out = the estimate of each token that counts, 0 for the others; returns their sum. out has log_probs' shape, or is
 /// left out: `rl::kl(exec, batch, rl::k3{})`. f32 and f64; sums in parts of 4096 tokens in T, the parts in f64 in
 /// order: the same bits for any number of threads. Throws shape_error where extents do not fit or out overlaps what is
 /// read. Log-probabilities that are not finite give estimates that are not. Reads both once.
+/// With a mlkit::cuda sums are a device_value, which waits where it is asked for; so are those of kl_loss and
+/// kl_rewards, where a score that is not finite becomes part of its reward.
 template <storage T = float, executor Executor, kl_estimator Estimator = k3>
-kl_stats kl(const Executor& exec, const kl_batch<T>& in, const Estimator& estimator = {},
-            const sequence_view<std::type_identity_t<T>>& out = {}) {
+detail::result_t<Executor, kl_stats> kl(const Executor& exec, const kl_batch<T>& in, const Estimator& estimator = {},
+                                        const sequence_view<std::type_identity_t<T>>& out = {}) {
   constexpr std::string_view function = "rl::kl";
   detail::arguments call(function, exec);
-  detail::step_arguments steps(call, function);
+  detail::step_arguments steps(call, function, detail::looks_at_data<Executor>);
   detail::check_kl_batch(steps, in);
   steps.write_optional("out", out);
-  return detail::run_kl(exec, in, estimator, T(1), T(0), out);
+  return run_kl(detail::by_executor{}, exec, in, estimator, T(1), T(0), out);
 }
-
-/// What kl_loss may be told.
-struct kl_loss_options {
-  double coefficient = 1;
-  double normaliser = 0;  ///< what the sum is divided by, such as the tokens of all ranks; 0: the tokens that count
-};
-
-/// What kl_loss returns.
-struct kl_loss_stats : kl_stats {
-  double loss = 0;
-};
 
 /// loss = coefficient / normaliser sum of the estimates of tokens that count, and its gradient by log_probs, 0 for
 /// tokens that do not count. By what `estimator` names: k3 has the derivative of its own value, as GRPO has it;
@@ -192,28 +236,23 @@ struct kl_loss_stats : kl_stats {
 /// value_error for options that are not finite and a normaliser that is negative. Shao et al.: "DeepSeekMath", 2024,
 /// eq. 4 (k3).
 template <storage T = float, executor Executor, kl_estimator Estimator = with_kl_gradient<k3>>
-kl_loss_stats kl_loss(const Executor& exec, const kl_batch<T>& in, const kl_loss_options& o, const Estimator& estimator,
-                      const sequence_view<std::type_identity_t<T>>& gradient) {
+detail::result_t<Executor, kl_loss_stats> kl_loss(const Executor& exec, const kl_batch<T>& in, const kl_loss_options& o,
+                                                  const Estimator& estimator,
+                                                  const sequence_view<std::type_identity_t<T>>& gradient) {
   static_assert(!std::is_same_v<Estimator, k1>,
                 "rl: the gradient of k1 as a loss averages to nothing; take with_kl_gradient<k1>, k2 or k3");
   constexpr std::string_view function = "rl::kl_loss";
   detail::arguments call(function, exec);
-  detail::step_arguments steps(call, function);
+  detail::step_arguments steps(call, function, detail::looks_at_data<Executor>);
   detail::check_kl_batch(steps, in);
   detail::check_finite(function, "coefficient", o.coefficient);
   detail::check_non_negative(function, "normaliser", o.normaliser);
   steps.write_optional("gradient", gradient);
-  const double n =
-      o.normaliser > 0 ? o.normaliser : static_cast<double>(detail::count_kept(in.mask, in.log_probs.extents));
-  const double factor = n > 0 ? o.coefficient / n : 0;
-  kl_loss_stats all;
-  static_cast<kl_stats&>(all) = detail::run_kl(exec, in, estimator, T(0), static_cast<T>(factor), gradient);
-  all.loss = all.tokens == 0 ? 0 : factor * all.total;
-  return all;
+  return run_kl_loss(detail::by_executor{}, exec, in, o, estimator, gradient);
 }
 template <storage T = float, executor Executor>
-kl_loss_stats kl_loss(const Executor& exec, const kl_batch<T>& in, const kl_loss_options& o,
-                      const sequence_view<std::type_identity_t<T>>& gradient) {
+detail::result_t<Executor, kl_loss_stats> kl_loss(const Executor& exec, const kl_batch<T>& in, const kl_loss_options& o,
+                                                  const sequence_view<std::type_identity_t<T>>& gradient) {
   return kl_loss(exec, in, o, with_kl_gradient<k3>{}, gradient);
 }
 
@@ -233,13 +272,6 @@ struct kl_reward_options {
   double beta = 0.05;  ///< weight of the divergence
 };
 
-/// What kl_rewards returns.
-struct kl_reward_stats : kl_stats {
-  index_t sequences = 0;  ///< those with a token that counts
-  /// A sequence's; 0 where there is none. What controllers are shown.
-  double per_sequence() const noexcept { return sequences == 0 ? 0 : total / static_cast<double>(sequences); }
-};
-
 /// rewards[b, t] = -beta kl[b, t], and the score of sequence b added on its last token that counts: the mask, not the
 /// last column, says which that is, so that a token behind the end of a sequence never has it. Tokens that do not count
 /// get 0. A sequence without any gets no score.
@@ -250,38 +282,23 @@ struct kl_reward_stats : kl_stats {
 /// et al.: "Fine-tuning language models from human preferences", 2019, eq. 2; Ouyang et al.: "Training language models
 /// to follow instructions with human feedback", 2022, eq. 2.
 template <storage T = float, executor Executor, kl_estimator Estimator>
-kl_reward_stats kl_rewards(const Executor& exec, const kl_reward_batch<T>& in, const kl_reward_options& o,
-                           const Estimator& estimator, const sequence_view<std::type_identity_t<T>>& rewards) {
+detail::result_t<Executor, kl_reward_stats> kl_rewards(const Executor& exec, const kl_reward_batch<T>& in,
+                                                       const kl_reward_options& o, const Estimator& estimator,
+                                                       const sequence_view<std::type_identity_t<T>>& rewards) {
   constexpr std::string_view function = "rl::kl_rewards";
   detail::arguments call(function, exec);
-  detail::step_arguments steps(call, function);
+  detail::step_arguments steps(call, function, detail::looks_at_data<Executor>);
   const kl_batch<T> batch{in.log_probs, in.reference, in.mask};
   const detail::sequence_places places = detail::check_kl_batch(steps, batch, in.cu_seqlens);
-  const bool scored = steps.given(in.scores);
-  if (scored) steps.read_batch("scores", in.scores);
+  if (steps.given(in.scores)) steps.read_batch("scores", in.scores);
   detail::check_finite(function, "beta", o.beta);
   steps.write("rewards", rewards);
-  const detail::workspace<index_t> last(places.sequences);  // the token that has the score, or -1
-  kl_reward_stats all;
-  for (index_t b = 0; b < places.sequences; ++b) {
-    const auto [row, begin, count] = places(b);
-    index_t t = begin + count - 1;
-    if (in.mask.data)
-      while (t >= begin && !in.mask(row, t)) --t;
-    last.data()[b] = t < begin ? -1 : t;
-    all.sequences += t >= begin;
-    if (scored && t >= begin && !std::isfinite(in.scores(b)))
-      detail::fail_value(function, ": scores[", b, "] = ", in.scores(b), " is not finite");
-  }
-  static_cast<kl_stats&>(all) = detail::run_kl(exec, batch, estimator, static_cast<T>(-o.beta), T(0), rewards);
-  if (scored)
-    for (index_t b = 0; b < places.sequences; ++b)
-      if (last.data()[b] >= 0) rewards(places(b).row, last.data()[b]) += in.scores(b);
-  return all;
+  return run_kl_rewards(detail::by_executor{}, exec, function, batch, places, in.scores, o.beta, estimator, rewards);
 }
 template <storage T = float, executor Executor>
-kl_reward_stats kl_rewards(const Executor& exec, const kl_reward_batch<T>& in, const kl_reward_options& o,
-                           const sequence_view<std::type_identity_t<T>>& rewards) {
+detail::result_t<Executor, kl_reward_stats> kl_rewards(const Executor& exec, const kl_reward_batch<T>& in,
+                                                       const kl_reward_options& o,
+                                                       const sequence_view<std::type_identity_t<T>>& rewards) {
   return kl_rewards(exec, in, o, k1{}, rewards);
 }
 

@@ -30,6 +30,23 @@ struct cross_entropy_result {
 
 namespace detail {
 
+/// Checks labels [batch, time] of rows of the same shape, and what is said of them; where their sequences are.
+template <int Rank>
+sequence_places check_labels(arguments& call, std::string_view function, const token_ids<Rank>& labels,
+                             std::string_view rows_of, const std::type_identity_t<extents_t<Rank>>& shape,
+                             const cross_entropy_options& o, bool on_host = true) {
+  check_same_shape<Rank>(function, "labels", labels.extents(), rows_of, shape);
+  labels.visit([&](const auto& v) {
+    check_view(function, "labels", v);
+    call.reads("labels", v);
+  });
+  check_temperature(function, o.temperature);
+  if (!(o.label_smoothing >= 0 && o.label_smoothing < 1))
+    fail_value(function, ": label_smoothing = ", o.label_smoothing, " is outside [0, 1)");
+  check_non_negative(function, "normaliser", o.normaliser);
+  return check_sequences<Rank>(call, function, "labels", shape, o.cu_seqlens, on_host);
+}
+
 /// The label of each row, and whether it has one.
 struct row_labels {
   std::vector<std::int64_t> of;
@@ -37,20 +54,10 @@ struct row_labels {
   index_t count = 0;
   double divisor = 1;
 
-  /// labels [batch, time] of rows of the same shape.
   template <int Rank>
   row_labels(arguments& call, std::string_view function, const token_ids<Rank>& labels, std::string_view rows_of,
              const std::type_identity_t<extents_t<Rank>>& shape, index_t vocabulary, const cross_entropy_options& o) {
-    check_same_shape<Rank>(function, "labels", labels.extents(), rows_of, shape);
-    labels.visit([&](const auto& v) {
-      check_view(function, "labels", v);
-      call.reads("labels", v);
-    });
-    check_temperature(function, o.temperature);
-    if (!(o.label_smoothing >= 0 && o.label_smoothing < 1))
-      fail_value(function, ": label_smoothing = ", o.label_smoothing, " is outside [0, 1)");
-    check_non_negative(function, "normaliser", o.normaliser);
-    const sequence_places places = check_sequences<Rank>(call, function, "labels", shape, o.cu_seqlens);
+    const sequence_places places = check_labels<Rank>(call, function, labels, rows_of, shape, o);
     const index_t batch = Rank == 2 ? shape[0] : 1, time = shape[Rank - 1];
     of.assign(static_cast<std::size_t>(batch * time), 0);
     counts.assign(of.size(), 0);

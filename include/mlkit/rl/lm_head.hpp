@@ -390,6 +390,7 @@ void log_probs(const Executor& exec, const Hidden& hidden, const Weight& lm_head
                const log_prob_options<detail::token_rank<const Hidden>>& options,
                const log_prob_outputs<detail::head_sum_t<element_t<const Hidden>, element_t<const Weight>>,
                                       detail::token_rank<const Hidden>>& out) {
+  detail::only_on_cpu<Executor>();
   using H = element_t<const Hidden>;
   using W = element_t<const Weight>;
   constexpr int rank = detail::token_rank<const Hidden>;
@@ -404,6 +405,7 @@ template <executor Executor, detail::logits_like Hidden, viewable<2> Weight,
 void log_probs(const Executor& exec, const Hidden& hidden, const Weight& lm_head,
                const token_ids<detail::token_rank<const Hidden>>& tokens,
                const log_prob_options<detail::token_rank<const Hidden>>& options, Out&& logp) {
+  detail::only_on_cpu<Executor>();
   using A = detail::head_sum_t<element_t<const Hidden>, element_t<const Weight>>;
   static_assert(std::is_same_v<element_t<std::remove_reference_t<Out>>, A>,
                 "rl: log-probabilities are of the type of sums: f64 for f64, f32 for all others");
@@ -430,6 +432,7 @@ void log_probs_and_gradient(const Executor& exec, const Hidden& hidden, const We
                                                    detail::token_rank<const Hidden>>& out,
                             const lm_head_gradients<element_t<const Hidden>, element_t<const Weight>,
                                                     detail::token_rank<const Hidden>>& gradients) {
+  detail::only_on_cpu<Executor>();
   using H = element_t<const Hidden>;
   using W = element_t<const Weight>;
   constexpr int rank = detail::token_rank<const Hidden>;
@@ -449,6 +452,7 @@ void log_probs_backward(const Executor& exec, const Hidden& hidden, const Weight
                                                  detail::token_rank<const Hidden>>& derivatives,
                         const lm_head_gradients<element_t<const Hidden>, element_t<const Weight>,
                                                 detail::token_rank<const Hidden>>& gradients) {
+  detail::only_on_cpu<Executor>();
   using H = element_t<const Hidden>;
   using W = element_t<const Weight>;
   constexpr int rank = detail::token_rank<const Hidden>;
@@ -507,6 +511,7 @@ cross_entropy_result cross_entropy(const Executor& exec, const Hidden& hidden, c
                                    const cross_entropy_options& options,
                                    const lm_head_gradients<element_t<const Hidden>, element_t<const Weight>,
                                                            detail::token_rank<const Hidden>>& gradients = {}) {
+  detail::only_on_cpu<Executor>();
   using H = element_t<const Hidden>;
   using W = element_t<const Weight>;
   constexpr int rank = detail::token_rank<const Hidden>;

@@ -3,7 +3,7 @@
 // Losses over logits stand on detail::run_logits, the one pass that all of this is:
 //
 //   arguments call(function, exec);
-//   auto p = make_logits_problem<T>(call, function, logits, tokens, options);
+//   auto p = make_logits_problem<T>(call, function, logits, tokens, options, looks_at_data<Executor>);
 //   set_gradient(call, function, dlogits, logits, p);  // without it, values alone
 //   p.with_entropy = true;                             // else f's entropy is 0
 //   run_logits(exec, p, f);
@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "../simd/math.hpp"
+#include "lanes.hpp"
 #include "options.hpp"
 #include "token_ids.hpp"
 
@@ -67,6 +68,9 @@ inline constexpr index_t chunk_classes = 2048;
 // Rows that are worked on together, at most.
 inline constexpr index_t block_rows = 64;
 
+// What an exponential costs, in elements of simpler loops.
+inline constexpr index_t exponential_cost = 4;
+
 // A gradient larger than this will not be in cache when it is read.
 inline constexpr index_t cached_bytes = index_t{16} << 20;
 
@@ -80,6 +84,7 @@ template <class A>
 struct row_block {
   alignas(64) A top[block_rows]{}, sum[block_rows]{}, weighted[block_rows]{}, log_sum[block_rows]{}, logp[block_rows]{},
       entropy[block_rows]{}, lse[block_rows]{};
+  alignas(64) A probability[block_rows]{}, less_one[block_rows]{};  // e^logp and e^logp - 1
   void set(index_t i, const chunk_state<A>& s) noexcept {
     top[i] = s.top;
     sum[i] = s.sum;
@@ -133,11 +138,12 @@ struct logits_kernels {
   using A = accumulator_t<T>;
   using problem = logits_problem<T>;
   void (*scan)(const problem&, index_t row, index_t first, index_t last, chunk_state<A>*) noexcept;
-  void (*measure)(const problem&, const index_t* rows, index_t count, row_block<A>&) noexcept;
+  void (*measure)(const problem&, const index_t* rows, index_t count, row_block<A>&, A* kept) noexcept;
   void (*collect)(const problem&, const index_t* rows, index_t count, const chunk_state<A>*, row_block<A>&) noexcept;
   void (*differentiate)(const problem&, index_t row, index_t begin, index_t end, const row_block<A>&, index_t i,
-                        const token_gradient<A>&) noexcept;
+                        const token_gradient<A>&, const A* kept) noexcept;
   A (*total)(const problem&, index_t row) noexcept;
+  index_t (*kept_stride)(index_t classes) noexcept;
 };
 
 }  // namespace detail
@@ -168,12 +174,12 @@ void run_logits(const cpu& exec, const logits_problem<T>& p, const F& f) {
       parallel_ranges(threads_for(exec, (rows - static_cast<index_t>(kept.size())) * p.classes), rows,
                       [&](index_t begin, index_t end) {
                         for (index_t i = begin; i < end; ++i)
-                          if (!p.keeps(i)) kernels.differentiate(p, i, 0, p.classes, none, 0, {});
+                          if (!p.keeps(i)) kernels.differentiate(p, i, 0, p.classes, none, 0, {}, nullptr);
                       });
   }
   const index_t count = p.mask ? static_cast<index_t>(kept.size()) : rows;
   if (count == 0) return;
-  const cpu limited = threads_for(exec, count * p.classes);
+  const cpu limited = threads_for(exec, exponential_cost * count * p.classes);
   const index_t threads = concurrency(limited);
   const auto rows_from = [&](index_t first, index_t n, index_t* own) -> const index_t* {
     if (p.mask) return kept.data() + first;
@@ -205,7 +211,8 @@ void run_logits(const cpu& exec, const logits_problem<T>& p, const F& f) {
         for (index_t i = begin; i < end;) {
           const index_t r = i / chunks, last = std::min(end, (r + 1) * chunks);
           kernels.differentiate(p, at[r], (i - r * chunks) * chunk_classes,
-                                std::min(p.classes, (last - r * chunks) * chunk_classes), block, r, gradients[r]);
+                                std::min(p.classes, (last - r * chunks) * chunk_classes), block, r, gradients[r],
+                                nullptr);
           i = last;
         }
       });
@@ -213,19 +220,23 @@ void run_logits(const cpu& exec, const logits_problem<T>& p, const F& f) {
     return;
   }
 
-  // Rows whose logits and gradient stay in cache between the two passes over them.
+  // Rows whose logits and gradient stay in cache between the two passes over them. Those of one chunk keep their powers
+  // for the second.
   constexpr index_t cached_elements = 1 << 13;
-  const index_t together = std::clamp<index_t>(cached_elements / p.classes, 1, block_rows);
-  parallel_ranges(limited, ceil_div(count, together), [&](index_t begin, index_t end) {
+  const index_t together = p.gradient ? std::clamp<index_t>(cached_elements / p.classes, 1, block_rows) : block_rows;
+  const index_t stride = p.gradient && chunks == 1 ? kernels.kept_stride(p.classes) : 0;
+  parallel_ranges(limited, count, [&](index_t begin, index_t end) {
     index_t own[block_rows];
     row_block<A> block;
-    for (index_t b = begin; b < end; ++b) {
-      const index_t first = b * together, n = std::min(together, count - first);
+    const workspace<A> powers(together * stride);
+    A* const kept = stride > 0 ? powers.data() : nullptr;
+    for (index_t first = begin; first < end; first += together) {
+      const index_t n = std::min(together, end - first);
       const index_t* at = rows_from(first, n, own);
-      kernels.measure(p, at, n, block);
+      kernels.measure(p, at, n, block, kept);
       for (index_t i = 0; i < n; ++i) {
         const token_gradient<A> g = ask(at[i], block, i);
-        if (p.gradient) kernels.differentiate(p, at[i], 0, p.classes, block, i, g);
+        if (p.gradient) kernels.differentiate(p, at[i], 0, p.classes, block, i, g, kept ? kept + i * stride : nullptr);
       }
     }
   });
@@ -272,11 +283,11 @@ logits_problem<T> make_rows(const tensor_view<const T, Rank + 1>& logits, double
 }
 
 /// Checks logits, tokens and options, names them to the call, and makes a problem of them, without a gradient.
-/// vocabulary: what the ids are to be within, for rows that the mask keeps.
+/// Ids of rows that the mask keeps are refused outside the vocabulary where they can be looked at.
 template <class T, int Rank>
 logits_problem<T> make_logits_problem(arguments& call, std::string_view function,
                                       const tensor_view<const T, Rank + 1>& logits, const token_ids<Rank>& tokens,
-                                      const log_prob_options<Rank>& o, bool logits_are_written = false) {
+                                      const log_prob_options<Rank>& o, bool look, bool logits_are_written = false) {
   check_view(function, "logits", logits);
   const extents_t<Rank> shape = leading<Rank>(logits.extents);
   check_same_shape<Rank>(function, "tokens", tokens.extents(), "logits' rows", shape);
@@ -291,7 +302,7 @@ logits_problem<T> make_logits_problem(arguments& call, std::string_view function
   logits_problem<T> p = make_rows<T, Rank>(logits, o.temperature);
   tokens.visit([&](const auto& v) { p.tokens = as_rows(v); });
   if (o.mask) p.mask = as_rows(o.mask.values);
-  for (index_t i = 0; i < p.rows(); ++i)
+  for (index_t i = 0; look && i < p.rows(); ++i)
     if (p.keeps(i) && (p.token(i) < 0 || p.token(i) >= p.classes))
       fail_value(function, ": ", index_text<Rank>("tokens", i, shape), " = ", p.token(i), " is outside [0, ", p.classes,
                  ")");
@@ -355,7 +366,7 @@ struct row_outputs {
     check_row_output(call, function, "entropy", out.entropy, shape, rows_of);
     check_row_output(call, function, "lse", out.lse, shape, rows_of);
   }
-  void set(index_t row, A l, A h, A s) const noexcept {
+  MLKIT_HOST_DEVICE void set(index_t row, A l, A h, A s) const noexcept {
     const index_t b = row < time ? 0 : row / time, t = row - b * time;
     if (logp.data) logp(b, t) = l;
     if (entropy.data) entropy(b, t) = h;
@@ -373,8 +384,11 @@ struct row_outputs {
 template <class F, class A>
 inline constexpr bool wants_entropy = std::is_invocable_v<const F&, index_t, A, A>;
 
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // f runs where the kernel does
+#endif
 template <class A, class F>
-token_gradient<A> call_loss(const F& f, index_t row, A logp, A entropy) {
+MLKIT_HOST_DEVICE token_gradient<A> call_loss(const F& f, index_t row, A logp, A entropy) {
   const auto returned = [&] {
     if constexpr (wants_entropy<F, A>)
       return f(row, logp, entropy);
@@ -386,6 +400,45 @@ token_gradient<A> call_loss(const F& f, index_t row, A logp, A entropy) {
   else
     return returned;
 }
+
+// What run_logits calls for a row: f(row, logp, entropy, lse). On a GPU it also calls masked(row) for rows that the
+// mask leaves out.
+
+// Keeps what log_probs writes.
+template <class A>
+struct keep_row {
+  row_outputs<A> rows;
+
+  MLKIT_HOST_DEVICE token_gradient<A> operator()(index_t row, A logp, A entropy, A lse) const noexcept {
+    rows.set(row, logp, entropy, lse);
+    return {};
+  }
+  MLKIT_HOST_DEVICE void masked(index_t row) const noexcept { rows.set(row, A{}, A{}, A{}); }
+};
+// Asks a user's loss too. F is a reference where that may not be copied.
+template <class A, class F>
+struct keep_and_ask {
+  row_outputs<A> rows;
+  F f;
+
+  MLKIT_HOST_DEVICE token_gradient<A> operator()(index_t row, A logp, A entropy, A lse) const {
+    rows.set(row, logp, entropy, lse);
+    return call_loss<A>(f, row, logp, entropy);
+  }
+  MLKIT_HOST_DEVICE void masked(index_t row) const noexcept { rows.set(row, A{}, A{}, A{}); }
+};
+// Derivatives that are known.
+template <class A>
+struct known_slopes {
+  matrix_view<const A> dlogp, dentropy;
+  index_t time;
+
+  MLKIT_HOST_DEVICE token_gradient<A> operator()(index_t row, A, A, A) const noexcept {
+    const index_t b = row < time ? 0 : row / time, t = row - b * time;
+    return {dlogp.data ? dlogp(b, t) : A{}, dentropy.data ? dentropy(b, t) : A{}};
+  }
+  MLKIT_HOST_DEVICE void masked(index_t) const noexcept {}
+};
 
 template <class X>
 concept logits_like = viewable<X, 2> || viewable<X, 3>;
@@ -414,6 +467,9 @@ constexpr void check_gradient_type() {
 /// where shapes do not fit or memory overlaps, value_error for a temperature outside [1e-30, 1e30], and for a
 /// token outside the vocabulary, named by its index, before anything is written. Milakov, Gimelshein: "Online
 /// normalizer calculation for softmax", 2018.
+///
+/// With a mlkit::cuda a token outside the vocabulary is not refused: its logp is NaN, and so is its row's gradient.
+/// The bits of a row then depend on its logits and on its address modulo 16.
 template <executor Executor, detail::logits_like Logits>
 void log_probs(const Executor& exec, const Logits& logits, const token_ids<detail::token_rank<const Logits>>& tokens,
                const log_prob_options<detail::token_rank<const Logits>>& options,
@@ -424,14 +480,11 @@ void log_probs(const Executor& exec, const Logits& logits, const token_ids<detai
   using A = accumulator_t<T>;
   const tensor_view<const T, rank + 1> z = as_view(logits);
   detail::arguments call(function, exec);
-  auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options);
+  auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options, detail::looks_at_data<Executor>);
   const detail::row_outputs<A> rows(call, function, out, detail::leading<rank>(z.extents));
   p.with_entropy = rows.entropy.data != nullptr;
-  rows.clear_masked(p);
-  detail::run_logits(exec, p, [&](index_t row, A logp, A entropy, A lse) {
-    rows.set(row, logp, entropy, lse);
-    return token_gradient<A>{};
-  });
+  if constexpr (detail::looks_at_data<Executor>) rows.clear_masked(p);
+  run_logits(exec, p, detail::keep_row<A>{rows});
 }
 
 /// The log-probabilities alone.
@@ -456,6 +509,8 @@ void log_probs(const Executor& exec, const Logits& logits, const token_ids<detai
 /// that row's own. Rows that are masked, and those whose derivatives are all 0, get 0, whatever their logits are; so
 /// do rows whose logits are all -inf. All else is as for log_probs; a partial overlap of dlogits with logits is a
 /// shape_error. Logits are read from memory once and dlogits are written once.
+/// With a mlkit::cuda f is a functor that device code can call (MLKIT_HOST_DEVICE), copied to the device as it is; rows
+/// that shared memory does not hold (about 56000 classes of f32) are read twice.
 template <executor Executor, detail::logits_like Logits, class F, detail::logits_like Gradient>
 void log_probs_and_gradient(
     const Executor& exec, const Logits& logits, const token_ids<detail::token_rank<const Logits>>& tokens,
@@ -470,15 +525,14 @@ void log_probs_and_gradient(
   const tensor_view<const T, rank + 1> z = as_view(logits);
   const tensor_view<T, rank + 1> dz = as_view(dlogits);
   detail::arguments call(function, exec);
-  auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options, detail::same_memory(dz, z));
+  auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options, detail::looks_at_data<Executor>,
+                                                detail::same_memory(dz, z));
   const detail::row_outputs<A> rows(call, function, out, detail::leading<rank>(z.extents));
   detail::set_gradient(call, function, dz, z, p);
   p.with_entropy = rows.entropy.data != nullptr || detail::wants_entropy<F, A>;
-  rows.clear_masked(p);
-  detail::run_logits(exec, p, [&](index_t row, A logp, A entropy, A lse) {
-    rows.set(row, logp, entropy, lse);
-    return detail::call_loss<A>(f, row, logp, entropy);
-  });
+  if constexpr (detail::looks_at_data<Executor>) rows.clear_masked(p);
+  using Held = std::conditional_t<detail::looks_at_data<Executor>, const F&, F>;
+  run_logits(exec, p, detail::keep_and_ask<A, Held>{rows, f});
 }
 
 /// dlogits from derivatives that are known: those of log_probs' outputs. Nothing of log_probs' is needed: the sums are
@@ -497,15 +551,13 @@ void log_probs_backward(
   const tensor_view<const T, rank + 1> z = as_view(logits);
   const tensor_view<T, rank + 1> dz = as_view(dlogits);
   detail::arguments call(function, exec);
-  auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options, detail::same_memory(dz, z));
+  auto p = detail::make_logits_problem<T, rank>(call, function, z, tokens, options, detail::looks_at_data<Executor>,
+                                                detail::same_memory(dz, z));
   detail::check_derivatives<A, rank>(call, function, gradients, "logits' rows", detail::leading<rank>(z.extents));
   detail::set_gradient(call, function, dz, z, p);
   const matrix_view<const A> dlogp = detail::as_rows(gradients.dlogp), dentropy = detail::as_rows(gradients.dentropy);
   p.with_entropy = dentropy.data != nullptr;
-  detail::run_logits(exec, p, [&](index_t row, A, A, A) {
-    const auto [b, t] = p.at(row);
-    return token_gradient<A>{dlogp.data ? dlogp(b, t) : A{}, dentropy.data ? dentropy(b, t) : A{}};
-  });
+  run_logits(exec, p, detail::known_slopes<A>{dlogp, dentropy, p.time});
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

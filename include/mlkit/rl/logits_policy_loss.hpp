@@ -46,48 +46,21 @@ struct token_slopes {
   }
 };
 
-template <class T, int Rank, class Policy>
-policy_stats logits_policy_loss(std::string_view function, const cpu& exec, const tensor_view<const T, Rank>& logits,
-                                const token_ids<Rank - 1>& tokens, const logits_options& of_logits,
-                                const policy_batch<accumulator_t<T>>& given_batch, const Policy& policy,
-                                const weigher& weight, const loss_options& o, const logits_gradients<T, Rank>& out) {
-  using A = accumulator_t<T>;
-  arguments call(function, exec);
-  policy_batch<A> batch = given_batch;
-  const auto refuse = [&](std::string_view name, const auto& v) {
-    if (given(v)) fail_value(function, ": ", name, " is given, but logits say what it is");
-  };
-  refuse("log_probs", batch.log_probs);
-  refuse("entropies", batch.entropies);
-  extents_t<2> shape{1, logits.extents[0]};
-  if constexpr (Rank == 3) shape = {logits.extents[0], logits.extents[1]};
-  log_prob_options<Rank - 1> options{.temperature = of_logits.temperature};
-  if (given(batch.mask)) {
-    check_same_shape<2>(function, "mask", batch.mask.extents, "logits' rows", shape);
-    check_view(function, "mask", batch.mask);
-    if constexpr (Rank == 3)
-      options.mask = tensor_view<const std::uint8_t, 2>(batch.mask);
-    else
-      options.mask = tensor_view<const std::uint8_t, 1>(batch.mask.data, {shape[1]}, {batch.mask.strides[1]});
-  }
-  auto p = make_logits_problem<T, Rank - 1>(call, function, logits, tokens, options, same_memory(out.logits, logits));
-  const policy_gradients<A> grads{.values = out.values};
-  batch.mask = {};  // which is named already
-  check_policy_batch(call, function, "logits' rows", shape, batch, uses_ratio<Policy>, true, o, grads);
-  batch.mask = given_batch.mask;
-  const batch_check check{call, function, "logits' rows", shape};
-  check.output("log_probs", out.log_probs);
-  check.output("entropies", out.entropies);
-  if (given(out.logits)) set_gradient<T, Rank>(call, function, out.logits, logits, p);
-
+// The loss of a batch whose logits p has, checked.
+template <class T, class A, class Policy, class Aggregation>
+policy_stats run_logits_policy(const cpu& exec, logits_problem<T>& p, policy_batch<A>& batch, const extents_t<2>& shape,
+                               const Policy& policy, const Aggregation& aggregate, const loss_options& o,
+                               const policy_gradients<A>& grads, const sequence_view<A>& log_probs_out,
+                               const sequence_view<A>& entropies_out) {
+  const weigher weight(aggregate);
   // Log-probabilities and entropies of all rows, in the user's memory or in our own.
-  const bool with_entropy = o.entropy != 0 || given(out.entropies);
+  const bool with_entropy = o.entropy != 0 || given(entropies_out);
   const index_t rows = shape[0] * shape[1];
   const workspace<A> own(2 * rows);
   const auto memory = [&](const sequence_view<A>& v, index_t at) -> matrix_view<A> {
     return given(v) ? matrix_view<A>(v) : matrix_view<A>(own.data() + at * rows, shape);
   };
-  const matrix_view<A> log_probs = memory(out.log_probs, 0), entropies = memory(out.entropies, 1);
+  const matrix_view<A> log_probs = memory(log_probs_out, 0), entropies = memory(entropies_out, 1);
   batch.log_probs = tensor_view<const A, 2>(log_probs);
   if (with_entropy) batch.entropies = tensor_view<const A, 2>(entropies);
   if (rows == 0) return run_policy_batch(exec, batch, policy, weight, o, grads);
@@ -129,6 +102,46 @@ policy_stats logits_policy_loss(std::string_view function, const cpu& exec, cons
   }
 }
 
+template <class T, int Rank, executor Executor, class Policy, class Aggregation>
+result_t<Executor, policy_stats> logits_policy_loss(std::string_view function, const Executor& exec,
+                                                    const tensor_view<const T, Rank>& logits,
+                                                    const token_ids<Rank - 1>& tokens, const logits_options& of_logits,
+                                                    const policy_batch<accumulator_t<T>>& given_batch,
+                                                    const Policy& policy, const Aggregation& aggregate,
+                                                    const loss_options& o, const logits_gradients<T, Rank>& out) {
+  using A = accumulator_t<T>;
+  arguments call(function, exec);
+  policy_batch<A> batch = given_batch;
+  const auto refuse = [&](std::string_view name, const auto& v) {
+    if (given(v)) fail_value(function, ": ", name, " is given, but logits say what it is");
+  };
+  refuse("log_probs", batch.log_probs);
+  refuse("entropies", batch.entropies);
+  extents_t<2> shape{1, logits.extents[0]};
+  if constexpr (Rank == 3) shape = {logits.extents[0], logits.extents[1]};
+  log_prob_options<Rank - 1> options{.temperature = of_logits.temperature};
+  if (given(batch.mask)) {
+    check_same_shape<2>(function, "mask", batch.mask.extents, "logits' rows", shape);
+    check_view(function, "mask", batch.mask);
+    if constexpr (Rank == 3)
+      options.mask = tensor_view<const std::uint8_t, 2>(batch.mask);
+    else
+      options.mask = tensor_view<const std::uint8_t, 1>(batch.mask.data, {shape[1]}, {batch.mask.strides[1]});
+  }
+  auto p = make_logits_problem<T, Rank - 1>(call, function, logits, tokens, options, looks_at_data<Executor>,
+                                            same_memory(out.logits, logits));
+  const policy_gradients<A> grads{.values = out.values};
+  batch.mask = {};  // which is named already
+  check_policy_batch(call, function, "logits' rows", shape, batch, uses_ratio<Policy>, true, o, grads,
+                     looks_at_data<Executor>);
+  batch.mask = given_batch.mask;
+  const batch_check check{call, function, "logits' rows", shape, looks_at_data<Executor>};
+  check.output("log_probs", out.log_probs);
+  check.output("entropies", out.entropies);
+  if (given(out.logits)) set_gradient<T, Rank>(call, function, out.logits, logits, p);
+  return run_logits_policy(exec, p, batch, shape, policy, aggregate, o, grads, out.log_probs, out.entropies);
+}
+
 }  // namespace detail
 
 /// policy_loss of the log-probabilities and entropies that logits give, and the gradient with respect to the logits,
@@ -143,19 +156,18 @@ policy_stats logits_policy_loss(std::string_view function, const cpu& exec, cons
 /// of its own. The same bits for any number of threads. Logits are read once and their gradient is written once; terms
 /// with the ratio of a sequence (gspo) read the logits twice.
 template <executor Executor, detail::logits_like Logits, policy_term Policy, aggregation Aggregation>
-policy_stats policy_loss(const Executor& exec, const Logits& logits,
-                         const token_ids<detail::token_rank<const Logits>>& tokens, const logits_options& of_logits,
-                         const policy_batch<accumulator_t<element_t<const Logits>>>& batch, const Policy& policy,
-                         const Aggregation& aggregate, const loss_options& o,
-                         const logits_gradients<element_t<const Logits>, detail::token_rank<const Logits> + 1>& out) {
+detail::result_t<Executor, policy_stats> policy_loss(
+    const Executor& exec, const Logits& logits, const token_ids<detail::token_rank<const Logits>>& tokens,
+    const logits_options& of_logits, const policy_batch<accumulator_t<element_t<const Logits>>>& batch,
+    const Policy& policy, const Aggregation& aggregate, const loss_options& o,
+    const logits_gradients<element_t<const Logits>, detail::token_rank<const Logits> + 1>& out) {
   constexpr std::string_view function = "rl::policy_loss";
   using T = element_t<const Logits>;
   constexpr int rank = detail::token_rank<const Logits> + 1;
   detail::check_term(function, policy);
   detail::check_aggregation(function, aggregate);
   const tensor_view<const T, rank> z = as_view(logits);
-  return detail::logits_policy_loss<T, rank>(function, exec, z, tokens, of_logits, batch, policy,
-                                             detail::weigher(aggregate), o, out);
+  return detail::logits_policy_loss<T, rank>(function, exec, z, tokens, of_logits, batch, policy, aggregate, o, out);
 }
 
 /// ppo_loss of the log-probabilities and entropies that logits give; otherwise as policy_loss over logits.
@@ -163,17 +175,17 @@ policy_stats policy_loss(const Executor& exec, const Logits& logits,
 ///     auto stats = rl::ppo_loss(exec, logits, actions, {}, {.old_log_probs = old, .advantages = adv},
 ///                               {.clip = 0.2f, .entropy = 0.01f}, {.logits = dlogits});
 template <executor Executor, detail::logits_like Logits>
-policy_stats ppo_loss(const Executor& exec, const Logits& logits,
-                      const token_ids<detail::token_rank<const Logits>>& tokens, const logits_options& of_logits,
-                      const policy_batch<accumulator_t<element_t<const Logits>>>& batch, const ppo_options& o,
-                      const logits_gradients<element_t<const Logits>, detail::token_rank<const Logits> + 1>& out) {
+detail::result_t<Executor, policy_stats> ppo_loss(
+    const Executor& exec, const Logits& logits, const token_ids<detail::token_rank<const Logits>>& tokens,
+    const logits_options& of_logits, const policy_batch<accumulator_t<element_t<const Logits>>>& batch,
+    const ppo_options& o, const logits_gradients<element_t<const Logits>, detail::token_rank<const Logits> + 1>& out) {
   constexpr std::string_view function = "rl::ppo_loss";
   using T = element_t<const Logits>;
   constexpr int rank = detail::token_rank<const Logits> + 1;
   const auto [policy, aggregate, parts] = detail::parts_of_ppo(function, o);
   const tensor_view<const T, rank> z = as_view(logits);
-  return detail::logits_policy_loss<T, rank>(function, exec, z, tokens, of_logits, batch, policy,
-                                             detail::weigher(aggregate), parts, out);
+  return detail::logits_policy_loss<T, rank>(function, exec, z, tokens, of_logits, batch, policy, aggregate, parts,
+                                             out);
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

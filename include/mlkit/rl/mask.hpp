@@ -51,6 +51,30 @@ concept batch_viewable = viewable<X, 1> || viewable<X, 2>;
 
 namespace detail {
 
+// Whether what a call is given lies where this thread can look at it before it begins.
+template <class Executor>
+inline constexpr bool looks_at_data = std::is_same_v<Executor, cpu>;
+
+// Refuses, when it is compiled, another executor than the CPU.
+template <class Executor>
+constexpr void only_on_cpu() noexcept {
+  static_assert(std::is_same_v<Executor, cpu>,
+                "rl: this function runs on mlkit::cpu alone; docs/support.md says which run on a GPU");
+}
+
+// The first argument of what each executor has its own of: it brings in, by argument-dependent lookup, those that are
+// declared behind the call.
+struct by_executor {};
+
+// What a function returns where it is said to return a small T: what is made on a device stays there until it is asked
+// for.
+template <class Executor, class T>
+struct result_of {
+  using type = T;
+};
+template <class Executor, class T>
+using result_t = typename result_of<Executor, T>::type;
+
 template <class X>
 inline constexpr int rank_of = std::remove_cvref_t<decltype(as_view(std::declval<X&>()))>::rank;
 

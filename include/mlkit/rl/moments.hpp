@@ -4,8 +4,7 @@
 #include <cmath>
 #include <functional>
 
-#include "../simd/vec.hpp"
-#include "mask.hpp"
+#include "lanes.hpp"
 
 namespace MLKIT_NAMESPACE::rl {
 
@@ -78,10 +77,11 @@ namespace MLKIT_NAMESPACE::rl {
 namespace detail {
 
 template <class T>
-moments find_moments(const cpu& exec, const moments_problem<T>& p) {
+moments run_moments(const cpu& exec, const moments_problem<T>& p) {
   const auto kernel = MLKIT_SELECT_WITHOUT_BF16(chunk_moments<T>);
   const index_t n = p.shape.rows * p.shape.cols, chunks = ceil_div(n, chunk_elements);
-  if (chunks <= 1) return kernel(p, 0, n);
+  if (n == 0) return {};
+  if (chunks == 1) return kernel(p, 0, n);
   const workspace<moments> parts(chunks);
   parallel_ranges(threads_for(exec, n), chunks, [&](index_t begin, index_t end) {
     for (index_t i = begin; i < end; ++i)
@@ -121,7 +121,7 @@ template <class T, int Rank>
 moments checked_moments(const cpu& exec, std::string_view function, std::string_view name,
                         const tensor_view<const T, Rank>& x, const mask_view<Rank>& mask,
                         const merge_over_ranks& over_ranks) {
-  const moments mine = find_moments(exec, plan_moments(x, mask));
+  const moments mine = run_moments(exec, plan_moments(x, mask));
   const moments all = over_ranks ? over_ranks(mine) : mine;
   if (!all_finite(mine)) {
     name_non_finite(function, name, x, mask);
@@ -139,16 +139,17 @@ moments checked_moments(const cpu& exec, std::string_view function, std::string_
 /// of 4096 elements in f32 (f64 for f64) about the mean of the part, the parts in f64 in order: the same bits for any
 /// number of threads. Elements of one value have m2 = 0 exactly. Throws shape_error where the mask has another shape;
 /// what is not finite gives moments that are not. Reads x once.
+/// With a mlkit::cuda they are a device_value, which waits where it is asked for, and sums within parts are f64.
 template <executor Executor, batch_viewable X>
-moments find_moments(const Executor& exec, const X& x, const mask_view<detail::rank_of<const X>>& mask = {}) {
+detail::result_t<Executor, moments> find_moments(const Executor& exec, const X& x,
+                                                 const mask_view<detail::rank_of<const X>>& mask = {}) {
   constexpr std::string_view function = "rl::find_moments";
   using T = element_t<const X>;
   const tensor_view<const T, detail::rank_of<const X>> v = as_view(x);
   detail::arguments call(function, exec);
   detail::check_view(function, "x", v);
   detail::check_mask(call, function, mask, "x", v.extents);
-  if (v.empty()) return {};
-  return detail::find_moments(exec, detail::plan_moments(v, mask));
+  return run_moments(exec, detail::plan_moments(v, mask));
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

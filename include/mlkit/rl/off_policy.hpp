@@ -86,7 +86,7 @@ void upgo(const Executor& exec, const rollout<std::type_identity_t<T>>& in, cons
   call.template episodes<Done>(in);
   call.write_optional("returns", out.returns, p.out[0]);
   call.write_optional("advantages", out.advantages, p.out[1]);
-  detail::run_scan(function, exec, p, {});
+  run_scan(function, exec, p, detail::scan_needs{});
 }
 
 /// G_t = r_t + gamma (E_pi Q_{t+1} + c_{t+1} (G_{t+1} - Q(s_{t+1}, a_{t+1}))),   c = lambda min(1, exp(log_ratios)),
@@ -112,7 +112,7 @@ void retrace(const Executor& exec, const action_value_rollout<std::type_identity
   call.read("log_ratios", in.log_ratios, p.in[3]);
   call.template episodes<Done>(in);
   call.write("returns", returns, p.out[0]);
-  detail::run_scan(function, exec, p, {});
+  run_scan(function, exec, p, detail::scan_needs{});
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

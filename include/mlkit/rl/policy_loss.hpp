@@ -8,7 +8,7 @@
 
 #include "../core/tensor.hpp"
 #include "../simd/math.hpp"
-#include "mask.hpp"
+#include "lanes.hpp"
 #include "policy_terms.hpp"
 #include "steps.hpp"
 
@@ -209,6 +209,7 @@ struct batch_check {
   arguments& call;
   std::string_view function, of;
   extents_t<2> shape;
+  bool on_host = true;  // the host can look at cu_seqlens
 
   template <class T>
   void view(std::string_view name, const tensor_view<T, 2>& v) const {
@@ -236,7 +237,10 @@ struct batch_check {
     if (shape[0] != 1)
       fail_shape(function, ": ", of, " has shape ", shape_text<2>(shape),
                  ", but cu_seqlens packs sequences of [tokens] alone");
-    check_starts(function, cu_seqlens, shape[1]);
+    if (on_host)
+      check_starts(function, cu_seqlens, shape[1]);
+    else
+      check_unread_starts(function, cu_seqlens);
     if (cu_seqlens.extent(0) > 1 && cu_seqlens.stride(0) != 1)
       fail_shape(function, ": cu_seqlens has a stride of ", cu_seqlens.stride(0), ", not 1");
     call.reads("cu_seqlens", cu_seqlens);
@@ -253,24 +257,6 @@ inline token_sequences sequences_of(const extents_t<2>& shape, const plane_shape
 template <class T>
 plane<T> plane_by_sequence(const tensor_view<T, 2>& v) noexcept {
   return {v.data, v.strides[0], v.strides[1]};
-}
-
-inline index_t count_bytes(const std::uint8_t* p, index_t stride, index_t n) noexcept {
-  index_t total = 0;
-  constexpr index_t lanes = 64, most = 255;
-  if (stride == 1)
-    for (; n >= lanes;) {
-      std::uint8_t counts[lanes] = {};
-      const index_t rounds = std::min(n / lanes, most);
-      for (index_t r = 0; r < rounds; ++r, p += lanes) {
-        MLKIT_SIMD
-        for (index_t i = 0; i < lanes; ++i) counts[i] = static_cast<std::uint8_t>(counts[i] + (p[i] != 0));
-      }
-      n -= rounds * lanes;
-      for (const std::uint8_t c : counts) total += c;
-    }
-  for (index_t i = 0; i < n; ++i) total += p[i * stride] != 0;
-  return total;
 }
 
 // Tokens that count: how many, of each sequence, and where the first is.
@@ -291,9 +277,14 @@ inline counted_tokens count_tokens(const plane<const std::uint8_t>& mask, const 
     std::fill_n(counts, of.sequences, index_t{0});
     for (index_t t = 0; t < of.length; ++t)
       for (index_t b = 0; b < of.sequences; ++b) counts[b] += *mask.at(b, t) != 0;
+  } else if (mask.col_stride == 1) {
+    const auto count = MLKIT_SELECT_WITHOUT_BF16(count_kept);
+    for (index_t b = 0; b < of.sequences; ++b) counts[b] = count(mask.at(row_of(b), col_of(b)), length(b));
   } else {
-    for (index_t b = 0; b < of.sequences; ++b)
-      counts[b] = count_bytes(mask.at(row_of(b), col_of(b)), mask.col_stride, length(b));
+    for (index_t b = 0; b < of.sequences; ++b) {
+      counts[b] = 0;
+      for (index_t t = 0; t < length(b); ++t) counts[b] += *mask.at(row_of(b), col_of(b) + t) != 0;
+    }
   }
   for (index_t b = 0; b < of.sequences; ++b) {
     if (counts[b] == 0) continue;
@@ -425,11 +416,11 @@ inline void check_aggregation(std::string_view function, const auto& aggregate) 
 template <class T>
 void check_policy_batch(arguments& call, std::string_view function, std::string_view of, const extents_t<2>& shape,
                         const policy_batch<T>& batch, bool with_ratio, bool with_entropies, const loss_options& o,
-                        const policy_gradients<T>& grads) {
+                        const policy_gradients<T>& grads, bool on_host = true) {
   check_non_negative(function, "value_clip", o.value_clip);
   check_non_negative(function, "value", o.value);
   if (!std::isfinite(o.entropy)) fail_value(function, ": entropy = ", o.entropy, " is not finite");
-  const batch_check check{call, function, of, shape};
+  const batch_check check{call, function, of, shape, on_host};
   if (shape[0] * shape[1] != 0) {
     const auto needs = [&](std::string_view what, const auto&... names) {
       fail_value(function, ": ", what, " is not given", names...);
@@ -456,6 +447,11 @@ void check_policy_batch(arguments& call, std::string_view function, std::string_
 }
 
 // What a batch that was checked gives.
+template <class T, class Policy, class Aggregation>
+policy_stats run_policy_batch(by_executor, const cpu& exec, const policy_batch<T>& batch, const Policy& policy,
+                              const Aggregation& aggregate, const loss_options& o, const policy_gradients<T>& grads) {
+  return run_policy_batch(exec, batch, policy, weigher(aggregate), o, grads);
+}
 template <class T, class Policy>
 policy_stats run_policy_batch(const cpu& exec, const policy_batch<T>& batch, const Policy& policy,
                               const weigher& weight, const loss_options& o, const policy_gradients<T>& grads) {
@@ -510,15 +506,44 @@ policy_stats run_policy_batch(const cpu& exec, const policy_batch<T>& batch, con
   return stats;
 }
 
-template <class T, class Policy>
-policy_stats policy_loss(std::string_view function, const cpu& exec, const policy_batch<T>& batch, const Policy& policy,
-                         const weigher& weight, const loss_options& o, const policy_gradients<T>& grads) {
+template <class T, class Aggregation>
+value_stats run_value_batch(by_executor, const cpu& exec, const value_batch<T>& batch, const value_options& o,
+                            const sequence_view<T>& dvalues, const Aggregation& aggregate) {
+  value_stats stats{.explained_variance = std::numeric_limits<double>::quiet_NaN()};
+  if (batch.values.empty()) return stats;
+  const plane_shape shape = shape_of_planes(batch.values, batch.old_values, batch.returns, batch.mask, dvalues);
+  policy_loss_problem<T, no_policy> p;
+  p.shape = shape;
+  p.values = plane_of(batch.values, shape);
+  p.old_values = plane_or_none(batch.old_values, shape);
+  p.returns = plane_of(batch.returns, shape);
+  p.mask = plane_or_none(batch.mask, shape);
+  p.dvalues = plane_or_none(dvalues, shape);
+  if (o.clip > 0) p.value.clip = o.clip;
+  p.sequences = sequences_of(batch.values.extents, shape, batch.cu_seqlens);
+  counted_tokens counted;
+  const loss_sums s = run_policy_loss<T>(exec, p, weigher(aggregate), plane_by_sequence(batch.mask),
+                                         plane_by_sequence(batch.values), plane_by_sequence(batch.returns), counted);
+  if (counted.tokens == 0) return stats;
+  const double n = static_cast<double>(counted.tokens);
+  return {.loss = s.value,
+          .clip_fraction = s.value_clipped / n,
+          .explained_variance = explained_variance(s, n),
+          .tokens = counted.tokens,
+          .sequences = counted.sequences};
+}
+
+template <class T, executor Executor, class Policy, class Aggregation>
+result_t<Executor, policy_stats> policy_loss(std::string_view function, const Executor& exec,
+                                             const policy_batch<T>& batch, const Policy& policy,
+                                             const Aggregation& aggregate, const loss_options& o,
+                                             const policy_gradients<T>& grads) {
   arguments call(function, exec);
   check_view(function, "log_probs", batch.log_probs);
   call.reads("log_probs", batch.log_probs);
   check_policy_batch(call, function, "log_probs", batch.log_probs.extents, batch, uses_ratio<Policy>,
-                     given(batch.entropies), o, grads);
-  return run_policy_batch(exec, batch, policy, weight, o, grads);
+                     given(batch.entropies), o, grads, looks_at_data<Executor>);
+  return run_policy_batch(by_executor{}, exec, batch, policy, aggregate, o, grads);
 }
 
 // What ppo_options mean.
@@ -550,19 +575,23 @@ inline ppo_parts parts_of_ppo(std::string_view function, const ppo_options& o) {
 /// all are, losses and gradients are 0.
 ///
 /// Operands are [batch, time], or [tokens] with cu_seqlens; tokens without cu_seqlens are one sequence. f32, f64, bf16
-/// and f16; computed in f32 (f64 for f64), sums in f64. Throws shape_error where shapes differ or a gradient overlaps
-/// what is read; value_error for options out of range, operands that the options need and starts that are none, before
-/// anything is written. The same bits for any number of threads. Reads each operand and writes each gradient once;
-/// terms with the ratio of a sequence read log-probabilities and advantages twice.
+/// and f16; computed in f32 (f64 for f64), sums of 512 tokens too, those of all in f64. Throws shape_error where shapes
+/// differ or a gradient overlaps what is read; value_error for options out of range, operands that the options need and
+/// starts that are none, before anything is written. The same bits for any number of threads. Reads each operand and
+/// writes each gradient once; terms with the ratio of a sequence read log-probabilities and advantages twice.
+///
+/// With a mlkit::cuda statistics are a device_value: in device memory when the stream gets there, and waited for where
+/// they are asked for. Terms and aggregations are then called by device code.
 template <class T = float, executor Executor, class Batch = policy_batch<T>, policy_term Policy,
           aggregation Aggregation>
   requires(detail::is_policy_batch<Batch>)
-policy_stats policy_loss(const Executor& exec, const Batch& batch, const Policy& policy, const Aggregation& aggregate,
-                         const loss_options& o, const policy_gradients<typename Batch::value_type>& grads) {
+detail::result_t<Executor, policy_stats> policy_loss(const Executor& exec, const Batch& batch, const Policy& policy,
+                                                     const Aggregation& aggregate, const loss_options& o,
+                                                     const policy_gradients<typename Batch::value_type>& grads) {
   constexpr std::string_view function = "rl::policy_loss";
   detail::check_term(function, policy);
   detail::check_aggregation(function, aggregate);
-  return detail::policy_loss(function, exec, batch, policy, detail::weigher(aggregate), o, grads);
+  return detail::policy_loss(function, exec, batch, policy, aggregate, o, grads);
 }
 
 /// policy_loss with PPO's clip (and the dual one, if asked for) and the mean over tokens:
@@ -574,11 +603,11 @@ policy_stats policy_loss(const Executor& exec, const Batch& batch, const Policy&
 ///     auto stats = rl::ppo_loss(exec, batch, {.clip = 0.2f}, {.log_probs = dlogp});
 template <class T = float, executor Executor, class Batch = policy_batch<T>>
   requires(detail::is_policy_batch<Batch>)
-policy_stats ppo_loss(const Executor& exec, const Batch& batch, const ppo_options& o,
-                      const policy_gradients<typename Batch::value_type>& grads) {
+detail::result_t<Executor, policy_stats> ppo_loss(const Executor& exec, const Batch& batch, const ppo_options& o,
+                                                  const policy_gradients<typename Batch::value_type>& grads) {
   constexpr std::string_view function = "rl::ppo_loss";
   const auto [policy, aggregate, parts] = detail::parts_of_ppo(function, o);
-  return detail::policy_loss(function, exec, batch, policy, detail::weigher(aggregate), parts, grads);
+  return detail::policy_loss(function, exec, batch, policy, aggregate, parts, grads);
 }
 
 /// The loss of values alone, for critics that are trained apart:
@@ -586,15 +615,15 @@ policy_stats ppo_loss(const Executor& exec, const Batch& batch, const ppo_option
 /// and its gradient with respect to v, which may be left out. Shapes, types, errors and cost are policy_loss's.
 template <class T = float, executor Executor, class Batch = value_batch<T>, aggregation Aggregation = token_mean>
   requires(detail::is_value_batch<Batch>)
-value_stats value_loss(const Executor& exec, const Batch& batch, const value_options& o,
-                       const sequence_view<typename Batch::value_type>& dvalues, const Aggregation& aggregate = {}) {
+detail::result_t<Executor, value_stats> value_loss(const Executor& exec, const Batch& batch, const value_options& o,
+                                                   const sequence_view<typename Batch::value_type>& dvalues,
+                                                   const Aggregation& aggregate = {}) {
   constexpr std::string_view function = "rl::value_loss";
   using namespace detail;
-  using E = typename Batch::value_type;
   arguments call(function, exec);
   check_view(function, "values", batch.values);
   call.reads("values", batch.values);
-  const batch_check check{call, function, "values", batch.values.extents};
+  const batch_check check{call, function, "values", batch.values.extents, looks_at_data<Executor>};
   check.input("returns", batch.returns);
   if (o.clip != 0 && !batch.values.empty() && !given(batch.old_values))
     fail_value(function, ": old_values is not given, but clip = ", o.clip);
@@ -604,28 +633,7 @@ value_stats value_loss(const Executor& exec, const Batch& batch, const value_opt
   check_aggregation(function, aggregate);
   check.output("dvalues", dvalues);
 
-  value_stats stats{.explained_variance = std::numeric_limits<double>::quiet_NaN()};
-  if (batch.values.empty()) return stats;
-  const plane_shape shape = shape_of_planes(batch.values, batch.old_values, batch.returns, batch.mask, dvalues);
-  policy_loss_problem<E, no_policy> p;
-  p.shape = shape;
-  p.values = plane_of(batch.values, shape);
-  p.old_values = plane_or_none(batch.old_values, shape);
-  p.returns = plane_of(batch.returns, shape);
-  p.mask = plane_or_none(batch.mask, shape);
-  p.dvalues = plane_or_none(dvalues, shape);
-  if (o.clip > 0) p.value.clip = o.clip;
-  p.sequences = sequences_of(batch.values.extents, shape, batch.cu_seqlens);
-  counted_tokens counted;
-  const loss_sums s = run_policy_loss<E>(exec, p, weigher(aggregate), plane_by_sequence(batch.mask),
-                                         plane_by_sequence(batch.values), plane_by_sequence(batch.returns), counted);
-  if (counted.tokens == 0) return stats;
-  const double n = static_cast<double>(counted.tokens);
-  return {.loss = s.value,
-          .clip_fraction = s.value_clipped / n,
-          .explained_variance = explained_variance(s, n),
-          .tokens = counted.tokens,
-          .sequences = counted.sequences};
+  return run_value_batch(by_executor{}, exec, batch, o, dvalues, aggregate);
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

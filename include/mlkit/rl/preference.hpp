@@ -403,6 +403,57 @@ Sums sum_chunks(const cpu& exec, index_t n, index_t chunk, index_t work, F&& f, 
   return all;
 }
 
+template <class T, class Loss>
+preference_stats run_pairs(const cpu& exec, const pair_problem<T, Loss>& p, double normaliser) {
+  if (p.n == 0) return {};
+  const auto kernel = MLKIT_SELECT_WITHOUT_BF16(pair_losses<T, Loss>);
+  const pair_sums s = sum_chunks<pair_sums>(
+      exec, p.n, preference_chunk, 4 * p.n, [&](index_t begin, index_t end) { return kernel(p, begin, end); },
+      [](pair_sums& a, const pair_sums& b) {
+        a.loss += b.loss, a.right += b.right, a.chosen += b.chosen, a.rejected += b.rejected;
+      });
+  const double count = static_cast<double>(p.n);
+  return {s.loss / normaliser, s.right / count, s.chosen / count, s.rejected / count, p.n};
+}
+
+template <class T>
+kto_stats run_kto(const cpu& exec, const kto_problem<T>& p, double normaliser) {
+  if (p.n == 0) return {};
+  const auto kernel = MLKIT_SELECT_WITHOUT_BF16(kto_losses<T>);
+  const kto_sums s = sum_chunks<kto_sums>(
+      exec, p.n, preference_chunk, 4 * p.n, [&](index_t begin, index_t end) { return kernel(p, begin, end); },
+      [](kto_sums& a, const kto_sums& b) {
+        a.loss += b.loss, a.desirable_reward += b.desirable_reward, a.undesirable_reward += b.undesirable_reward;
+        a.desirable += b.desirable;
+      });
+  const auto mean = [](double sum, index_t count) { return count == 0 ? 0 : sum / static_cast<double>(count); };
+  return {s.loss / normaliser, mean(s.desirable_reward, s.desirable), mean(s.undesirable_reward, p.n - s.desirable),
+          s.desirable, p.n - s.desirable};
+}
+
+template <class T>
+void run_sequence_sums(const cpu& exec, const sequence_sum_problem<T>& p, index_t tokens, const batch_view<T>& out) {
+  const auto kernel = MLKIT_SELECT_WITHOUT_BF16(sequence_sum<T>);
+  parallel_ranges(threads_for(exec, tokens), p.places.sequences, [&](index_t begin, index_t end) {
+    for (index_t b = begin; b < end; ++b) out(b) = kernel(p, b);
+  });
+}
+// p has no log_probs.
+template <class T>
+void run_sequence_slopes(const cpu& exec, const sequence_sum_problem<T>& p, index_t tokens,
+                         const batch_view<const T>& d_out, const sequence_view<T>& d_log_probs) {
+  const auto counts = [&](index_t row, index_t t) { return !p.mask || *p.mask.at(row, t) != 0; };
+  parallel_ranges(threads_for(exec, tokens), p.places.sequences, [&](index_t begin, index_t end) {
+    for (index_t b = begin; b < end; ++b) {
+      const auto [row, first, count] = p.places(b);
+      index_t kept = 0;
+      for (index_t t = first; t < first + count; ++t) kept += counts(row, t);
+      const T d = p.mean && kept > 0 ? d_out(b) / static_cast<T>(kept) : d_out(b);
+      for (index_t t = first; t < first + count; ++t) d_log_probs(row, t) = counts(row, t) ? d : T{};
+    }
+  });
+}
+
 }  // namespace detail
 
 /// The mean over pairs of `loss`: bradley_terry of a reward model, dpo, ipo, orpo or simpo of a policy, or a user's own
@@ -415,10 +466,12 @@ Sums sum_chunks(const cpu& exec, index_t n, index_t chunk, index_t work, F&& f, 
 /// the same bits for any number of threads. Throws shape_error where extents do not fit or outputs overlap what is
 /// read, value_error for options out of range and for an element that is not finite, named by its index, before
 /// anything is written. 64 pairs take less than a microsecond; many are bound by memory.
+/// With a mlkit::cuda statistics are a device_value, which waits where it is asked for, and elements that are not
+/// finite are not refused.
 template <storage T = float, executor Executor, pair_loss Loss>
-preference_stats preference_loss(const Executor& exec,
-                                 const typename Loss::template inputs<std::type_identity_t<T>>& in, const Loss& loss,
-                                 const preference_options& o, const pair_gradients<std::type_identity_t<T>>& out) {
+detail::result_t<Executor, preference_stats> preference_loss(
+    const Executor& exec, const typename Loss::template inputs<std::type_identity_t<T>>& in, const Loss& loss,
+    const preference_options& o, const pair_gradients<std::type_identity_t<T>>& out) {
   constexpr std::string_view function = "rl::preference_loss";
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
@@ -434,35 +487,29 @@ preference_stats preference_loss(const Executor& exec,
   detail::check_written(call, function, "gradients.rejected", out.rejected, "chosen", n);
   detail::check_written(call, function, "losses", out.losses, "chosen", n);
   const double normaliser = detail::checked_normaliser(function, o, n);
-  in.each_operand([&](int, std::string_view name, const vector_view<const T>& v, bool) {
-    detail::check_all_finite(function, name, v);
-  });
-  if (n == 0) return {};
+  if constexpr (detail::looks_at_data<Executor>)
+    in.each_operand([&](int, std::string_view name, const vector_view<const T>& v, bool) {
+      detail::check_all_finite(function, name, v);
+    });
   p.n = n;
   p.d_chosen = out.chosen, p.d_rejected = out.rejected, p.losses = out.losses;
   p.factor = static_cast<T>(1 / normaliser);
   p.loss = &loss;
-  const auto kernel = MLKIT_SELECT_WITHOUT_BF16(pair_losses<T, Loss>);
-  const detail::pair_sums s = detail::sum_chunks<detail::pair_sums>(
-      exec, n, detail::preference_chunk, 4 * n, [&](index_t begin, index_t end) { return kernel(p, begin, end); },
-      [](detail::pair_sums& a, const detail::pair_sums& b) {
-        a.loss += b.loss, a.right += b.right, a.chosen += b.chosen, a.rejected += b.rejected;
-      });
-  const double count = static_cast<double>(n);
-  return {s.loss / normaliser, s.right / count, s.chosen / count, s.rejected / count, n};
+  return run_pairs(exec, p, normaliser);
 }
 template <storage T = float, executor Executor, pair_loss Loss>
-preference_stats preference_loss(const Executor& exec,
-                                 const typename Loss::template inputs<std::type_identity_t<T>>& in, const Loss& loss,
-                                 const pair_gradients<std::type_identity_t<T>>& out = {}) {
+detail::result_t<Executor, preference_stats> preference_loss(
+    const Executor& exec, const typename Loss::template inputs<std::type_identity_t<T>>& in, const Loss& loss,
+    const pair_gradients<std::type_identity_t<T>>& out = {}) {
   return preference_loss<T>(exec, in, loss, preference_options{}, out);
 }
 
 /// The mean over completions of KTO's loss, its gradient by log_probs, and statistics; as the above otherwise.
 template <storage T = float, executor Executor>
-kto_stats preference_loss(const Executor& exec, const labelled_completions<std::type_identity_t<T>>& in,
-                          const kto& loss, const preference_options& o,
-                          const completion_gradients<std::type_identity_t<T>>& out) {
+detail::result_t<Executor, kto_stats> preference_loss(const Executor& exec,
+                                                      const labelled_completions<std::type_identity_t<T>>& in,
+                                                      const kto& loss, const preference_options& o,
+                                                      const completion_gradients<std::type_identity_t<T>>& out) {
   constexpr std::string_view function = "rl::preference_loss";
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
@@ -474,25 +521,19 @@ kto_stats preference_loss(const Executor& exec, const labelled_completions<std::
   detail::check_written(call, function, "gradients.log_probs", out.log_probs, "log_probs", n);
   detail::check_written(call, function, "losses", out.losses, "log_probs", n);
   const double normaliser = detail::checked_normaliser(function, o, n);
-  detail::check_all_finite(function, "log_probs", in.log_probs);
-  detail::check_all_finite(function, "reference", in.reference);
-  if (n == 0) return {};
+  if constexpr (detail::looks_at_data<Executor>) {
+    detail::check_all_finite(function, "log_probs", in.log_probs);
+    detail::check_all_finite(function, "reference", in.reference);
+  }
   const detail::kto_problem<T> p{
       n, in.log_probs, in.reference, in.desirable, out.log_probs, out.losses, static_cast<T>(1 / normaliser), loss};
-  const auto kernel = MLKIT_SELECT_WITHOUT_BF16(kto_losses<T>);
-  const detail::kto_sums s = detail::sum_chunks<detail::kto_sums>(
-      exec, n, detail::preference_chunk, 4 * n, [&](index_t begin, index_t end) { return kernel(p, begin, end); },
-      [](detail::kto_sums& a, const detail::kto_sums& b) {
-        a.loss += b.loss, a.desirable_reward += b.desirable_reward, a.undesirable_reward += b.undesirable_reward;
-        a.desirable += b.desirable;
-      });
-  const auto mean = [](double sum, index_t count) { return count == 0 ? 0 : sum / static_cast<double>(count); };
-  return {s.loss / normaliser, mean(s.desirable_reward, s.desirable), mean(s.undesirable_reward, n - s.desirable),
-          s.desirable, n - s.desirable};
+  return run_kto(exec, p, normaliser);
 }
 template <storage T = float, executor Executor>
-kto_stats preference_loss(const Executor& exec, const labelled_completions<std::type_identity_t<T>>& in,
-                          const kto& loss, const completion_gradients<std::type_identity_t<T>>& out = {}) {
+detail::result_t<Executor, kto_stats> preference_loss(const Executor& exec,
+                                                      const labelled_completions<std::type_identity_t<T>>& in,
+                                                      const kto& loss,
+                                                      const completion_gradients<std::type_identity_t<T>>& out = {}) {
   return preference_loss<T>(exec, in, loss, preference_options{}, out);
 }
 
@@ -503,6 +544,7 @@ double kto_reference_point(const Executor& exec, const batch_view<const std::typ
                            const batch_view<const std::type_identity_t<T>>& reference,
                            const merge_over_ranks& over_ranks = {}) {
   constexpr std::string_view function = "rl::kto_reference_point";
+  detail::only_on_cpu<Executor>();
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
   const index_t n = log_probs.extent(0);
@@ -525,6 +567,7 @@ preference_stats preference_loss(const Executor& exec, const ranked_completions<
                                  const k_wise&, const preference_options& o,
                                  const ranked_gradients<std::type_identity_t<T>>& out) {
   constexpr std::string_view function = "rl::preference_loss";
+  detail::only_on_cpu<Executor>();
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
   const index_t n = in.rewards.extent(0);
@@ -592,17 +635,13 @@ void sequence_log_probs(const Executor& exec, const token_batch<T>& in, sequence
   constexpr std::string_view function = "rl::sequence_log_probs";
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
-  detail::step_arguments steps(call, function);
+  detail::step_arguments steps(call, function, detail::looks_at_data<Executor>);
   const detail::sequence_places places = steps.first("log_probs", in.log_probs, in.cu_seqlens);
   steps.read("log_probs", in.log_probs);
   steps.read_optional("mask", in.mask);
   steps.write_batch("out", out);
   const detail::sequence_sum_problem<T> p{places, in.log_probs, in.mask, reduction == sequence_reduction::mean};
-  const auto kernel = MLKIT_SELECT_WITHOUT_BF16(sequence_sum<T>);
-  detail::parallel_ranges(detail::threads_for(exec, in.log_probs.size()), places.sequences,
-                          [&](index_t begin, index_t end) {
-                            for (index_t b = begin; b < end; ++b) out(b) = kernel(p, b);
-                          });
+  run_sequence_sums(exec, p, in.log_probs.size(), out);
 }
 
 /// d_log_probs[b, t] = d_out[b], over the number of tokens for the mean, for tokens that count, 0 for others: what the
@@ -615,22 +654,13 @@ void sequence_log_probs_backward(const Executor& exec, const token_batch<T>& in,
   constexpr std::string_view function = "rl::sequence_log_probs_backward";
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
-  detail::step_arguments steps(call, function);
+  detail::step_arguments steps(call, function, detail::looks_at_data<Executor>);
   const detail::sequence_places places = steps.first("d_log_probs", d_log_probs, in.cu_seqlens);
   steps.read_optional("mask", in.mask);
   steps.read_batch("d_out", d_out);
   steps.write("d_log_probs", d_log_probs);
-  const auto counts = [&](index_t row, index_t t) { return !in.mask.data || in.mask(row, t) != 0; };
-  detail::parallel_ranges(
-      detail::threads_for(exec, d_log_probs.size()), places.sequences, [&](index_t begin, index_t end) {
-        for (index_t b = begin; b < end; ++b) {
-          const auto [row, first, count] = places(b);
-          index_t kept = 0;
-          for (index_t t = first; t < first + count; ++t) kept += counts(row, t);
-          const T d = reduction == sequence_reduction::mean && kept > 0 ? d_out(b) / static_cast<T>(kept) : d_out(b);
-          for (index_t t = first; t < first + count; ++t) d_log_probs(row, t) = counts(row, t) ? d : T{};
-        }
-      });
+  const detail::sequence_sum_problem<T> p{places, {}, in.mask, reduction == sequence_reduction::mean};
+  run_sequence_slopes(exec, p, d_log_probs.size(), d_out, d_log_probs);
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

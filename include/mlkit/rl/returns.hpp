@@ -100,7 +100,7 @@ void discounted_returns(const Executor& exec, const rollout<std::type_identity_t
   call.steps("rewards", in.rewards, in.cu_seqlens, p.in[0]);
   call.template episodes<Done>(in);
   call.write("returns", returns, p.out[0]);
-  detail::run_scan(function, exec, p, {.end_values = false});
+  run_scan(function, exec, p, detail::scan_needs{.end_values = false});
 }
 
 /// G_t = r_t + gamma ((1 - lambda) v' + lambda G_{t+1}), the lambda-return, with v' as gae has it: 0 behind a
@@ -125,7 +125,7 @@ void td_lambda_returns(const Executor& exec, const rollout<std::type_identity_t<
   call.read("values", in.values, p.in[1]);
   call.template episodes<Done>(in);
   call.write("returns", returns, p.out[0]);
-  detail::run_scan(function, exec, p, {});
+  run_scan(function, exec, p, detail::scan_needs{});
 }
 
 /// G_t = r_t + gamma r_{t+1} + ... + gamma^{n-1} r_{t+n-1} + gamma^n V_{t+n}; where the episode or the window ends
@@ -135,6 +135,7 @@ void td_lambda_returns(const Executor& exec, const rollout<std::type_identity_t<
 /// The maps of single steps are composed to those of 2, 4, ... and applied by the digits of n, without dividing
 /// anything: O(T log n). Layouts, masks, packed sequences, `done_begins{}`, types and errors are gae's, and value_error
 /// for steps < 1. The bits depend on a sequence's own steps alone. Sutton and Barto, section 7.1.
+/// With a mlkit::cuda a thread goes over the n steps of a return: O(T n), for the n of a few tens that are usual.
 template <class T = float, executor Executor, class Done = done_ends>
 void n_step_returns(const Executor& exec, const rollout<std::type_identity_t<T>>& in, const n_step_options& options,
                     const sequence_view<std::type_identity_t<T>>& returns, Done = {}) {
@@ -149,7 +150,7 @@ void n_step_returns(const Executor& exec, const rollout<std::type_identity_t<T>>
   call.read("values", in.values, p.in[1]);
   call.template episodes<Done>(in);
   call.write("returns", returns, p.out[0]);
-  detail::run_n_step(function, exec, p);
+  run_n_step(function, exec, p);
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

@@ -32,8 +32,9 @@ class scan_call {
  public:
   using T = typename Problem::value_type;
 
-  scan_call(std::string_view function, const cpu& exec, Problem& p)
-      : function_(function), call_(function, exec), steps_(call_, function), p_(p) {}
+  template <executor Executor>
+  scan_call(std::string_view function, const Executor& exec, Problem& p)
+      : function_(function), call_(function, exec), steps_(call_, function, looks_at_data<Executor>), p_(p) {}
 
   /// The first of them; all others have its shape.
   void steps(std::string_view name, const sequence_view<const T>& v, const sequence_starts& starts,
@@ -116,6 +117,9 @@ struct scan_options {
 /// a sequence's own steps alone, not on the layout, its neighbours or the number of threads. Throws shape_error where
 /// shapes differ or out overlaps an input, value_error for a mask beside cu_seqlens. Reads each input once (twice from
 /// cache where there are few long sequences) and writes out once. Blelloch, Prefix sums and their applications, 1990.
+///
+/// With a mlkit::cuda f is a functor that device code can call (MLKIT_HOST_DEVICE); parts are of 1024 steps, or of 96
+/// where sequences lie side by side.
 template <class T = float, executor Executor, class F, class... Inputs>
   requires(sizeof...(Inputs) > 0 && ((viewable<const Inputs, 1> || viewable<const Inputs, 2>)&&...))
 void affine_scan(const Executor& exec, const F& f, const scan_options<std::type_identity_t<T>>& options,
@@ -140,7 +144,7 @@ void affine_scan(const Executor& exec, const F& f, const scan_options<std::type_
   call.read_optional("seed", options.seed, p.bootstrap);
   call.mask(options.mask);
   call.write("out", out, p.out[0]);
-  detail::run_scan(function, exec, p, {.finite_rewards = false, .end_values = false});
+  run_scan(function, exec, p, detail::scan_needs{.finite_rewards = false, .end_values = false});
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

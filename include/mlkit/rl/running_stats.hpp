@@ -90,6 +90,7 @@ class running_stats {
   template <executor Executor, viewable<2> X>
   void update(const Executor& exec, const X& x, const mask_view<1>& mask = {}) {
     constexpr std::string_view function = "rl::running_stats::update";
+    detail::only_on_cpu<Executor>();
     using T = element_t<const X>;
     const tensor_view<const T, 2> v = as_view(x);
     detail::arguments call(function, exec);
@@ -109,6 +110,7 @@ class running_stats {
   template <executor Executor, viewable<2> X, viewable<2> Out>
   void normalize(const Executor& exec, const X& x, const normalize_options& o, Out&& output) const {
     constexpr std::string_view function = "rl::running_stats::normalize";
+    detail::only_on_cpu<Executor>();
     using T = element_t<const X>;
     using O = element_t<std::remove_reference_t<Out>>;
     using A = accumulator_t<T>;
@@ -172,7 +174,7 @@ class running_stats {
     if (n < detail::narrow_columns || x.strides[1] != 1) {
       for (index_t c = 0; c < n; ++c) {
         const vector_view<const T> column(x.data + c * x.strides[1], {x.extent(0)}, {x.strides[0]});
-        to[c] = detail::find_moments(exec, detail::plan_moments(column, mask));
+        to[c] = detail::run_moments(exec, detail::plan_moments(column, mask));
       }
       return;
     }
@@ -234,6 +236,7 @@ class reward_scaling {
   template <executor Executor, viewable<2> R>
   void update(const Executor& exec, const R& rewards, const mask_view<2>& ended) {
     constexpr std::string_view function = "rl::reward_scaling::update";
+    detail::only_on_cpu<Executor>();
     using T = element_t<const R>;
     const tensor_view<const T, 2> r = as_view(rewards);
     detail::arguments call(function, exec);
@@ -265,6 +268,7 @@ class reward_scaling {
   template <executor Executor, viewable<2> R, viewable<2> Out>
   void scale(const Executor& exec, const R& rewards, const normalize_options& o, Out&& output) const {
     constexpr std::string_view function = "rl::reward_scaling::scale";
+    detail::only_on_cpu<Executor>();
     using T = element_t<const R>;
     using O = element_t<std::remove_reference_t<Out>>;
     const tensor_view<const T, 2> r = as_view(rewards);

@@ -113,12 +113,18 @@ struct stream {
         time(v.extents[1] == 1 ? 1 : v.strides[1]) {}
   stream(const tensor_view<T, 1>& v) noexcept : data(v.empty() ? nullptr : v.data), batch(v.strides[0]) {}
 
-  explicit operator bool() const noexcept { return data != nullptr; }
-  T* at(index_t b, index_t t) const noexcept { return data + b * batch + t * time; }
+  MLKIT_HOST_DEVICE explicit operator bool() const noexcept { return data != nullptr; }
+  MLKIT_HOST_DEVICE T* at(index_t b, index_t t) const noexcept { return data + b * batch + t * time; }
 };
 
 inline void check_starts(std::string_view function, const tensor_view<const std::int32_t, 1>& v, index_t tokens) {
   mlkit::detail::check_starts(function, "cu_seqlens", v, "there are", tokens, "tokens");
+}
+
+// Of starts that are not on the host, what can be said without them.
+inline void check_unread_starts(std::string_view function, const tensor_view<const std::int32_t, 1>& v) {
+  check_view(function, "cu_seqlens", v);
+  if (v.extent(0) == 0) fail_shape(function, ": cu_seqlens is empty; it has one element more than there are sequences");
 }
 
 // The steps of a sequence: `count` of them, the first in column `begin` of row `row`.
@@ -137,16 +143,20 @@ struct sequence_places {
   }
 };
 
-/// Where the sequences of operands of this shape are, of which `of` names the first.
+/// Where the sequences of operands of this shape are, of which `of` names the first. Starts that the host cannot look
+/// at are for the kernels to keep within the tokens.
 template <int Rank>
 sequence_places check_sequences(arguments& call, std::string_view function, std::string_view of,
-                                const extents_t<Rank>& shape, const sequence_starts& cu_seqlens) {
+                                const extents_t<Rank>& shape, const sequence_starts& cu_seqlens, bool on_host = true) {
   const index_t rows = Rank == 1 ? 1 : shape[0], time = shape[Rank - 1];
   if (!cu_seqlens.data && cu_seqlens.extent(0) == 0) return {rows, time};
   if (rows != 1)
     fail_shape(function, ": ", of, " has shape ", shape_text<Rank>(shape),
                ", but cu_seqlens packs sequences of [tokens] alone");
-  check_starts(function, cu_seqlens, time);
+  if (on_host)
+    check_starts(function, cu_seqlens, time);
+  else
+    check_unread_starts(function, cu_seqlens);
   if (cu_seqlens.extent(0) > 1 && cu_seqlens.stride(0) != 1)
     fail_shape(function, ": cu_seqlens has a stride of ", cu_seqlens.stride(0), ", not 1");
   call.reads("cu_seqlens", cu_seqlens);
@@ -156,14 +166,15 @@ sequence_places check_sequences(arguments& call, std::string_view function, std:
 /// Checks operands of one call, [batch, time], which have the shape of the first of them, and hands them over.
 class step_arguments {
  public:
-  step_arguments(arguments& call, std::string_view function) : call_(call), function_(function) {}
+  step_arguments(arguments& call, std::string_view function, bool on_host = true)
+      : call_(call), function_(function), on_host_(on_host) {}
 
   /// The first; it is read or written as the others are.
   template <class U>
   const sequence_places& first(std::string_view name, const tensor_view<U, 2>& v, const sequence_starts& cu_seqlens) {
     check_view(function_, name, v);
     first_ = name, shape_ = v.extents;
-    return places_ = check_sequences<2>(call_, function_, name, v.extents, cu_seqlens);
+    return places_ = check_sequences<2>(call_, function_, name, v.extents, cu_seqlens, on_host_);
   }
   template <class U>
   void read(std::string_view name, const tensor_view<U, 2>& v) {
@@ -217,6 +228,7 @@ class step_arguments {
 
   arguments& call_;
   std::string_view function_, first_;
+  bool on_host_;
   extents_t<2> shape_{};
   sequence_places places_{};
 };

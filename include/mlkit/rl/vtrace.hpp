@@ -85,7 +85,7 @@ void vtrace(const Executor& exec, const off_policy_rollout<std::type_identity_t<
   call.template episodes<Done>(in);
   call.write_optional("vs", out.vs, p.out[0]);
   call.write_optional("advantages", out.advantages, p.out[1]);
-  detail::run_scan(function, exec, p, {});
+  run_scan(function, exec, p, detail::scan_needs{});
 }
 
 }  // namespace MLKIT_NAMESPACE::rl

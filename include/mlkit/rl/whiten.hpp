@@ -37,19 +37,9 @@ namespace MLKIT_NAMESPACE::rl {
 namespace detail {
 
 template <class T, class Out, int Rank>
-moments whiten(const cpu& exec, const tensor_view<const T, Rank>& x, const mask_view<Rank>& mask,
-               const whiten_options& o, const tensor_view<Out, Rank>& out) {
-  constexpr std::string_view function = "rl::whiten";
+moments run_whiten(by_executor, std::string_view function, const cpu& exec, const tensor_view<const T, Rank>& x,
+                   const mask_view<Rank>& mask, const whiten_options& o, const tensor_view<Out, Rank>& out) {
   using A = accumulator_t<T>;
-  arguments call(function, exec);
-  check_view(function, "values", x);
-  check_output(function, "out", out);
-  check_same_shape<Rank>(function, "out", out.extents, "values", x.extents);
-  check_mask(call, function, mask, "values", x.extents);
-  check_non_negative(function, "epsilon", o.epsilon);
-  check_non_negative(function, "variance_epsilon", o.variance_epsilon);
-  if (!same_elements(x, out)) call.reads("values", x);
-  call.writes("out", out);
   const moments m = checked_moments(exec, function, "values", x, mask, o.over_ranks);
   if (x.empty()) return m;
   const double variance = m.variance(o.variance);
@@ -71,6 +61,23 @@ moments whiten(const cpu& exec, const tensor_view<const T, Rank>& x, const mask_
   return m;
 }
 
+template <class T, class Out, int Rank, executor Executor>
+result_t<Executor, moments> whiten(const Executor& exec, const tensor_view<const T, Rank>& x,
+                                   const mask_view<Rank>& mask, const whiten_options& o,
+                                   const tensor_view<Out, Rank>& out) {
+  constexpr std::string_view function = "rl::whiten";
+  arguments call(function, exec);
+  check_view(function, "values", x);
+  check_output(function, "out", out);
+  check_same_shape<Rank>(function, "out", out.extents, "values", x.extents);
+  check_mask(call, function, mask, "values", x.extents);
+  check_non_negative(function, "epsilon", o.epsilon);
+  check_non_negative(function, "variance_epsilon", o.variance_epsilon);
+  if (!same_elements(x, out)) call.reads("values", x);
+  call.writes("out", out);
+  return run_whiten(by_executor{}, function, exec, x, mask, o, out);
+}
+
 }  // namespace detail
 
 /// values = (values - mean) / (deviation + epsilon), over the elements of [n] or [batch, time] that the mask keeps; the
@@ -84,18 +91,23 @@ moments whiten(const cpu& exec, const tensor_view<const T, Rank>& x, const mask_
 /// counts and is not finite, named by its index, before anything is written; on every rank, if one has such an element.
 /// Reads values twice and writes them once. Of advantages in PPO: Andrychowicz et al.: "What matters in on-policy
 /// reinforcement learning?", 2020, C67; of rewards and advantages in RLHF: TRL's masked_whiten.
+///
+/// With a mlkit::cuda the moments are a device_value, which waits where it is asked for; elements that count and are
+/// not finite make all of them NaN; over_ranks, which the host calls, waits for the stream.
 template <executor Executor, batch_viewable X>
-moments whiten(const Executor& exec, X&& values, const mask_view<detail::rank_of<X>>& mask = {},
-               const whiten_options& o = {}) {
+detail::result_t<Executor, moments> whiten(const Executor& exec, X&& values,
+                                           const mask_view<detail::rank_of<X>>& mask = {},
+                                           const whiten_options& o = {}) {
   using T = element_t<std::remove_reference_t<X>>;
   const tensor_view<T, detail::rank_of<X>> v = as_view(values);
-  return detail::whiten<T, T, detail::rank_of<X>>(exec, v, mask, o, v);
+  return detail::whiten<T, T, detail::rank_of<X>>(exec, tensor_view<const T, detail::rank_of<X>>(v), mask, o, v);
 }
 
 /// The same into `out`, whose elements that do not count are left as they are.
 template <executor Executor, batch_viewable X, batch_viewable Out>
-moments whiten(const Executor& exec, const X& values, const mask_view<detail::rank_of<const X>>& mask,
-               const whiten_options& o, Out&& out) {
+detail::result_t<Executor, moments> whiten(const Executor& exec, const X& values,
+                                           const mask_view<detail::rank_of<const X>>& mask, const whiten_options& o,
+                                           Out&& out) {
   static_assert(detail::rank_of<const X> == detail::rank_of<Out>, "rl: values and out of whiten have the same rank");
   using T = element_t<const X>;
   using O = element_t<std::remove_reference_t<Out>>;

@@ -14,12 +14,6 @@
 #define MLKIT_X86 0
 #endif
 
-// Defined as 1: kernels are compiled for the narrowest and the widest set alone, in half the time; for builds that look
-// for faults rather than speed. The same in every translation unit of a program.
-#if !defined(MLKIT_TWO_SETS)
-#define MLKIT_TWO_SETS 0
-#endif
-
 namespace MLKIT_NAMESPACE {
 
 /// Instruction sets, each including those before it. `baseline` is what every machine of the architecture has: SSE2 on

@@ -19,7 +19,7 @@ struct wide_sum {
       return {{x}};
     } else {
 #if MLKIT_SET_AVX512
-      return {{typename vec<double>::native(_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, x.v, 0))),
+      return {{typename vec<double>::native(_mm512_maskz_cvtps_pd(0xff, _mm512_castps512_ps256(x.v))),
                typename vec<double>::native(_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, x.v, 1)))}};
 #elif MLKIT_SET_AVX2
       return {{typename vec<double>::native(_mm256_cvtps_pd(_mm256_castps256_ps128(x.v))),
@@ -49,8 +49,14 @@ struct wide_sum {
       squares.high = fma(w.part[1], w.part[1], squares.high);
     }
   }
-  MLKIT_ALWAYS_INLINE double total() const noexcept { return (low + high).sum(); }
+  MLKIT_ALWAYS_INLINE double total() const noexcept { return across(low + high, sum_of_two{}); }
 };
+
+// Asks for what is in the place of these in the next block.
+template <class... T>
+MLKIT_ALWAYS_INLINE void prefetch_next(const T*... p) noexcept {
+  (__builtin_prefetch(p + rl::detail::tokens_of_block), ...);
+}
 
 // f(i, count) for the registers of n elements: whole ones, and the rest.
 template <class V, class F>
@@ -93,19 +99,6 @@ struct loss_block {
 
   static MLKIT_ALWAYS_INLINE V clamped(V d) noexcept {
     return at_most(at_least(d, static_cast<A>(-rl::most_log_ratio)), static_cast<A>(rl::most_log_ratio));
-  }
-
-  // Tokens [begin, begin + n) of an operand, one after another: where they are, or in `buffer`.
-  template <class U>
-  static const U* tokens(const rl::detail::plane<const U>& p, const rl::detail::plane_shape& shape, index_t begin,
-                         index_t n, U* buffer) noexcept {
-    const index_t row = begin / shape.cols, col = begin - row * shape.cols;
-    if (p.col_stride == 1 && col + n <= shape.cols) return p.at(row, col);
-    rl::detail::each_row_piece(shape, begin, begin + n, [&](index_t r, index_t c, index_t count, index_t at) {
-      const U* from = p.at(r, c);
-      for (index_t i = 0; i < count; ++i) buffer[at + i] = from[i * p.col_stride];
-    });
-    return buffer;
   }
 
   // Where tokens [begin, begin + n) of a gradient are written, and what brings them to their places.
@@ -163,7 +156,7 @@ struct loss_block {
   static void fill_weights(const operands& p, index_t begin, index_t n, scratch& s) noexcept {
     if (p.weights_differ)
       spread(p.sequences, p.weights, begin, n, s.weight);
-    else
+    else if (p.entropies.data)
       std::fill_n(s.weight, n, p.weight);
   }
 
@@ -186,41 +179,52 @@ struct loss_block {
                      double& loss, double& clipped, scratch& s) noexcept {
     if (slopes.data) {
       const gradient to(slopes, p.shape, begin, n, s.out);
-      reduce_block<true>(s, n, factor, to.buffer, loss, clipped);
+      if (p.weights_differ)
+        reduce_block<true, true>(p, s, n, factor, to.buffer, loss, clipped);
+      else
+        reduce_block<true, false>(p, s, n, factor, to.buffer, loss, clipped);
       to.finish();
+    } else if (p.weights_differ) {
+      reduce_block<false, true>(p, s, n, factor, static_cast<T*>(nullptr), loss, clipped);
     } else {
-      reduce_block<false>(s, n, factor, static_cast<T*>(nullptr), loss, clipped);
+      reduce_block<false, false>(p, s, n, factor, static_cast<T*>(nullptr), loss, clipped);
     }
   }
-  template <bool Gradient>
-  static MLKIT_ALWAYS_INLINE void reduce_block(const scratch& s, index_t n, A factor, T* to, double& loss,
-                                               double& clipped) noexcept {
-    wide_sum<A> sum;
-    V count = V::zero();
-    each_vector<V>(n, [&](index_t i, int m) {
+  template <bool Gradient, bool Weighted>
+  static MLKIT_ALWAYS_INLINE void reduce_block(const operands& p, const scratch& s, index_t n, A factor, T* to,
+                                               double& loss, double& clipped) noexcept {
+    V sum = V::zero(), count = V::zero();
+    const V of_all(factor * p.weight);
+    each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
       const auto keep = load_some<V>(s.keep + i, m) != V::zero();
-      const V weight = load_some<V>(s.weight + i, m);
-      sum.add(V::select(keep, weight * load_some<V>(s.loss + i, m), V::zero()));
+      V term = load_some<V>(s.loss + i, m), weight = of_all;
+      if constexpr (Weighted) {
+        weight = load_some<V>(s.weight + i, m);
+        term *= weight;
+        weight = weight * factor;
+      }
+      sum += V::select(keep, term, V::zero());
       count += V::select(keep, load_some<V>(s.clipped + i, m), V::zero());
       if constexpr (Gradient) {
-        const V g = weight * load_some<V>(s.slope + i, m) * factor;
-        store_some(V::select(keep, g, V::zero()), to + i, m);
+        store_some(V::select(keep, weight * load_some<V>(s.slope + i, m), V::zero()), to + i, m);
+        prefetch_next(to + i);
       }
     });
-    loss = sum.total();
-    clipped = static_cast<double>(count.sum());
+    loss = static_cast<double>(across(sum, sum_of_two{})) * static_cast<double>(Weighted ? A(1) : p.weight);
+    clipped = static_cast<double>(across(count, sum_of_two{}));
   }
 
   static void run_value(const operands& p, index_t begin, index_t n, rl::detail::loss_sums& sums, scratch& s) noexcept {
-    const T* values = tokens(p.values, p.shape, begin, n, s.in[0]);
-    const T* returns = tokens(p.returns, p.shape, begin, n, s.in[1]);
-    const T* old = p.old_values.data ? tokens(p.old_values, p.shape, begin, n, s.in[2]) : values;
+    const T* values = in_order(p.values, p.shape, begin, n, s.in[0]);
+    const T* returns = in_order(p.returns, p.shape, begin, n, s.in[1]);
+    const T* old = p.old_values.data ? in_order(p.old_values, p.shape, begin, n, s.in[2]) : values;
     terms(p.value, n, values, old, returns, s.loss, s.slope, s.clipped);
     wide_sum<A> error, square_error, target, square_target;
     const V first_error(p.first_error), first_return(p.first_return);
-    each_vector<V>(n, [&](index_t i, int m) {
+    each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
       const auto keep = load_some<V>(s.keep + i, m) != V::zero();
       const V r = load_some<V>(returns + i, m), v = load_some<V>(values + i, m);
+      prefetch_next(returns + i, values + i, old + i);
       wide_sum<A>::add_moments(V::select(keep, (r - v) - first_error, V::zero()), error, square_error);
       wide_sum<A>::add_moments(V::select(keep, r - first_return, V::zero()), target, square_target);
     });
@@ -233,17 +237,17 @@ struct loss_block {
 
   static void run_entropy(const operands& p, index_t begin, index_t n, rl::detail::loss_sums& sums,
                           scratch& s) noexcept {
-    const T* entropies = tokens(p.entropies, p.shape, begin, n, s.in[0]);
-    wide_sum<A> sum;
-    each_vector<V>(n, [&](index_t i, int m) {
+    const T* entropies = in_order(p.entropies, p.shape, begin, n, s.in[0]);
+    V sum = V::zero();
+    each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
       const auto keep = load_some<V>(s.keep + i, m) != V::zero();
       const V h = load_some<V>(entropies + i, m) * load_some<V>(s.weight + i, m);
-      sum.add(V::select(keep, h, V::zero()));
+      sum += V::select(keep, h, V::zero());
     });
-    sums.entropy = sum.total();
+    sums.entropy = static_cast<double>(across(sum, sum_of_two{}));
     if (!p.dentropies.data) return;
     const gradient to(p.dentropies, p.shape, begin, n, s.out);
-    each_vector<V>(n, [&](index_t i, int m) {
+    each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
       const auto keep = load_some<V>(s.keep + i, m) != V::zero();
       const V g = load_some<V>(s.weight + i, m) * -p.entropy_coefficient;
       store_some(V::select(keep, g, V::zero()), to.buffer + i, m);
@@ -260,7 +264,6 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
   using block::fill_keep;
   using block::spread;
   using block::terms;
-  using block::tokens;
   using typename block::A;
   using typename block::scratch;
   using typename block::V;
@@ -268,31 +271,36 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
   static constexpr bool has_policy = !std::is_same_v<Policy, rl::detail::no_policy>;
 
   static void run_policy(const Problem& p, index_t begin, index_t n, rl::detail::loss_sums& sums, scratch& s) noexcept {
-    const T* log_probs = tokens(p.log_probs, p.shape, begin, n, s.in[0]);
-    const T* advantages = tokens(p.advantages, p.shape, begin, n, s.in[1]);
+    const T* log_probs = in_order(p.log_probs, p.shape, begin, n, s.in[0]);
+    const T* advantages = in_order(p.advantages, p.shape, begin, n, s.in[1]);
     if (p.old_log_probs.data) {
-      const T* old = tokens(p.old_log_probs, p.shape, begin, n, s.in[2]);
-      wide_sum<A> k1, k3;
-      each_vector<V>(n, [&](index_t i, int m) {
+      const T* old = in_order(p.old_log_probs, p.shape, begin, n, s.in[2]);
+      V k1 = V::zero(), k3 = V::zero(), low(math_table<A>::infinity), high(-math_table<A>::infinity);
+      each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
         const auto keep = load_some<V>(s.keep + i, m) != V::zero();
         const V d = V::select(keep, clamped(load_some<V>(log_probs + i, m) - load_some<V>(old + i, m)), V::zero());
         const auto [ratio, excess] = exp_and_excess(d);
         store_some(ratio, s.ratio + i, m);
-        k1.add(-d);
-        k3.add(excess);
-      });
-      sums.k1 = k1.total();
-      sums.k3 = k3.total();
-      if constexpr (rl::detail::of_sequence<Policy>) spread(p.sequences, p.sequence_ratios, begin, n, s.ratio);
-      V low(math_table<A>::infinity), high(-math_table<A>::infinity);
-      each_vector<V>(n, [&](index_t i, int m) {
-        const auto keep = load_some<V>(s.keep + i, m) != V::zero();
-        const V ratio = load_some<V>(s.ratio + i, m);
+        prefetch_next(log_probs + i, old + i, advantages + i);
+        k1 -= d;
+        k3 += excess;
         low = V::select(keep, min(low, ratio), low);
         high = V::select(keep, max(high, ratio), high);
       });
-      sums.ratio_min = -static_cast<double>((-low).largest());
-      sums.ratio_max = static_cast<double>(high.largest());
+      sums.k1 = static_cast<double>(across(k1, sum_of_two{}));
+      sums.k3 = static_cast<double>(across(k3, sum_of_two{}));
+      if constexpr (rl::detail::of_sequence<Policy>) {
+        spread(p.sequences, p.sequence_ratios, begin, n, s.ratio);
+        low = V(math_table<A>::infinity), high = -low;
+        each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
+          const auto keep = load_some<V>(s.keep + i, m) != V::zero();
+          const V ratio = load_some<V>(s.ratio + i, m);
+          low = V::select(keep, min(low, ratio), low);
+          high = V::select(keep, max(high, ratio), high);
+        });
+      }
+      sums.ratio_min = -static_cast<double>(across(-low, larger_of_two{}));
+      sums.ratio_max = static_cast<double>(across(high, larger_of_two{}));
     } else {
       std::fill_n(s.ratio, n, A(1));
       sums.ratio_min = sums.ratio_max = 1;
@@ -305,7 +313,7 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
 
   // Tokens [begin, begin + n), at most a block.
   static void run(const Problem& p, index_t begin, index_t n, rl::detail::loss_sums& sums, scratch& s) noexcept {
-    fill_keep(p.mask.data ? tokens(p.mask, p.shape, begin, n, s.mask) : nullptr, n, s.keep);
+    fill_keep(p.mask.data ? in_order(p.mask, p.shape, begin, n, s.mask) : nullptr, n, s.keep);
     block::fill_weights(p, begin, n, s);
     if constexpr (has_policy) run_policy(p, begin, n, sums, s);
     if (p.values.data) block::run_value(p, begin, n, sums, s);
@@ -321,10 +329,10 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
     wide_sum<A> sum, count;
     for (index_t at = first; at < end; at += rl::detail::tokens_of_block) {
       const index_t n = std::min(end - at, rl::detail::tokens_of_block);
-      fill_keep(q.mask.data ? tokens(q.mask, q.shape, at, n, s.mask) : nullptr, n, s.keep);
-      const T* log_probs = tokens(q.log_probs, q.shape, at, n, s.in[0]);
-      const T* old = tokens(q.old_log_probs, q.shape, at, n, s.in[2]);
-      each_vector<V>(n, [&](index_t i, int m) {
+      fill_keep(q.mask.data ? in_order(q.mask, q.shape, at, n, s.mask) : nullptr, n, s.keep);
+      const T* log_probs = in_order(q.log_probs, q.shape, at, n, s.in[0]);
+      const T* old = in_order(q.old_log_probs, q.shape, at, n, s.in[2]);
+      each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
         const V keep = load_some<V>(s.keep + i, m);
         const V d = load_some<V>(log_probs + i, m) - load_some<V>(old + i, m);
         sum.add(V::select(keep != V::zero(), d, V::zero()));
@@ -342,11 +350,11 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
       std::fill_n(s.ratio, std::min(end - first, rl::detail::tokens_of_block), p.sequence_ratios[b]);
       for (index_t at = first; at < end; at += rl::detail::tokens_of_block) {
         const index_t n = std::min(end - at, rl::detail::tokens_of_block);
-        fill_keep(q.mask.data ? tokens(q.mask, q.shape, at, n, s.mask) : nullptr, n, s.keep);
-        const T* log_probs = tokens(q.log_probs, q.shape, at, n, s.in[0]);
-        const T* advantages = tokens(q.advantages, q.shape, at, n, s.in[1]);
+        fill_keep(q.mask.data ? in_order(q.mask, q.shape, at, n, s.mask) : nullptr, n, s.keep);
+        const T* log_probs = in_order(q.log_probs, q.shape, at, n, s.in[0]);
+        const T* advantages = in_order(q.advantages, q.shape, at, n, s.in[1]);
         terms(p.policy, n, s.ratio, advantages, log_probs, s.loss, s.slope, s.clipped);
-        each_vector<V>(n, [&](index_t i, int m) {
+        each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
           const auto keep = load_some<V>(s.keep + i, m) != V::zero();
           slopes.add(V::select(keep, load_some<V>(s.slope + i, m), V::zero()));
         });

@@ -615,7 +615,8 @@ struct scan_kernel {
 
   // The codes of steps of which later ones have said so; of those before them, which are not skipped, these say theirs.
   static MLKIT_ALWAYS_INLINE code_row said_later(code_row own, code_row& later) noexcept {
-    const code_row code = later, skipped = (code_row)((own & step_skipped) != 0);
+    const code_row zero{}, bit = zero + static_cast<std::uint8_t>(step_skipped);  // of their type, for nvcc's sake
+    const code_row code = later, skipped = (code_row)((own & bit) != zero);
     later = (skipped & later) | (~skipped & own);
     return code;
   }

@@ -1,0 +1,13 @@
+// rl on a GPU: the calls of rl.hpp with a mlkit::cuda as their executor.
+#pragma once
+
+#include "core/cuda.cuh"
+#include "rl.hpp"
+#include "rl/cuda/group.cuh"
+#include "rl/cuda/kl.cuh"
+#include "rl/cuda/log_probs.cuh"
+#include "rl/cuda/logits_losses.cuh"
+#include "rl/cuda/policy_loss.cuh"
+#include "rl/cuda/preference.cuh"
+#include "rl/cuda/scan.cuh"
+#include "rl/cuda/whiten.cuh"

@@ -1,0 +1,169 @@
+// Losses of pairs and of labelled completions on a GPU, and sums over the tokens of sequences.
+#pragma once
+
+#include "../preference.hpp"
+#include "group.cuh"
+#include "sums.cuh"
+
+namespace MLKIT_NAMESPACE::rl::detail {
+
+template <class T, int N>
+__device__ __forceinline__ void load_strided(const strided<const T>& v, const token_run& run, T (&to)[N]) {
+  if (v.data) return load_steps<N, true>(v.data + run.first * v.step, v.step, run.count, to);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = T{};
+}
+template <class T, int N>
+__device__ __forceinline__ void store_strided(const strided<T>& v, const token_run& run, const T (&from)[N]) {
+  if (v.data) store_steps<N, true>(v.data + run.first * v.step, v.step, run.count, from);
+}
+
+template <class T, class Loss>
+struct pair_terms {
+  using number = T;
+  static constexpr int sums = 4, maxima = 0, each = run_tokens<T>;
+  strided<const T> operands[5];
+  strided<T> d_chosen, d_rejected, losses;
+  T factor;
+  Loss loss;
+
+  __device__ __forceinline__ void operator()(const token_run& run, double (&x)[4]) const {
+    T in[5][each], of_chosen[each], of_rejected[each], value[each];
+#pragma unroll
+    for (int k = 0; k < 5; ++k) load_strided(operands[k], run, in[k]);
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+      const pair_term<T> t = loss(pair_point<T>{in[0][i], in[1][i], in[2][i], in[3][i], in[4][i]});
+      value[i] = t.loss, of_chosen[i] = t.d_chosen * factor, of_rejected[i] = t.d_rejected * factor;
+      if (i >= run.count) continue;
+      x[0] += static_cast<double>(t.loss), x[1] += t.chosen_reward > t.rejected_reward ? 1.0 : 0.0;
+      x[2] += static_cast<double>(t.chosen_reward), x[3] += static_cast<double>(t.rejected_reward);
+    }
+    store_strided(d_chosen, run, of_chosen);
+    store_strided(d_rejected, run, of_rejected);
+    store_strided(losses, run, value);
+  }
+};
+struct pair_result {
+  preference_stats* to;
+  index_t n;
+  double normaliser;
+  __device__ __forceinline__ void operator()(const double (&x)[4]) const {
+    const double count = static_cast<double>(n);
+    preference_stats s;
+    s.loss = x[0] / normaliser, s.accuracy = x[1] / count, s.chosen_reward = x[2] / count;
+    s.rejected_reward = x[3] / count, s.pairs = n;
+    *to = s;
+  }
+};
+
+template <class T, class Loss>
+device_value<preference_stats> run_pairs(const cuda& exec, const pair_problem<T, Loss>& p, double normaliser) {
+  constexpr std::string_view function = "rl::preference_loss";
+  if (p.n == 0) return known_value(function, exec, preference_stats{});
+  device_value<preference_stats> stats(exec);
+  pair_terms<T, Loss> f{{}, p.d_chosen, p.d_rejected, p.losses, p.factor, *p.loss};
+  std::copy_n(p.operands, 5, f.operands);
+  sum_tokens(function, exec, f, 1, p.n, pair_result{stats.data(), p.n, normaliser});
+  return stats;
+}
+
+template <class T>
+struct kto_terms {
+  using number = T;
+  static constexpr int sums = 4, maxima = 0, each = run_tokens<T>;
+  kto_problem<T> p;
+
+  __device__ __forceinline__ void operator()(const token_run& run, double (&x)[4]) const {
+    T now[each], then[each], d[each], value[each];
+    load_strided(p.log_probs, run, now);
+    load_strided(p.reference, run, then);
+#pragma unroll
+    for (int i = 0; i < each; ++i) {
+      const bool desirable = i < run.count && p.desirable.data[(run.first + i) * p.desirable.step] != 0;
+      const kto::term<T> t = p.loss(now[i], then[i], desirable);
+      value[i] = t.loss, d[i] = t.d_log_prob * p.factor;
+      if (i >= run.count) continue;
+      x[0] += static_cast<double>(t.loss);
+      x[1] += desirable ? static_cast<double>(t.reward) : 0.0;
+      x[2] += desirable ? 0.0 : static_cast<double>(t.reward);
+      x[3] += desirable ? 1.0 : 0.0;
+    }
+    store_strided(p.d_log_probs, run, d);
+    store_strided(p.losses, run, value);
+  }
+};
+struct kto_result {
+  kto_stats* to;
+  index_t n;
+  double normaliser;
+  __device__ __forceinline__ void operator()(const double (&x)[4]) const {
+    kto_stats s;
+    s.desirable = static_cast<index_t>(x[3]), s.undesirable = n - s.desirable;
+    s.loss = x[0] / normaliser;
+    s.desirable_reward = s.desirable == 0 ? 0 : x[1] / static_cast<double>(s.desirable);
+    s.undesirable_reward = s.undesirable == 0 ? 0 : x[2] / static_cast<double>(s.undesirable);
+    *to = s;
+  }
+};
+template <class T>
+device_value<kto_stats> run_kto(const cuda& exec, const kto_problem<T>& p, double normaliser) {
+  constexpr std::string_view function = "rl::preference_loss";
+  if (p.n == 0) return known_value(function, exec, kto_stats{});
+  device_value<kto_stats> stats(exec);
+  sum_tokens(function, exec, kto_terms<T>{p}, 1, p.n, kto_result{stats.data(), p.n, normaliser});
+  return stats;
+}
+
+// A warp to a sequence: the sum or mean of its tokens that count; or, of slopes, what each of them has of the
+// sequence's.
+template <class T, bool Slopes>
+__global__ void __launch_bounds__(sum_threads)
+    sequence_kernel(const sequence_places places, index_t tokens, stream<const T> log_probs,
+                    stream<const std::uint8_t> mask, bool mean, stream<const T> d_out, stream<T> out) {
+  const int lane = static_cast<int>(threadIdx.x) % warp_threads;
+  const index_t b = (index_t{blockIdx.x} * sum_threads + threadIdx.x) / warp_threads;
+  if (b >= places.sequences) return;
+  index_t row = b, first = 0, last = places.time;
+  if (places.starts) {
+    row = 0;
+    first = min(max(index_t{places.starts[b]}, index_t{0}), tokens);
+    last = min(max(index_t{places.starts[b + 1]}, first), tokens);
+  }
+  double sum = 0, kept = 0;
+  for (index_t t = first + lane; t < last; t += warp_threads) {
+    if (mask && *mask.at(row, t) == 0) continue;
+    kept += 1;
+    if constexpr (!Slopes) sum += static_cast<double>(*log_probs.at(row, t));
+  }
+  kept = sum_warp(kept);
+  if constexpr (Slopes) {
+    const T of = *d_out.at(b, 0), d = mean && kept > 0 ? of / static_cast<T>(kept) : of;
+    for (index_t t = first + lane; t < last; t += warp_threads)
+      *out.at(row, t) = !mask || *mask.at(row, t) != 0 ? d : T{};
+  } else {
+    sum = sum_warp(sum);
+    if (lane == 0) *out.at(b, 0) = static_cast<T>(mean && kept > 0 ? sum / kept : sum);
+  }
+}
+template <bool Slopes, class T>
+void launch_sequences(std::string_view function, const cuda& exec, const sequence_sum_problem<T>& p, index_t tokens,
+                      const stream<const T>& d_out, const stream<T>& out) {
+  const index_t blocks = ceil_div(p.places.sequences * warp_threads, sum_threads);
+  if (blocks > INT32_MAX)
+    fail_shape(function, ": ", p.places.sequences, " sequences are more than a GPU takes in one call");
+  launch(function, exec, sequence_kernel<T, Slopes>, {static_cast<unsigned>(blocks), sum_threads}, p.places, tokens,
+         p.log_probs, p.mask, p.mean, d_out, out);
+}
+template <class T>
+void run_sequence_sums(const cuda& exec, const sequence_sum_problem<T>& p, index_t tokens, const batch_view<T>& out) {
+  launch_sequences<false>("rl::sequence_log_probs", exec, p, tokens, stream<const T>{}, stream<T>(out));
+}
+template <class T>
+void run_sequence_slopes(const cuda& exec, const sequence_sum_problem<T>& p, index_t tokens,
+                         const batch_view<const T>& d_out, const sequence_view<T>& d_log_probs) {
+  launch_sequences<true>("rl::sequence_log_probs_backward", exec, p, tokens, stream<const T>(d_out),
+                         stream<T>(d_log_probs));
+}
+
+}  // namespace MLKIT_NAMESPACE::rl::detail
