@@ -428,7 +428,7 @@ struct scan_kernel {
     T in[inputs > 0 ? inputs : 1][width][width];
     T out[outputs][width][width];
     T rows[width][width];
-    T final_values[scan_depth][width];  // where steps were truncated
+    T final_values[scan_depth][width];                        // where steps were truncated
     std::uint8_t code[scan_depth][16], any_code[scan_depth];  // of each lane, of all
     code_bytes code_rows[16];
   };
@@ -542,7 +542,7 @@ struct scan_kernel {
                        [&](int k) { w.final_values[c + k][i] = final_values[k * p.final_values.time]; });
       }
     }
-    for (int i = 0; i < width && n.all < n.top; ++i)
+    for (int i = 0; i < width && n.top > n.all; ++i)
       for (int k = n.of[i]; k < n.top; ++k) w.code[k][i] = step_skipped, w.any_code[k] |= step_skipped;
   }
 
