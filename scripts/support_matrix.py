@@ -163,9 +163,10 @@ OPERATIONS = [
          "rl::kl<T>(exec, {.log_probs = x, .reference = x}); rl::kl_rewards<T>(exec, {.log_probs = x, .reference = x}, {}, y);"
          " rl::kl_loss<T>(exec, {.log_probs = x, .reference = x}, {}, y);"),
         ("group advantages", "rl::group_advantages(exec, bias, rl::groups(2), rl::grpo{}, bias);"),
-        ("preference losses", "rl::preference_loss<T>(exec, {.chosen = bias, .rejected = bias}, rl::bradley_terry{}, {.chosen = bias});"
-         " rl::preference_loss<T>(exec, {.log_probs = bias, .reference = bias}, rl::kto{});"
-         " rl::preference_loss<T>(exec, {.rewards = bias}, rl::k_wise{});"),
+        ("preference losses of pairs, and KTO",
+         "rl::preference_loss<T>(exec, {.chosen = bias, .rejected = bias}, rl::bradley_terry{}, {.chosen = bias});"
+         " rl::preference_loss<T>(exec, {.log_probs = bias, .reference = bias}, rl::kto{});"),
+        ("K-wise preference loss", "rl::preference_loss<T>(exec, {.rewards = bias}, rl::k_wise{});"),
         ("whitening", "rl::whiten(exec, x); rl::whiten(exec, x, {}, {}, y);"),
         ("running statistics", "stats.update(exec, x); stats.normalize(exec, x, {}, y);"),
     ]),
