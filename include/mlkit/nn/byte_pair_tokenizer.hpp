@@ -33,7 +33,7 @@ class byte_pair_tokenizer {
 
   /// Merge i makes token first_merge + i. Throws value_error for a token that is none by then, or a pair that is there
   /// twice.
-  explicit byte_pair_tokenizer(std::vector<merge> merges) {
+  explicit byte_pair_tokenizer(const std::vector<merge>& merges) {
     for (const merge& m : merges) {
       const auto is_token = [&](std::int32_t id) { return id >= first_byte && id < size(); };
       if (!is_token(m.first) || !is_token(m.second))

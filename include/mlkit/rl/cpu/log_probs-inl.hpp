@@ -73,7 +73,8 @@ struct gradient_curve {
     slope = factor * g.dentropy * math_table<A>::ln2;
     shift = inverse_temperature * g.dmean / static_cast<A>(classes);
     for (A* x : {&constant, &slope, &shift})
-      if (std::isnan(*x)) *x = math_table<A>::nan;  // without the low bits with which rounding to bf16 could leave no NaN
+      if (std::isnan(*x))
+        *x = math_table<A>::nan;  // without the low bits with which rounding to bf16 could leave no NaN
   }
 };
 
