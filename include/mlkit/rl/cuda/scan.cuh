@@ -324,15 +324,17 @@ inline constexpr int stage_parts = Stage != scan_stage::whole ? group_parts
                                    : sizeof(T) == 8           ? most_parts / 2
                                                               : most_parts;
 // Blocks of an SM, which keeps registers few enough.
-template <class T, scan_stage Stage>
-inline constexpr int stage_blocks = (Stage == scan_stage::whole ? 1 : 5) /
-                                    (sizeof(T) == 8 && Stage != scan_stage::whole ? 2 : 1);
+template <class Rule, scan_stage Stage>
+inline constexpr int stage_blocks = Stage == scan_stage::whole               ? 1
+                                    : sizeof(typename Rule::value_type) == 8 ? 2
+                                    : Rule::inputs > 2                       ? 4
+                                                                             : 5;
 
 // Rows, or packed sequences. groups: the maps of groups [sequences, most_groups], or the values behind them in b; null
 // where each sequence has but one group.
 template <class Rule, scan_stage Stage>
 __global__ void __launch_bounds__((stage_parts<typename Rule::value_type, Stage>)*warp_threads,
-                                  (stage_blocks<typename Rule::value_type, Stage>))
+                                  (stage_blocks<Rule, Stage>))
     scan_rows(const device_scan<Rule> p, affine<typename Rule::value_type>* groups, int most_groups) {
   using T = typename Rule::value_type;
   using chunk = scan_chunk<Rule, thread_steps, true>;
