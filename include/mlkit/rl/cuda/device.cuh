@@ -131,4 +131,17 @@ __device__ __forceinline__ T narrow_one(accumulator_t<T> x) {
     return x;
 }
 
+// Where sequence b is: tokens [first, last) of a row. Starts that make no sense end within the tokens.
+struct token_range {
+  index_t row, first = 0, last;
+
+  __device__ __forceinline__ token_range(const sequence_places& places, index_t b, index_t tokens)
+      : row(b), last(places.time) {
+    if (!places.starts) return;
+    row = 0;
+    first = min(max(index_t{places.starts[b]}, index_t{0}), tokens);
+    last = min(max(index_t{places.starts[b + 1]}, first), tokens);
+  }
+};
+
 }  // namespace MLKIT_NAMESPACE::rl::detail

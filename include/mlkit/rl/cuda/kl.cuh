@@ -120,12 +120,8 @@ __global__ void __launch_bounds__(sum_threads)
   const int lane = static_cast<int>(threadIdx.x) % warp_threads;
   const index_t b = (index_t{blockIdx.x} * sum_threads + threadIdx.x) / warp_threads;
   if (b >= places.sequences) return;
-  index_t row = b, first = 0, last = places.time;
-  if (places.starts) {
-    row = 0;
-    first = min(max(index_t{places.starts[b]}, index_t{0}), tokens);
-    last = min(max(index_t{places.starts[b + 1]}, first), tokens);
-  }
+  const token_range range(places, b, tokens);
+  const index_t row = range.row, first = range.first, last = range.last;
   index_t at = last - 1;
   for (index_t top = last; mask && top > first; top -= warp_threads) {
     const index_t t = top - 1 - lane;

@@ -124,12 +124,8 @@ __global__ void __launch_bounds__(sum_threads)
   const int lane = static_cast<int>(threadIdx.x) % warp_threads;
   const index_t b = (index_t{blockIdx.x} * sum_threads + threadIdx.x) / warp_threads;
   if (b >= places.sequences) return;
-  index_t row = b, first = 0, last = places.time;
-  if (places.starts) {
-    row = 0;
-    first = min(max(index_t{places.starts[b]}, index_t{0}), tokens);
-    last = min(max(index_t{places.starts[b + 1]}, first), tokens);
-  }
+  const token_range range(places, b, tokens);
+  const index_t row = range.row, first = range.first, last = range.last;
   double sum = 0, kept = 0;
   for (index_t t = first + lane; t < last; t += warp_threads) {
     if (mask && *mask.at(row, t) == 0) continue;
