@@ -1,5 +1,6 @@
-# add_nvcc_program(<target> INCLUDES <folder>... SOURCES <source>...): a program of .cu files, compiled by nvcc for
-# MLKIT_CUDA_ARCHITECTURES. MLKIT_NVCC says whether there is an nvcc to do so.
+# add_nvcc_sources(<target> INCLUDES <folder>... SOURCES <source>...): .cu files, compiled by nvcc for
+# MLKIT_CUDA_ARCHITECTURES, join a program. add_nvcc_program(...), likewise: a program of them alone. MLKIT_NVCC says
+# whether there is an nvcc to do so.
 #
 # nvcc is called as it is: CMake's own support for CUDA would give it the options of the C++ compiler.
 find_package(CUDAToolkit 12.0 QUIET)
@@ -9,7 +10,7 @@ if(CUDAToolkit_FOUND AND CUDAToolkit_NVCC_EXECUTABLE AND NOT MLKIT_SANITIZE AND 
 endif()
 set(MLKIT_CUDA_ARCHITECTURES 90a CACHE STRING "GPUs that nvcc compiles programs for, as in sm_90a")
 
-function(add_nvcc_program target)
+function(add_nvcc_sources target)
   cmake_parse_arguments(PARSE_ARGV 1 program "" "" "INCLUDES;SOURCES")
   set(options -std=c++20 -O2 -lineinfo -DMLKIT_NO_OPENMP -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas)
   foreach(architecture IN LISTS MLKIT_CUDA_ARCHITECTURES)
@@ -31,8 +32,13 @@ function(add_nvcc_program target)
       DEPENDS ${source} DEPFILE ${object}.d VERBATIM COMMENT "nvcc ${name}.cu")
     list(APPEND objects ${object})
   endforeach()
-  add_executable(${target} ${objects})
+  target_sources(${target} PRIVATE ${objects})
   set_target_properties(${target} PROPERTIES LINKER_LANGUAGE CXX)
   target_link_options(${target} PRIVATE LINKER:--as-needed)
   target_link_libraries(${target} PRIVATE CUDA::cudart_static CUDA::cublasLt)
+endfunction()
+
+function(add_nvcc_program target)
+  add_executable(${target})
+  add_nvcc_sources(${target} ${ARGN})
 endfunction()

@@ -1,6 +1,7 @@
 // LoRA for diffusion: a base that draws many things is taught one that it never saw, by a low-rank adapter on its
 // attention's projections, beside DoRA, full fine-tuning and textual inversion at the same number of steps.
 #include "common/app.hpp"
+#include "gpu_layers.hpp"
 #include "outcome.hpp"
 
 #include <mlkit/nn/files.hpp>
@@ -210,7 +211,7 @@ int demonstrate(const app& app, laboratory<Subject>& lab) {
   if constexpr (laboratory<Subject>::has_words)
     subject.edit_prompts(exec, taught(lab, lab.base_file, app.out / methods[0].folder).model, lab.noise_seed(0), report,
                          app.out);
-  real_sizes(exec, app.out, report);
+  real_sizes(exec, app.out, app.device == "cuda", report);
   outcomes.insert(outcomes.begin(), std::move(untouched));
   tell(app.out, outcomes);
   show(app.out, subject, outcomes, strip, sweep, pretraining.losses);
@@ -224,7 +225,8 @@ int teach(const app& app, const settings& s) {
 }
 
 int main(int argc, char** argv) {
-  app app("10_lora_diffusion", "LoRA for diffusion: teaches a model of game art a shape that it never saw.");
+  app app("10_lora_diffusion", "LoRA for diffusion: teaches a model of game art a shape that it never saw.",
+          with_cuda ? std::vector<std::string>{"cpu", "cuda"} : std::vector<std::string>{"cpu"});
   settings s;
   auto& cli = app.options();
   const CLI::Range positive(1, 1 << 20);
@@ -242,5 +244,9 @@ int main(int argc, char** argv) {
   cli.add_option("--sample-from", s.sample_from, "only sample, with this adapter of --base")
       ->check(CLI::ExistingPath)
       ->needs("--base");
-  return app.run(argc, argv, [&] { return s.data.empty() ? teach<crowns>(app, s) : teach<digit>(app, s); });
+  return app.run(argc, argv, [&] {
+    if constexpr (with_cuda)
+      if (app.device == "cuda") find_gpu();
+    return s.data.empty() ? teach<crowns>(app, s) : teach<digit>(app, s);
+  });
 }

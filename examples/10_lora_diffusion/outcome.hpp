@@ -43,8 +43,9 @@ std::vector<float> predictions(const mlkit::cpu& exec, const Model& model, const
   return {y.data(), y.data() + y.size()};
 }
 
-/// The rank-4 file of Stable Diffusion 1.5: written, read back, merged into weights of its shapes, and timed.
-void real_sizes(const mlkit::cpu& exec, const std::filesystem::path& out, examples::report& report);
+/// The rank-4 file of Stable Diffusion 1.5: written, read back, merged into weights of its shapes, and timed; with
+/// `gpu` its layers run there too.
+void real_sizes(const mlkit::cpu& exec, const std::filesystem::path& out, bool gpu, examples::report& report);
 
 /// Prints and writes the table of methods.
 void tell(const std::filesystem::path& out, const std::vector<outcome>& outcomes);

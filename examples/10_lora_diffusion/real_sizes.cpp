@@ -1,6 +1,5 @@
+#include "gpu_layers.hpp"
 #include "outcome.hpp"
-
-#include "common/sd15.hpp"
 
 #include <mlkit/io/adapter_file.hpp>
 #include <mlkit/lora/merge.hpp>
@@ -9,7 +8,7 @@
 
 using namespace examples;
 
-void real_sizes(const mlkit::cpu& exec, const std::filesystem::path& out, report& report) {
+void real_sizes(const mlkit::cpu& exec, const std::filesystem::path& out, [[maybe_unused]] bool gpu, report& report) {
   using clock = std::chrono::steady_clock;
   const auto milliseconds = [](clock::time_point since) {
     return std::chrono::duration<double, std::milli>(clock::now() - since).count();
@@ -70,4 +69,6 @@ void real_sizes(const mlkit::cpu& exec, const std::filesystem::path& out, report
       }
   }
   report.at_most("    merged values against a sum in f64, largest difference", error, 1e-9);
+  if constexpr (with_cuda)
+    if (gpu) layers_on_gpu(projections, path, report);
 }

@@ -8,13 +8,14 @@
 #include <filesystem>
 #include <functional>
 #include <string>
+#include <vector>
 
 namespace examples {
 
 class app {
  public:
   /// `name` is the folder's ("10_lora_diffusion"); pictures go to out/<name> unless --out says otherwise.
-  app(const std::string& name, const std::string& about);
+  app(const std::string& name, const std::string& about, const std::vector<std::string>& devices = {"cpu"});
 
   std::uint64_t seed = 0;
   std::filesystem::path out;

@@ -13,6 +13,14 @@ struct projection {
   mlkit::index_t in, out;
 };
 
+/// The tokens that a projection has for one image of 512 x 512: those of the text for k and v of cross-attention, else
+/// the places of its block, 64 x 64 where it is 320 wide and half of that each way in the next.
+inline mlkit::index_t tokens(const projection& p) {
+  const bool of_text = p.in != p.out || p.module.ends_with("attn2.to_k") || p.module.ends_with("attn2.to_v");
+  constexpr mlkit::index_t text = 77, places = 64 * 64, width = 320;
+  return of_text ? text : places * width * width / (p.out * p.out);
+}
+
 /// The q, k, v and out projections of all 32 attention modules (128 of them), or of the 16 cross-attentions alone:
 /// self- attention is attn1, cross-attention is attn2 and takes k and v from the text, 768 wide. Channels are 320, 640,
 /// 1280, 1280 in blocks 0..3; attention stands in down blocks 0..2 (twice each), in the middle, and in up blocks 1..3
