@@ -87,7 +87,7 @@ TEST_CASE("patterns that are wrong or not read are refused", "[io]") {
 TEST_CASE("configurations that PEFT wrote are read and written back byte for byte", "[io]") {
   for (const char* name : {"peft_tiny", "peft_tiny_rslora", "peft_tiny_dora"}) {
     CAPTURE(name);
-    const std::string path = data(name) + "/adapter_config.json";
+    const std::string path = test_data(name) + "/adapter_config.json";
     const io::adapter_config config = io::read_adapter_config(path);
     CHECK(config.r == 4);
     CHECK(config.lora_alpha == 8);

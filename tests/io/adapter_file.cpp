@@ -93,9 +93,9 @@ io::adapter_read_options with_config(const std::string& members) {
 TEST_CASE("PEFT checkpoints give the updates that PEFT computes", "[io]") {
   for (const char* name : {"peft_tiny", "peft_tiny_rslora", "peft_tiny_dora"}) {
     CAPTURE(name);
-    const auto file = io::read_adapters(data(name));
+    const auto file = io::read_adapters(test_data(name));
     CHECK(file.naming == adapter_naming::peft);
-    const auto expected = io::safetensors::open(data(name) + "/deltas.safetensors");
+    const auto expected = io::safetensors::open(test_data(name) + "/deltas.safetensors");
     REQUIRE(file.adapters.size() == 8);
     REQUIRE(expected.size() == 8);
     for (const auto& e : file.adapters) {
@@ -126,10 +126,10 @@ TEST_CASE("PEFT checkpoints give the updates that PEFT computes", "[io]") {
 }
 
 TEST_CASE("the four namings of the same adapters read alike", "[io]") {
-  const auto diffusers = io::read_adapters(data("diffusers_tiny.safetensors"));
-  const auto old = io::read_adapters(data("diffusers_old_tiny.safetensors"));
-  const auto kohya = io::read_adapters(data("kohya_tiny.safetensors"));
-  const auto dora = io::read_adapters(data("kohya_tiny_dora.safetensors"));
+  const auto diffusers = io::read_adapters(test_data("diffusers_tiny.safetensors"));
+  const auto old = io::read_adapters(test_data("diffusers_old_tiny.safetensors"));
+  const auto kohya = io::read_adapters(test_data("kohya_tiny.safetensors"));
+  const auto dora = io::read_adapters(test_data("kohya_tiny_dora.safetensors"));
   CHECK(diffusers.naming == adapter_naming::diffusers);
   CHECK(old.naming == adapter_naming::diffusers_old);
   CHECK(kohya.naming == adapter_naming::kohya);
@@ -154,7 +154,7 @@ TEST_CASE("the four namings of the same adapters read alike", "[io]") {
 }
 
 TEST_CASE("lookups take the module, the component, and kohya's underscores", "[io]") {
-  const auto kohya = io::read_adapters(data("kohya_tiny.safetensors"));
+  const auto kohya = io::read_adapters(test_data("kohya_tiny.safetensors"));
   const std::string module = "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0";
   CHECK(kohya.at(module).path() == "unet." + module);
   CHECK(kohya.find("unet." + module) == kohya.find(module));
@@ -401,19 +401,19 @@ TEST_CASE("every naming reads back what it wrote", "[io]") {
   };
   for (const char* name : {"peft_tiny", "peft_tiny_rslora", "peft_tiny_dora"}) {
     CAPTURE(name);
-    const auto entries = io::read_adapters(data(name)).adapters;
+    const auto entries = io::read_adapters(test_data(name)).adapters;
     check(entries, adapter_naming::peft, 0);
     const auto nameable = only(entries, [](const auto& e) { return e.kind != io::adapter_kind::embedding; });
     check(nameable, adapter_naming::diffusers, 0);
     check(nameable, adapter_naming::kohya, 1e-6);
   }
-  const auto unet = only(io::read_adapters(data("diffusers_tiny.safetensors")).adapters,
+  const auto unet = only(io::read_adapters(test_data("diffusers_tiny.safetensors")).adapters,
                          [](const auto& e) { return e.component == "unet"; });
   for (const adapter_naming naming : all_namings) check(unet, naming, 1e-6, true);
-  check(io::read_adapters(data("kohya_tiny_dora.safetensors")).adapters, adapter_naming::kohya, 0);
-  check(io::read_adapters(data("kohya_tiny_dora.safetensors")).adapters, adapter_naming::diffusers, 0);
+  check(io::read_adapters(test_data("kohya_tiny_dora.safetensors")).adapters, adapter_naming::kohya, 0);
+  check(io::read_adapters(test_data("kohya_tiny_dora.safetensors")).adapters, adapter_naming::diffusers, 0);
   // Mixed scalings and ranks go into one PEFT configuration.
-  auto mixed = io::read_adapters(data("peft_tiny")).adapters;
+  auto mixed = io::read_adapters(test_data("peft_tiny")).adapters;
   mixed[0].rslora = true;
   mixed[2].alpha = -0.75;
   mixed[3].alpha.reset();
@@ -424,19 +424,19 @@ TEST_CASE("other projects' files are written again byte for byte", "[io]") {
   temporary_directory folder;
   for (const char* name : {"peft_tiny", "peft_tiny_rslora", "peft_tiny_dora"}) {
     CAPTURE(name);
-    const auto file = io::read_adapters(data(name));
+    const auto file = io::read_adapters(test_data(name));
     io::write_adapters(folder / name, file.adapters, {.config = file.configs.at("")});
     CHECK(contents(folder / name + "/adapter_model.safetensors") ==
-          contents(data(name) + "/adapter_model.safetensors"));
-    CHECK(contents(folder / name + "/adapter_config.json") == contents(data(name) + "/adapter_config.json"));
+          contents(test_data(name) + "/adapter_model.safetensors"));
+    CHECK(contents(folder / name + "/adapter_config.json") == contents(test_data(name) + "/adapter_config.json"));
   }
 }
 
 TEST_CASE("what a naming cannot express is refused before anything is written", "[io]") {
   temporary_directory folder;
-  const auto tiny = io::read_adapters(data("peft_tiny")).adapters;
-  const auto dora = io::read_adapters(data("peft_tiny_dora")).adapters;
-  const auto mixed = io::read_adapters(data("diffusers_tiny.safetensors")).adapters;
+  const auto tiny = io::read_adapters(test_data("peft_tiny")).adapters;
+  const auto dora = io::read_adapters(test_data("peft_tiny_dora")).adapters;
+  const auto mixed = io::read_adapters(test_data("diffusers_tiny.safetensors")).adapters;
   const auto refusal = [&](std::vector<io::adapter_entry> entries, adapter_naming naming) {
     return message_of<value_error>([&] { io::write_adapters(folder / "x.safetensors", entries, {.naming = naming}); });
   };
@@ -461,7 +461,7 @@ TEST_CASE("what a naming cannot express is refused before anything is written", 
 
 TEST_CASE("text that is not UTF-8 is refused under every naming, and nothing is written", "[io]") {
   temporary_directory folder;
-  auto entry = io::read_adapters(data("kohya_tiny.safetensors")).adapters.front();
+  auto entry = io::read_adapters(test_data("kohya_tiny.safetensors")).adapters.front();
   const auto refusal = [&](const io::adapter_write_options& options) {
     return message_of<value_error>([&] { io::write_adapters(folder / "x", {entry}, options); });
   };

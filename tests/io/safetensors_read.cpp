@@ -39,7 +39,7 @@ std::string entry(const std::string& name, const std::string& dtype, const std::
 }  // namespace
 
 TEST_CASE("every dtype of the format is read in place", "[io]") {
-  const auto file = io::safetensors::open(data("safetensors_dtypes.safetensors"));
+  const auto file = io::safetensors::open(test_data("safetensors_dtypes.safetensors"));
   REQUIRE(file.size() == 19);
   check_view<float>(file, "f32");
   check_view<double>(file, "f64");
@@ -61,7 +61,7 @@ TEST_CASE("every dtype of the format is read in place", "[io]") {
 }
 
 TEST_CASE("float tensors convert to any storage type", "[io]") {
-  const auto file = io::safetensors::open(data("safetensors_dtypes.safetensors"));
+  const auto file = io::safetensors::open(test_data("safetensors_dtypes.safetensors"));
   for (const char* name : {"f32", "f64", "f16", "bf16"}) {
     const auto single = file.tensor<float, 2>(name);
     const auto half = file.tensor<f16, 2>(name);
@@ -85,7 +85,7 @@ TEST_CASE("float tensors convert to any storage type", "[io]") {
 }
 
 TEST_CASE("8-bit floats decode as torch decodes them", "[io]") {
-  const auto file = io::safetensors::open(data("safetensors_f8.safetensors"));
+  const auto file = io::safetensors::open(test_data("safetensors_f8.safetensors"));
   for (const char* name : {"f8_e4m3", "f8_e5m2", "f8_e4m3fnuz", "f8_e5m2fnuz", "f8_e8m0"}) {
     CAPTURE(name);
     const auto decoded = file.tensor<float, 1>(name);
@@ -99,7 +99,7 @@ TEST_CASE("8-bit floats decode as torch decodes them", "[io]") {
 }
 
 TEST_CASE("scalars, empty tensors, odd names and metadata are read", "[io]") {
-  const auto file = io::safetensors::open(data("safetensors_shapes.safetensors"));
+  const auto file = io::safetensors::open(test_data("safetensors_shapes.safetensors"));
   CHECK(file.metadata() == std::map<std::string, std::string>{{"format", "pt"}});
   CHECK(file.at("scalar").scalar() == 1.5);
   CHECK(file.at("scalar").rank() == 0);
@@ -115,7 +115,7 @@ TEST_CASE("scalars, empty tensors, odd names and metadata are read", "[io]") {
       file.contains("gr\xc3\xb6\xc3\x9f"
                     "e_\xe9\x95\xb7\xe3\x81\x95_\xf0\x9f\x98\x80"));
   CHECK_THAT(io_failure([&] { file.at("b").scalar(); }), Contains("has 3 elements, but one was asked for"));
-  CHECK(io::safetensors::open(data("safetensors_none.safetensors")).size() == 0);
+  CHECK(io::safetensors::open(test_data("safetensors_none.safetensors")).size() == 0);
 }
 
 TEST_CASE("names are decoded from every JSON escape", "[io]") {
@@ -134,7 +134,7 @@ TEST_CASE("names that are not UTF-8 are refused where they stand, and shown with
 }
 
 TEST_CASE("a tensor outlives its file and shares the mapping", "[io]") {
-  const io::tensor_info kept = io::safetensors::open(data("safetensors_dtypes.safetensors")).at("f32");
+  const io::tensor_info kept = io::safetensors::open(test_data("safetensors_dtypes.safetensors")).at("f32");
   CHECK(kept.view<float, 2>()(0, 1) == -0.5f);
   // A file replaced by rename while it is mapped keeps its old contents for those who hold it.
   temporary_directory folder;
@@ -176,7 +176,7 @@ TEST_CASE("tensors may stand in the header in any order", "[io]") {
 }
 
 TEST_CASE("files that are cut short are refused at every length", "[io]") {
-  const std::string whole = contents(data("safetensors_shapes.safetensors"));
+  const std::string whole = contents(test_data("safetensors_shapes.safetensors"));
   const auto* begin = reinterpret_cast<const std::byte*>(whole.data());
   REQUIRE_NOTHROW(io::parse_safetensors({begin, whole.size()}));
   for (std::size_t n = 0; n < whole.size(); ++n) {

@@ -37,8 +37,8 @@ TEST_CASE("samples for other readers", "[.samples]") {
                         {{"format", "pt"}, {"note", "line\nbreak"}});
 
   for (const char* name : {"peft_tiny", "peft_tiny_rslora", "peft_tiny_dora"})
-    lora::save_adapters(folder + name, lora::load_adapters(data(name)));  // no configuration given: one is made
-  const auto unet = lora::load_adapters(data("diffusers_tiny.safetensors"));
+    lora::save_adapters(folder + name, lora::load_adapters(test_data(name)));  // no configuration given: one is made
+  const auto unet = lora::load_adapters(test_data("diffusers_tiny.safetensors"));
   lora::save_adapters(folder + "diffusers.safetensors", unet, {.naming = io::adapter_naming::diffusers});
   lora::save_adapters(folder + "kohya.safetensors", unet, {.naming = io::adapter_naming::kohya});
   std::vector<io::adapter_entry> old = unet.entries();

@@ -12,8 +12,6 @@
 #include <string_view>
 #include <vector>
 
-inline std::string data(const std::string& name) { return test_data(name); }
-
 inline std::string contents(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   REQUIRE(file);

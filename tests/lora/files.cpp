@@ -12,8 +12,6 @@ using Catch::Contains;
 
 namespace {
 
-std::string data(const std::string& name) { return test_data(name); }
-
 template <class E, class F>
 std::string message_of(F&& f) {
   try {
@@ -28,7 +26,7 @@ std::string message_of(F&& f) {
 }  // namespace
 
 TEST_CASE("loaded adapters look at the mapped file", "[lora][files]") {
-  const auto set = lora::load_adapters(data("peft_tiny"));
+  const auto set = lora::load_adapters(test_data("peft_tiny"));
   REQUIRE(set.size() == 8);
   const lora::adapter_view<float> q = set.at("blocks.0.attn.q_proj");
   CHECK(static_cast<const void*>(q.a.data) == static_cast<const void*>(set.entry("blocks.0.attn.q_proj").a.data));
@@ -44,7 +42,7 @@ TEST_CASE("loaded adapters look at the mapped file", "[lora][files]") {
 }
 
 TEST_CASE("adapters of other dtypes are converted once, also under several threads", "[lora][files]") {
-  const auto set = lora::load_adapters(data("peft_tiny_rslora"));  // bf16
+  const auto set = lora::load_adapters(test_data("peft_tiny_rslora"));  // bf16
   const float* seen[2] = {};
   std::thread other([&] { seen[0] = set.at("conv").a.data; });
   seen[1] = set.at("conv").a.data;
@@ -52,13 +50,13 @@ TEST_CASE("adapters of other dtypes are converted once, also under several threa
   CHECK(seen[0] == seen[1]);
   const auto raw = set.entry("conv").a.elements<bf16>();
   for (std::size_t i = 0; i < raw.size(); ++i) CHECK(seen[0][i] == static_cast<float>(raw[i]));
-  const auto in_place = lora::load_adapters<bf16>(data("peft_tiny_rslora"));
+  const auto in_place = lora::load_adapters<bf16>(test_data("peft_tiny_rslora"));
   CHECK(static_cast<const void*>(in_place.at("conv").a.data) ==
         static_cast<const void*>(in_place.entry("conv").a.data));
 }
 
 TEST_CASE("a DoRA adapter is never taken for a plain one", "[lora][files]") {
-  const auto set = lora::load_adapters(data("peft_tiny_dora"));
+  const auto set = lora::load_adapters(test_data("peft_tiny_dora"));
   CHECK_THAT(message_of<value_error>([&] { (void)set.at("conv"); }), Contains("\"conv\" is a DoRA adapter"));
   CHECK(set.halves("conv").rank() == 3);
   CHECK(set.magnitude("conv").extent(0) == 8);
