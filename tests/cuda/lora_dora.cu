@@ -1,5 +1,5 @@
 // DoRA: forward with norms computed or kept, and its gradients.
-#include "lora_support.hpp"
+#include "lora/layer.hpp"
 
 namespace {
 
@@ -87,11 +87,7 @@ TEMPLATE_TEST_CASE("dora's gradients hold the norm constant, on every executor",
 
 TEST_CASE("dora with dropout, on every executor", "[lora][cuda]") {
   dora_layer<float> l(19, 50, 40, 6);
-  const mlkit::random_stream random{7, 3};
-  mat mask(19, 50);
-  for (index_t i = 0; i < 19 * 50; ++i)
-    mask.v[static_cast<std::size_t>(i)] =
-        random.bits(static_cast<std::uint64_t>(i)) >= static_cast<std::uint32_t>(0.3 * 0x1p32) ? 1 / 0.7 : 0;
+  const mat mask = mask_of(19, 50, 0.3, 7, 3);
   const mat dropped = times(l.x.values, mask);
   const lora::linear_options<float> options{.dropout = 0.3, .seed = 7, .stream = 3};
   std::vector<double> less = l.factors;

@@ -1,5 +1,5 @@
 // Adapters merged into a weight and taken out of it.
-#include "lora_support.hpp"
+#include "lora/layer.hpp"
 
 TEMPLATE_TEST_CASE("merge and unmerge, on every executor", "[lora][cuda]", float, double, bf16) {
   for (const shape& s : {shape{1, 64, 40, 4}, shape{1, 37, 21, 3}, shape{1, 328, 256, 16}}) {
@@ -7,13 +7,13 @@ TEMPLATE_TEST_CASE("merge and unmerge, on every executor", "[lora][cuda]", float
     layer<TestType> l(s.tokens, s.in, s.out, s.rank);
     const mat update = multiply(l.b.values, l.a.values);
     lora::merge(l.exec, l.w.view(), l.adapter(), {.weight = 0.7});
-    CHECK(difference(l.read(l.w.there), add(l.w.values, update, 0.7 * l.scale)) < tolerance<TestType>());
+    CHECK(difference(l.read(l.w), add(l.w.values, update, 0.7 * l.scale)) < tolerance<TestType>());
     lora::unmerge(l.exec, l.w.view(), l.adapter(), {.weight = 0.7});
-    CHECK(difference(l.read(l.w.there), l.w.values) < tolerance<TestType>());
-    const mat before = l.read(l.w.there);
+    CHECK(difference(l.read(l.w), l.w.values) < tolerance<TestType>());
+    const mat before = l.read(l.w);
     const std::vector<lora::adapter_view<TestType>> both = {l.adapter(), l.adapter().scaled(2)};
     lora::merge(l.exec, l.w.view(), both, std::vector<double>{1.0, -0.25});
-    CHECK(difference(l.read(l.w.there), add(before, update, 0.5 * l.scale)) < tolerance<TestType>());
+    CHECK(difference(l.read(l.w), add(before, update, 0.5 * l.scale)) < tolerance<TestType>());
   }
 }
 
@@ -30,7 +30,7 @@ TEMPLATE_TEST_CASE("dora merges by its factors, on every executor", "[lora][cuda
     for (index_t k = 0; k < 64; ++k) want(i, k) *= static_cast<double>(magnitude_values(i)) / std::sqrt(square);
   }
   lora::merge(l.exec, l.w.view(), adapter);
-  CHECK(difference(l.read(l.w.there), want) < tolerance<TestType>());
+  CHECK(difference(l.read(l.w), want) < tolerance<TestType>());
   lora::unmerge(l.exec, l.w.view(), adapter);
-  CHECK(difference(l.read(l.w.there), l.w.values) < tolerance<TestType>());
+  CHECK(difference(l.read(l.w), l.w.values) < tolerance<TestType>());
 }

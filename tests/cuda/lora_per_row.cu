@@ -1,5 +1,5 @@
 // Many adapters in one batch, of mixed ranks: one for each row, or for each run of rows.
-#include "lora_support.hpp"
+#include "lora/layer.hpp"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // lora::linear over NF4 and int8 weights: decoded in registers for few tokens, into shared memory for many.
-#include "lora_support.hpp"
+#include "lora/layer.hpp"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // lora::linear for many tokens by Hopper's warpgroups: tiles that reach past the ends of y, and depths that fill no
 // step.
-#include "lora_support.hpp"
+#include "lora/layer.hpp"
 
 TEMPLATE_TEST_CASE("linear for many tokens, on every executor", "[lora][cuda]", bf16, f16) {
   for (const shape& s : {shape{600, 512, 248, 16}, shape{620, 648, 256, 40}}) {

@@ -105,11 +105,7 @@ TEMPLATE_TEST_CASE("DoRA forward and backward follow the paper, with and without
     for (const double p : {0.0, 0.3}) {
       INFO(s.tokens << " " << s.in << " " << s.out << " " << s.rank << " dropout " << p);
       layer<TestType> l(s.tokens, s.in, s.out, s.rank);
-      const mlkit::random_stream random{9, 4};
-      if (p > 0)
-        for (index_t i = 0; i < s.tokens * s.in; ++i)
-          l.mask.v[static_cast<std::size_t>(i)] =
-              random.bits(static_cast<std::uint64_t>(i)) >= static_cast<std::uint32_t>(p * 0x1p32) ? 1 / (1 - p) : 0;
+      if (p > 0) l.mask = mask_of(s.tokens, s.in, p, 9, 4);
       const lora::linear_options<sums<TestType>> options{.dropout = p, .seed = 9, .stream = 4};
       const lora::dense base{l.w, l.bias};
       const lora::dora dora{l.adapter(), l.magnitude};

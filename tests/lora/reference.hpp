@@ -67,6 +67,23 @@ inline mat scale_columns(mat a, const std::vector<double>& g) {
   return a;
 }
 
+// Rounded to T, as a chain of separate operations rounds its intermediate results.
+template <class T>
+mat rounded(mat m) {
+  for (double& x : m.v) x = static_cast<double>(T(static_cast<float>(x)));
+  return m;
+}
+
+// What dropout multiplies its input by, word by word as its definition says.
+inline mat mask_of(index_t rows, index_t cols, double p, std::uint64_t seed, std::uint64_t stream) {
+  const mlkit::random_stream random{seed, stream};
+  mat m(rows, cols);
+  for (index_t i = 0; i < rows * cols; ++i)
+    m.v[static_cast<std::size_t>(i)] =
+        random.bits(static_cast<std::uint64_t>(i)) >= static_cast<std::uint32_t>(p * 0x1p32) ? 1 / (1 - p) : 0;
+  return m;
+}
+
 // The largest difference, relative to the largest value expected.
 template <class M>
 double difference(const M& have, const mat& want) {

@@ -1,5 +1,5 @@
-// What the tests of LoRA on any executor share: one adapted layer, where the executor can use it, and what the formulas
-// make of it in f64.
+// One adapted layer, where any executor can use it, and what the formulas make of it in f64. tests/lora runs it on the
+// CPU (MLKIT_TEST_ON_CPU), tests/cuda on each executor.
 #pragma once
 
 #if defined(MLKIT_TEST_ON_CPU)
@@ -12,8 +12,8 @@
 #include <deque>
 #include <span>
 
-#include "executor.hpp"
-#include "lora/reference.hpp"
+#include "cuda/executor.hpp"
+#include "reference.hpp"
 
 namespace lora = mlkit::lora;
 using mlkit::bf16;
@@ -23,11 +23,10 @@ using namespace reference;
 
 // A matrix where the executor can use it, and what it was on the host.
 template <class T>
-struct placed {
+struct placed : test::operand<T, 2> {
   mat values;
-  test::operand<T, 2> there;
-  placed(const test::executor& exec, const mlkit::matrix<T>& m) : values(from(m)), there(test::on_device(exec, m)) {}
-  mlkit::matrix_view<T> view() { return there.view(); }
+  placed(const test::executor& exec, const mlkit::matrix<T>& m)
+      : test::operand<T, 2>(test::on_device(exec, m)), values(from(m)) {}
 };
 
 // Memory of any type where the executor can use it. It travels as floats, which is what executors' memory holds.
@@ -48,6 +47,20 @@ class placed_bytes {
   std::deque<test::operand<float, 1>> memory_;
 };
 
+struct shape {
+  index_t tokens, in, out, rank;
+};
+inline std::ostream& operator<<(std::ostream& s, const shape& t) {
+  return s << t.tokens << " " << t.in << " " << t.out << " " << t.rank;
+}
+
+template <class T>
+mlkit::matrix<T> nans(index_t rows, index_t cols) {
+  mlkit::matrix<T> m({rows, cols});
+  for (index_t i = 0; i < m.size(); ++i) m.data()[i] = static_cast<T>(std::nanf(""));
+  return m;
+}
+
 template <class T>
 struct layer {
   test::executor exec = test::exec();
@@ -56,6 +69,7 @@ struct layer {
   placed<T> x, w, a, b, dy;
   mlkit::vector<T> bias_values;
   test::operand<T, 1> bias;
+  mat mask;  // what dropout multiplies x by on its way into A; without elements: nothing
 
   layer(index_t t, index_t i, index_t o, index_t r, double s = 0.5)
       : tokens(t),
@@ -70,29 +84,33 @@ struct layer {
         dy(exec, normal<T>(t, o, 5)),
         bias_values(normal_vector<T>(o, 6)),
         bias(test::on_device(exec, bias_values)) {}
+  explicit layer(const shape& s, double scale = 0.5) : layer(s.tokens, s.in, s.out, s.rank, scale) {}
 
-  lora::adapter_view<T> adapter() { return {a.view(), b.view(), scale}; }
-  auto base() { return lora::dense{w.view(), bias.view()}; }
-  mat merged() const { return add(w.values, multiply(b.values, a.values), scale); }
+  lora::adapter_view<T> adapter() const { return {a.view(), b.view(), scale}; }
+  auto base() const { return lora::dense{w.view(), bias.view()}; }
+
+  mat masked(const mat& m) const { return mask.v.empty() ? m : times(m, mask); }
   mat with_bias(mat y) const {
     for (index_t i = 0; i < y.rows; ++i)
       for (index_t j = 0; j < y.cols; ++j) y(i, j) += static_cast<double>(bias_values(j));
     return y;
   }
-  mat y() const { return with_bias(multiply(x.values, transpose(merged()))); }
-  mat dx() const { return multiply(dy.values, merged()); }
-  mat db() const { return scaled(multiply(transpose(dy.values), multiply(x.values, transpose(a.values))), scale); }
-  mat da() const { return scaled(multiply(transpose(multiply(dy.values, b.values)), x.values), scale); }
+  mat merged() const { return add(w.values, multiply(b.values, a.values), scale); }
+  mat base_y() const { return with_bias(multiply(x.values, transpose(w.values))); }
+  mat h() const { return scaled(multiply(masked(x.values), transpose(a.values)), scale); }
+  mat g() const { return scaled(multiply(dy.values, b.values), scale); }
+  mat y() const { return add(base_y(), multiply(h(), transpose(b.values))); }
+  mat db() const { return multiply(transpose(dy.values), h()); }
+  mat da() const { return multiply(transpose(g()), masked(x.values)); }
+  mat dx() const { return add(multiply(dy.values, w.values), masked(multiply(g(), a.values))); }
 
   // A matrix for results, which starts as NaN.
   template <class U = T>
   auto result(index_t rows, index_t cols) const {
-    mlkit::matrix<U> m({rows, cols});
-    for (index_t i = 0; i < m.size(); ++i) m.data()[i] = static_cast<U>(std::nanf(""));
-    return test::on_device(exec, m);
+    return test::on_device(exec, nans<U>(rows, cols));
   }
   template <class U>
-  mat read(test::operand<U, 2>& m) const {
+  mat read(const test::operand<U, 2>& m) const {
     return from(test::to_host(exec, m));
   }
 };
@@ -101,17 +119,3 @@ inline double difference(const mat& have, const mat& want) {
   return difference(mlkit::matrix_view<const double>(have.v.data(), {have.rows, have.cols}), want);
 }
 inline bool same_bits(const mat& a, const mat& b) { return a.v == b.v; }
-
-// Rounded to T, as a chain of separate operations rounds its intermediate results.
-template <class T>
-mat rounded(mat m) {
-  for (double& v : m.v) v = static_cast<double>(T(static_cast<float>(v)));
-  return m;
-}
-
-struct shape {
-  index_t tokens, in, out, rank;
-};
-inline std::ostream& operator<<(std::ostream& s, const shape& t) {
-  return s << t.tokens << " " << t.in << " " << t.out << " " << t.rank;
-}
