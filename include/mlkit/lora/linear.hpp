@@ -387,6 +387,10 @@ void linear(const Executor& exec, const X& x, const Base& base, Y&& y) {
 /// Throws shape_error where extents do not fit, the rank is 0 or y overlaps what is read, and value_error for null data
 /// or a scale that is not finite, before y is touched. The same bits for any number of threads.
 /// 2 tokens (in out + rank (in + out)) flops; scratch memory does not grow with tokens.
+///
+/// On a GPU x and W of one 16-bit type are multiplied on tensor cores, h and an adapter of another type rounded to
+/// theirs. Where a library computes x W^T, the update is added to y after that was rounded. Scratch memory is tokens x
+/// rank elements, and with dropout a copy of x.
 template <executor Executor, viewable<2> X, linear_base Base, plain_adapter Adapter, viewable<2> Y>
 void linear(const Executor& exec, const X& x, const Base& base, const Adapter& adapter, Y&& y) {
   using T = element_t<const X>;
