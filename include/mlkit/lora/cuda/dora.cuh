@@ -128,17 +128,15 @@ void run_dora(const cuda& exec, const matrix_view<const X>& x, const Base& base,
     using Bias = bias_t<Base>;
     using E = device_type_t<X, base_source_t<Base>>;
     const adapter_view<T>& p = d.adapter;
-    const device_matrix<X> dropped(exec, x.extent(0), x.extent(1));
-    each_element(function, exec, x.extent(0), x.extent(1),
-                 drop<X>{x, dropped.view, dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1))});
+    const adapter_input<true, X> seen(function, exec, x, o);
     const reachable<E> b(function, exec, p.b);
-    const down_projection<E> down(bias_tag<Bias>{}, function, exec, as_const(dropped.view), p, o.h, false);
+    const down_projection<E> down(bias_tag<Bias>{}, function, exec, seen.view, p, o.h, false);
     const auto right = right_operand(transposed(base.weight()));
     const auto h = left_of(narrowed(down.h.view, b.view.extent(1))), b_lines = left_of(b.view);
     multiply_on<E>(function, exec, left_of(x), right, h, b_lines, y, finish<A, Bias, Y>{.bias = base.bias.data});
     finish<A, Bias, Y> stage{.columns = g.factors};
     if (o.z.data) stage.keeping(o.z);
-    multiply_on<E>(function, exec, left_of(as_const(dropped.view)), right, h, b_lines, y, stage.adding(y));
+    multiply_on<E>(function, exec, left_of(seen.view), right, h, b_lines, y, stage.adding(y));
   }
 }
 
@@ -200,10 +198,8 @@ void run_dora_backward_of(const cuda& exec, const matrix_view<const X>& x, const
   const adapter_view<T>& p = d.adapter;
   const index_t tokens = x.extent(0), out = base.outputs(), rank = p.rank();
   const device_norms<A> g(function, exec, base, d, A{});
-  const dropout_mask mask = dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1));
-  const device_matrix<X> dropped(exec, Masked ? tokens : 0, x.extent(1));
-  if (Masked && tokens > 0) each_element(function, exec, tokens, x.extent(1), drop<X>{x, dropped.view, mask});
-  const matrix_view<const X> seen = Masked ? as_const(dropped.view) : x;
+  const adapter_input<Masked, X> input(function, exec, x, o);
+  const matrix_view<const X>& seen = input.view;
 
   if (tokens > 0) {
     const reachable<E> b(function, exec, p.b);
@@ -241,7 +237,7 @@ void run_dora_backward_of(const cuda& exec, const matrix_view<const X>& x, const
     using Stage = finish<A, Bias, Dx>;
     propagate_on<E>(function, exec, us, base, as_const(narrowed(gs.view, rank)), narrowed(a.view, x.extent(1)), dx,
                     Stage{});
-    drop_in_place(function, exec, dx, mask);
+    drop_in_place(function, exec, dx, dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1)));
     multiply_on<E>(function, exec, left_of(dy), right_operand(base.weight()), dx, Stage{}.adding(dx));
   }
 }

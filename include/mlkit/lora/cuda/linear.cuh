@@ -17,6 +17,24 @@ matrix_view<T> narrowed(matrix_view<T> v, index_t cols) noexcept {
   return v;
 }
 
+/// x as A sees it: a copy whose elements are dropped and scaled, or x itself.
+template <bool Masked, class X>
+struct adapter_input {
+  device_matrix<X> copy;
+  matrix_view<const X> view;
+
+  template <class A>
+  adapter_input(std::string_view function, const cuda& exec, const matrix_view<const X>& x, const linear_options<A>& o)
+      : view(x) {
+    if constexpr (Masked) {
+      copy = device_matrix<X>(exec, x.extent(0), x.extent(1));
+      each_element(function, exec, x.extent(0), x.extent(1),
+                   drop<X>{x, copy.view, dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1))});
+      view = copy.view;
+    }
+  }
+};
+
 /// What forward and backward have of an adapter: its halves as E, and h = s D(x) A^T, with zeros behind its columns.
 template <class E>
 struct down_projection {
@@ -50,12 +68,10 @@ bool decode_linear(std::string_view function, const cuda& exec, const matrix_vie
     return true;
   }
   const reachable<E> b(function, exec, p.b);
-  if (p.scale != 0) {
-    problem.b = b.view.data;
-    problem.b_row = b.view.stride(0);
-    problem.b_column = b.view.stride(1);
-    problem.rank = static_cast<int>(p.rank());
-  }
+  problem.b = b.view.data;
+  problem.b_row = b.view.stride(0);
+  problem.b_column = b.view.stride(1);
+  problem.rank = static_cast<int>(p.rank());
   if (!o.h.data) {
     const reachable<E> a(function, exec, p.a);
     if (thin::run_fused(function, exec, problem, left_of(a.view), p.scale)) return true;
@@ -64,7 +80,7 @@ bool decode_linear(std::string_view function, const cuda& exec, const matrix_vie
   problem.h = down.h.view.data;
   problem.h_row = down.h.view.stride(0);
   problem.h_column = 1;
-  problem.early = !o.h.data && p.scale != 0;
+  problem.early = !o.h.data;
   thin::run(function, exec, problem);
   return true;
 }
@@ -85,9 +101,8 @@ bool warpgroup_linear(std::string_view function, const cuda& exec, const matrix_
     const int spare = warpgroup::spare_blocks(exec, y.extent(0), y.extent(1));
     const reachable<E> b(function, exec, p.b);
     const down_projection<E> down(bias_tag<Bias>{}, function, exec, x, p, o.h, false, spare < fewest ? 0 : spare);
-    const auto h = left_of(as_const(narrowed(down.h.view, p.scale == 0 ? 0 : b.view.extent(1))));
-    const auto b_lines = left_of(narrowed(b.view, h.depth()));
-    const bool early = !o.h.data && h.depth() > 0 && p.rank() <= thin::most_many;
+    const auto h = left_of(as_const(narrowed(down.h.view, b.view.extent(1)))), b_lines = left_of(b.view);
+    const bool early = !o.h.data && p.rank() <= thin::most_many;
     if (warpgroup::run(function, exec, left, right, h, b_lines, y, factors, base.bias.data, early)) return true;
     multiply_on<E>(function, exec, left, right, h, b_lines, y,
                    finish<A, Bias, Y>{.columns = factors, .bias = base.bias.data});
@@ -104,8 +119,15 @@ void run_linear(const cuda& exec, const matrix_view<const X>& x, const Base& bas
   using Bias = bias_t<Base>;
   using E = device_type_t<X, base_source_t<Base>>;
   if (y.empty()) return;
-  if (!o.h.data) p = effective(p);
-  const index_t tokens = x.extent(0);
+  if (p.scale == 0 && p.rank() > 0) {  // the bits of the base alone, which is made as if there were no adapter
+    if (o.h.data) {
+      const adapter_input<Masked, X> seen(function, exec, x, o);
+      const down_projection<E> down(bias_tag<Bias>{}, function, exec, seen.view, p, o.h, false);
+    }
+    linear_options<A> rest = o;
+    rest.h = {};
+    return run_linear<false>(exec, x, base, effective(p), y, rest, factors);
+  }
   finish<A, Bias, Y> stage{.columns = factors, .bias = base.bias.data};
   if (o.z.data) stage.keeping(o.z);
   if constexpr (!Masked && std::is_same_v<X, E> && thin::has_reader<E, base_source_t<Base>>)
@@ -115,15 +137,11 @@ void run_linear(const cuda& exec, const matrix_view<const X>& x, const Base& bas
   const auto left = left_of(x);
   const auto right = right_operand(transposed(base.weight()));
   if (p.rank() == 0) return multiply_on<E>(function, exec, left, right, y, stage);
-  const device_matrix<X> dropped(exec, Masked ? tokens : 0, x.extent(1));
-  if constexpr (Masked)
-    each_element(function, exec, tokens, x.extent(1),
-                 drop<X>{x, dropped.view, dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1))});
+  const adapter_input<Masked, X> seen(function, exec, x, o);
   const reachable<E> b(function, exec, p.b);
-  const down_projection<E> down(bias_tag<Bias>{}, function, exec, Masked ? as_const(dropped.view) : x, p, o.h, false);
-  const index_t depth = p.scale == 0 ? 0 : b.view.extent(1);
-  multiply_on<E>(function, exec, left, right, left_of(narrowed(down.h.view, depth)), left_of(narrowed(b.view, depth)),
-                 y, stage);
+  const down_projection<E> down(bias_tag<Bias>{}, function, exec, seen.view, p, o.h, false);
+  multiply_on<E>(function, exec, left, right, left_of(narrowed(down.h.view, b.view.extent(1))), left_of(b.view), y,
+                 stage);
 }
 
 template <class X, class Base, class Y>
@@ -200,22 +218,19 @@ void run_backward_of(const cuda& exec, const matrix_view<const X>& x, const Base
     }
     return;
   }
-  const dropout_mask mask = dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1));
-  const device_matrix<X> dropped(exec, Masked ? tokens : 0, x.extent(1));
-  if constexpr (Masked) each_element(function, exec, tokens, x.extent(1), drop<X>{x, dropped.view, mask});
-  const matrix_view<const X> seen = Masked ? as_const(dropped.view) : x;
-  const down_projection<E> down(bias_tag<bias_t<Base>>{}, function, exec, seen, p, o.h, true);
+  const adapter_input<Masked, X> seen(function, exec, x, o);
+  const down_projection<E> down(bias_tag<bias_t<Base>>{}, function, exec, seen.view, p, o.h, true);
   const reachable<E> b(function, exec, p.b);
   const device_matrix<E> g(exec, tokens, down.h.view.extent(1));
   project_back_on<E>(function, exec, dy, b.view, rank, p.scale, g.view);
-  add_gradients_on<E>(function, exec, dy, seen, down.h.view, g.view, grads, o.accumulate);
+  add_gradients_on<E>(function, exec, dy, seen.view, down.h.view, g.view, grads, o.accumulate);
   if (dx.empty()) return;
   using Stage = finish<A, bias_t<Base>, Dx>;
   const auto a = narrowed(down.a.view, x.extent(1));
   const auto gs = as_const(narrowed(g.view, rank));
   if constexpr (Masked) {
     multiply_on<E>(function, exec, left_of(gs), right_of(a), dx, Stage{});
-    drop_in_place(function, exec, dx, mask);
+    drop_in_place(function, exec, dx, dropout_mask::make(o.dropout, o.seed, o.stream, x.extent(1)));
     multiply_on<E>(function, exec, left_of(dy), right_operand(base.weight()), dx, Stage{}.adding(dx));
   } else {
     propagate_on<E>(function, exec, dy, base, gs, a, dx, Stage{});
