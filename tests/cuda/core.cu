@@ -4,7 +4,7 @@
 #include <limits>
 #include <string>
 
-#include "executor.hpp"
+#include "captured.hpp"
 
 #if !defined(MLKIT_TEST_ON_CPU)
 #include <mlkit/core/cuda/ptx.cuh>
@@ -93,16 +93,6 @@ __global__ void use_shared(float* out, int words) {
   if (threadIdx.x == 0) *out = sum;
 }
 
-class own_stream {
- public:
-  own_stream() { REQUIRE(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking) == cudaSuccess); }
-  ~own_stream() { (void)cudaStreamDestroy(stream_); }
-  operator cudaStream_t() const { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
-
 void add_one(const test::executor& exec, mlkit::device_tensor<float, 1>& x, float value = 1) {
   launch("add", exec, add, {.grid = 2, .block = 64}, x.data(), x.size(), value);
 }
@@ -117,7 +107,7 @@ TEST_CASE("cuda core: the device", "[cuda]") {
   CHECK(p.shared_memory >= 48 << 10);
   CHECK(p.cache > 0);
   CHECK(exec.stream() == cudaStream_t{});
-  const own_stream stream;
+  const test::own_stream stream;
   const mlkit::cuda other(stream);
   CHECK(other.stream() == stream);
   CHECK(other.device() == exec.device());
@@ -265,7 +255,7 @@ TEST_CASE("cuda core: events", "[cuda]") {
 
 TEST_CASE("cuda core: calls are captured into a graph, their workspace with them", "[cuda]") {
   (void)test::exec();
-  const own_stream stream;
+  const test::own_stream stream;
   const mlkit::cuda exec(stream);
   auto x = mlkit::to_device(exec, some<float>(100));
   mlkit::device_tensor<float, 1> y(exec, {100});
@@ -276,19 +266,12 @@ TEST_CASE("cuda core: calls are captured into a graph, their workspace with them
     add_one(exec, workspace, 3);
     mlkit::copy(exec, workspace, y);
   };
-  cudaGraph_t graph = nullptr;
-  cudaGraphExec_t replay = nullptr;
-  REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
-  call();
-  REQUIRE(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
-  REQUIRE(cudaGraphInstantiate(&replay, graph, 0) == cudaSuccess);
+  const test::captured graph(stream, call);
   for (int i = 0; i < 3; ++i) {
     add_one(exec, x);
-    REQUIRE(cudaGraphLaunch(replay, stream) == cudaSuccess);
+    graph.launch();
     CHECK(mlkit::to_host(exec, y)(0) == -100 + static_cast<float>(i) + 4);
   }
-  REQUIRE(cudaGraphExecDestroy(replay) == cudaSuccess);
-  REQUIRE(cudaGraphDestroy(graph) == cudaSuccess);
 }
 
 #if defined(MLKIT_CUDA_EMULATION)
@@ -359,7 +342,7 @@ TEST_CASE("cuda core: whichever call fails, its name is told, nothing leaks and 
 }
 
 TEST_CASE("cuda core: a wait or a copy to the host while a graph is captured is refused", "[cuda]") {
-  const own_stream stream;
+  const test::own_stream stream;
   const mlkit::cuda exec(stream);
   const auto x = mlkit::to_device(exec, some<float>(100));
   REQUIRE(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
