@@ -5,6 +5,9 @@
 #include "rl.hpp"
 #include "rl/cuda/group.cuh"
 #include "rl/cuda/kl.cuh"
+#if __has_include(<cublasLt.h>)
+#include "rl/cuda/lm_head.cuh"  // whose products are cuBLASLt's: link cublasLt where it is used
+#endif
 #include "rl/cuda/log_probs.cuh"
 #include "rl/cuda/logits_losses.cuh"
 #include "rl/cuda/policy_loss.cuh"

@@ -315,16 +315,21 @@ head_problem<H, W> make_head(arguments& call, std::string_view function, const t
   return p;
 }
 
-// The rows that the mask keeps, and their tokens, which must be within the vocabulary.
-template <class H, class W, int Rank>
-void set_tokens(arguments& call, std::string_view function, const token_ids<Rank>& tokens, const mask_view<Rank>& mask,
-                const std::type_identity_t<extents_t<Rank>>& shape, head_problem<H, W>& p) {
+template <int Rank>
+void check_tokens(arguments& call, std::string_view function, const token_ids<Rank>& tokens,
+                  const mask_view<Rank>& mask, const std::type_identity_t<extents_t<Rank>>& shape) {
   check_same_shape<Rank>(function, "tokens", tokens.extents(), "hidden's rows", shape);
   tokens.visit([&](const auto& v) {
     check_view(function, "tokens", v);
     call.reads("tokens", v);
   });
   check_mask<Rank>(call, function, mask, "hidden's rows", shape);
+}
+
+// The rows that the mask keeps, and their tokens, which must be within the vocabulary.
+template <class H, class W, int Rank>
+void set_tokens(std::string_view function, const token_ids<Rank>& tokens, const mask_view<Rank>& mask,
+                const std::type_identity_t<extents_t<Rank>>& shape, head_problem<H, W>& p) {
   const index_t batch = Rank == 2 ? shape[0] : 1, time = shape[Rank - 1];
   for (index_t i = 0; i < batch * time; ++i) {
     index_t y;
@@ -345,8 +350,38 @@ void set_tokens(arguments& call, std::string_view function, const token_ids<Rank
 template <class H, class W>
 using head_sum_t = std::conditional_t<std::is_same_v<W, double>, double, float>;
 
-template <class H, class W, int Rank, class F>
-void head_log_probs(std::string_view function, const cpu& exec, const tensor_view<const H, Rank + 1>& hidden,
+// Losses of a row that heads are asked for: f(row, logp, entropy).
+template <class A>
+struct no_loss {
+  MLKIT_HOST_DEVICE token_gradient<A> operator()(index_t, A, A) const noexcept { return {}; }
+};
+template <class A, class F>
+struct asked_loss {
+  F f;  // a reference where that may not be copied
+  MLKIT_HOST_DEVICE token_gradient<A> operator()(index_t row, A logp, A entropy) const {
+    return call_loss<A>(f, row, logp, entropy);
+  }
+};
+template <class A>
+struct known_loss {
+  known_slopes<A> known;
+  MLKIT_HOST_DEVICE token_gradient<A> operator()(index_t row, A, A) const noexcept { return known(row, 0, 0, 0); }
+};
+
+// What a head keeps of a row.
+template <class A, class F>
+struct head_row {
+  row_outputs<A> rows;
+  F f;
+  MLKIT_HOST_DEVICE token_gradient<A> operator()(index_t row, A logp, A entropy, A lse) const {
+    rows.set(row, logp, entropy, lse);
+    return f(row, logp, entropy);
+  }
+  MLKIT_HOST_DEVICE void masked(index_t row) const noexcept { rows.set(row, A{}, A{}, A{}); }
+};
+
+template <class H, class W, int Rank, executor Executor, class F>
+void head_log_probs(std::string_view function, const Executor& exec, const tensor_view<const H, Rank + 1>& hidden,
                     const matrix_view<const W>& weight, const token_ids<Rank>& tokens, const log_prob_options<Rank>& o,
                     bool with_entropy, const F& f, const log_prob_outputs<head_sum_t<H, W>, Rank>& out,
                     const lm_head_gradients<H, W, Rank>& to,
@@ -355,21 +390,28 @@ void head_log_probs(std::string_view function, const cpu& exec, const tensor_vie
   arguments call(function, exec);
   auto p = make_head<H, W, Rank>(call, function, hidden, weight, o.temperature, to);
   const extents_t<Rank> shape = leading<Rank>(hidden.extents);
-  set_tokens<H, W, Rank>(call, function, tokens, o.mask, shape, p);
+  check_tokens<Rank>(call, function, tokens, o.mask, shape);
+  if constexpr (looks_at_data<Executor>) set_tokens<H, W, Rank>(function, tokens, o.mask, shape, p);
   check_derivatives<A, Rank>(call, function, given, "hidden's rows", shape);
   const row_outputs<A> rows(call, function, out, shape, "hidden's rows");
   p.with_entropy = with_entropy || rows.entropy.data != nullptr;
-  if (o.mask)
-    for (index_t i = 0, kept = 0; i < p.hidden.extents[0] * p.hidden.extents[1]; ++i) {
-      if (kept < static_cast<index_t>(p.rows.size()) && p.rows[static_cast<std::size_t>(kept)] == i)
-        ++kept;
-      else
-        rows.set(i, A{}, A{}, A{});
-    }
-  run_head(exec, p, [&](index_t row, A logp, A entropy, A lse) {
-    rows.set(row, logp, entropy, lse);
-    return f(row, logp, entropy);
-  });
+  const head_row<A, F> keep{rows, f};
+  if constexpr (looks_at_data<Executor>) {
+    if (o.mask)
+      for (index_t i = 0, kept = 0; i < p.hidden.extents[0] * p.hidden.extents[1]; ++i) {
+        if (kept < static_cast<index_t>(p.rows.size()) && p.rows[static_cast<std::size_t>(kept)] == i)
+          ++kept;
+        else
+          keep.masked(i);
+      }
+    run_head(exec, p, keep);
+  } else {
+    token_ids<2> ids;
+    tokens.visit([&](const auto& v) { ids = as_rows(v); });
+    mask_view<2> mask;
+    if (o.mask) mask = as_rows(o.mask.values);
+    run_head(function, exec, p, ids, mask, keep);
+  }
 }
 
 }  // namespace detail
@@ -384,19 +426,23 @@ void head_log_probs(std::string_view function, const cpu& exec, const tensor_vie
 /// logits are f32 (f64 for f64), never rounded. The same bits for any number of threads.
 /// Throws shape_error where shapes do not fit or memory overlaps, value_error for a temperature that is not above 0 and
 /// finite and for a token outside the vocabulary, named by its index, before anything is written.
+///
+/// With a mlkit::cuda the products are cuBLASLt's, of some hundred rows at a time, whose logits lie in a workspace: of
+/// 256 rows, or a twenty-fourth of all logits where that is more, 512 MiB at most. Rows that the mask leaves out are
+/// zeros in the products: what they hold does not matter, but they take their time. A token outside the vocabulary is
+/// not refused: its logp is NaN, and so are its row's gradient and dweight.
 template <executor Executor, detail::logits_like Hidden, viewable<2> Weight>
 void log_probs(const Executor& exec, const Hidden& hidden, const Weight& lm_head,
                const token_ids<detail::token_rank<const Hidden>>& tokens,
                const log_prob_options<detail::token_rank<const Hidden>>& options,
                const log_prob_outputs<detail::head_sum_t<element_t<const Hidden>, element_t<const Weight>>,
                                       detail::token_rank<const Hidden>>& out) {
-  detail::only_on_cpu<Executor>();
   using H = element_t<const Hidden>;
   using W = element_t<const Weight>;
   constexpr int rank = detail::token_rank<const Hidden>;
   using A = detail::head_sum_t<H, W>;
-  detail::head_log_probs<H, W, rank>("rl::log_probs", exec, as_view(hidden), as_view(lm_head), tokens, options, false,
-                                     [](index_t, A, A) { return token_gradient<A>{}; }, out, {});
+  detail::head_log_probs<H, W, rank>("rl::log_probs", exec, tensor_view<const H, rank + 1>(as_view(hidden)),
+                                     as_view(lm_head), tokens, options, false, detail::no_loss<A>{}, out, {});
 }
 
 /// The log-probabilities alone.
@@ -405,7 +451,6 @@ template <executor Executor, detail::logits_like Hidden, viewable<2> Weight,
 void log_probs(const Executor& exec, const Hidden& hidden, const Weight& lm_head,
                const token_ids<detail::token_rank<const Hidden>>& tokens,
                const log_prob_options<detail::token_rank<const Hidden>>& options, Out&& logp) {
-  detail::only_on_cpu<Executor>();
   using A = detail::head_sum_t<element_t<const Hidden>, element_t<const Weight>>;
   static_assert(std::is_same_v<element_t<std::remove_reference_t<Out>>, A>,
                 "rl: log-probabilities are of the type of sums: f64 for f64, f32 for all others");
@@ -424,6 +469,10 @@ void log_probs(const Executor& exec, const Hidden& hidden, const Weight& lm_head
 /// workspace of a twenty-fourth of the logits. Elsewhere logits are computed a second time, 8 rows d vocabulary flops.
 /// Otherwise as log_probs. Wijmans et al.: "Cut your losses in large-vocabulary language models", 2024; Hsu et
 /// al.: "Liger kernel", 2024.
+///
+/// With a mlkit::cuda logits wait in the workspace: three products. f is a functor that device code can call
+/// (MLKIT_HOST_DEVICE). Of f16, dz is f32, which no tensor core multiplies by f16: its gradients take many times as
+/// long as those of bf16.
 template <executor Executor, detail::logits_like Hidden, viewable<2> Weight, class F>
 void log_probs_and_gradient(const Executor& exec, const Hidden& hidden, const Weight& lm_head,
                             const token_ids<detail::token_rank<const Hidden>>& tokens,
@@ -432,15 +481,14 @@ void log_probs_and_gradient(const Executor& exec, const Hidden& hidden, const We
                                                    detail::token_rank<const Hidden>>& out,
                             const lm_head_gradients<element_t<const Hidden>, element_t<const Weight>,
                                                     detail::token_rank<const Hidden>>& gradients) {
-  detail::only_on_cpu<Executor>();
   using H = element_t<const Hidden>;
   using W = element_t<const Weight>;
   constexpr int rank = detail::token_rank<const Hidden>;
   using A = detail::head_sum_t<H, W>;
-  detail::head_log_probs<H, W, rank>(
-      "rl::log_probs_and_gradient", exec, as_view(hidden), as_view(lm_head), tokens, options,
-      detail::wants_entropy<F, A>,
-      [&](index_t row, A logp, A entropy) { return detail::call_loss<A>(f, row, logp, entropy); }, out, gradients);
+  using Held = std::conditional_t<detail::looks_at_data<Executor>, const F&, F>;
+  detail::head_log_probs<H, W, rank>("rl::log_probs_and_gradient", exec, as_view(hidden), as_view(lm_head), tokens,
+                                     options, detail::wants_entropy<F, A>, detail::asked_loss<A, Held>{f}, out,
+                                     gradients);
 }
 
 /// The gradients alone, from derivatives that are known.
@@ -452,7 +500,6 @@ void log_probs_backward(const Executor& exec, const Hidden& hidden, const Weight
                                                  detail::token_rank<const Hidden>>& derivatives,
                         const lm_head_gradients<element_t<const Hidden>, element_t<const Weight>,
                                                 detail::token_rank<const Hidden>>& gradients) {
-  detail::only_on_cpu<Executor>();
   using H = element_t<const Hidden>;
   using W = element_t<const Weight>;
   constexpr int rank = detail::token_rank<const Hidden>;
@@ -460,29 +507,16 @@ void log_probs_backward(const Executor& exec, const Hidden& hidden, const Weight
   const tensor_view<const H, rank + 1> h = as_view(hidden);
   const auto dlogp = detail::as_rows(derivatives.dlogp), dentropy = detail::as_rows(derivatives.dentropy);
   const index_t time = h.extents[rank - 1];
-  detail::head_log_probs<H, W, rank>(
-      "rl::log_probs_backward", exec, h, as_view(lm_head), tokens, options, dentropy.data != nullptr,
-      [&](index_t row, A, A) {
-        const index_t b = row / time, t = row % time;
-        return token_gradient<A>{dlogp.data ? dlogp(b, t) : A{}, dentropy.data ? dentropy(b, t) : A{}};
-      },
-      {}, gradients, derivatives);
+  detail::head_log_probs<H, W, rank>("rl::log_probs_backward", exec, h, as_view(lm_head), tokens, options,
+                                     dentropy.data != nullptr, detail::known_loss<A>{{dlogp, dentropy, time}}, {},
+                                     gradients, derivatives);
 }
 
 namespace detail {
 
-template <class H, class W, int Rank>
-cross_entropy_result head_cross_entropy(const cpu& exec, const tensor_view<const H, Rank + 1>& hidden,
-                                        const matrix_view<const W>& weight, const token_ids<Rank>& labels,
-                                        const cross_entropy_options& o, const lm_head_gradients<H, W, Rank>& to) {
-  constexpr std::string_view function = "rl::cross_entropy";
+template <class H, class W>
+cross_entropy_result run_head_cross_entropy(const cpu& exec, head_problem<H, W>& p, const row_labels& targets) {
   using A = head_sum_t<H, W>;
-  arguments call(function, exec);
-  auto p = make_head<H, W, Rank>(call, function, hidden, weight, o.temperature, to);
-  const row_labels targets(call, function, labels, "hidden's rows", leading<Rank>(hidden.extents), weight.extent(0), o);
-  if (o.label_smoothing != 0)
-    fail_value(function, ": label_smoothing = ", o.label_smoothing,
-               " needs the mean of all logits, which a fused head does not take; give logits");
   for (std::size_t i = 0; i < targets.of.size(); ++i)
     if (targets.counts[i]) {
       p.rows.push_back(static_cast<index_t>(i));
@@ -500,18 +534,43 @@ cross_entropy_result head_cross_entropy(const cpu& exec, const tensor_view<const
   return result;
 }
 
+template <class H, class W, int Rank, executor Executor>
+result_t<Executor, cross_entropy_result> head_cross_entropy(
+    const Executor& exec, const tensor_view<const H, Rank + 1>& hidden, const matrix_view<const W>& weight,
+    const token_ids<Rank>& labels, const cross_entropy_options& o, const lm_head_gradients<H, W, Rank>& to) {
+  constexpr std::string_view function = "rl::cross_entropy";
+  arguments call(function, exec);
+  auto p = make_head<H, W, Rank>(call, function, hidden, weight, o.temperature, to);
+  const auto no_smoothing = [&] {
+    if (o.label_smoothing != 0)
+      fail_value(function, ": label_smoothing = ", o.label_smoothing,
+                 " needs the mean of all logits, which a fused head does not take; give logits");
+  };
+  const extents_t<Rank> shape = leading<Rank>(hidden.extents);
+  if constexpr (looks_at_data<Executor>) {
+    const row_labels targets(call, function, labels, "hidden's rows", shape, weight.extent(0), o);
+    no_smoothing();
+    return run_head_cross_entropy(exec, p, targets);
+  } else {
+    const sequence_places places = check_labels<Rank>(call, function, labels, "hidden's rows", shape, o, false);
+    no_smoothing();
+    token_ids<2> ids;
+    labels.visit([&](const auto& v) { ids = as_rows(v); });
+    return run_head_cross_entropy(exec, p, ids, places, o);
+  }
+}
+
 }  // namespace detail
 
 /// cross_entropy of logits = hidden lm_head^T, and its gradients by hidden and lm_head if they are given, as
 /// log_probs_and_gradient takes them: prompts, padding and what else is ignored drop out before the product. Labels and
 /// options are those of cross_entropy over logits, without label smoothing.
 template <executor Executor, detail::logits_like Hidden, viewable<2> Weight>
-cross_entropy_result cross_entropy(const Executor& exec, const Hidden& hidden, const Weight& lm_head,
-                                   const token_ids<detail::token_rank<const Hidden>>& labels,
-                                   const cross_entropy_options& options,
-                                   const lm_head_gradients<element_t<const Hidden>, element_t<const Weight>,
-                                                           detail::token_rank<const Hidden>>& gradients = {}) {
-  detail::only_on_cpu<Executor>();
+detail::result_t<Executor, cross_entropy_result> cross_entropy(
+    const Executor& exec, const Hidden& hidden, const Weight& lm_head,
+    const token_ids<detail::token_rank<const Hidden>>& labels, const cross_entropy_options& options,
+    const lm_head_gradients<element_t<const Hidden>, element_t<const Weight>, detail::token_rank<const Hidden>>&
+        gradients = {}) {
   using H = element_t<const Hidden>;
   using W = element_t<const Weight>;
   constexpr int rank = detail::token_rank<const Hidden>;

@@ -121,23 +121,42 @@ struct logit_sums {
   }
 };
 
-// A problem as kernels are given it.
-template <class T>
+// As many numbers as there are in 16 bytes of another type, to one address.
+template <class D, int N, class A>
+__device__ __forceinline__ void store_piece(D* to, const A (&x)[N]) {
+  if constexpr (N * sizeof(D) == 16) {
+    if (on_quad(to)) {
+      __stcs(reinterpret_cast<uint4*>(to), narrow<D>(x));
+      return;
+    }
+  } else if constexpr (std::is_same_v<D, bf16> && N == 4) {
+    if ((reinterpret_cast<std::uintptr_t>(to) & 7) == 0) {
+      __stcs(reinterpret_cast<uint2*>(to), make_uint2(ptx::pack_bf16(x[0], x[1]), ptx::pack_bf16(x[2], x[3])));
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = narrow_one<D>(x[i]);
+}
+
+// A problem as kernels are given it: rows [first_row, rows) of [batch, time]. D is the type of the gradient.
+template <class T, class D = T>
 struct device_logits {
   using A = accumulator_t<T>;
-  index_t rows, time;
+  index_t first_row = 0, rows, time;
   int classes;
   const T* logits;
   index_t batch_stride, time_stride, class_stride;
-  T* gradient;
+  D* gradient = nullptr;
   index_t gradient_batch_stride, gradient_time_stride, gradient_class_stride;
-  const std::int32_t* narrow_tokens;
-  const std::int64_t* wide_tokens;
+  const std::int32_t* narrow_tokens = nullptr;
+  const std::int64_t* wide_tokens = nullptr;
   index_t token_batch_stride, token_time_stride;
   const std::uint8_t* mask;
   index_t mask_batch_stride, mask_time_stride;
   A scale, inverse_temperature;
 
+  device_logits() = default;
   explicit device_logits(const logits_problem<T>& p)
       : rows(p.rows()),
         time(p.time),
@@ -146,18 +165,19 @@ struct device_logits {
         batch_stride(p.batch_stride),
         time_stride(p.time_stride),
         class_stride(p.class_stride),
-        gradient(p.gradient),
         gradient_batch_stride(p.gradient_batch_stride),
         gradient_time_stride(p.gradient_time_stride),
         gradient_class_stride(p.gradient_class_stride),
-        narrow_tokens(nullptr),
-        wide_tokens(nullptr),
         mask(p.mask.values.data),
         mask_batch_stride(p.mask.values.strides[0]),
         mask_time_stride(p.mask.values.strides[1]),
         scale(p.scale),
         inverse_temperature(p.inverse_temperature) {
-    p.tokens.visit([&](const auto& v) {
+    if constexpr (std::is_same_v<T, D>) gradient = p.gradient;
+    set_tokens(p.tokens);
+  }
+  void set_tokens(const token_ids<2>& tokens) {
+    tokens.visit([&](const auto& v) {
       if constexpr (sizeof(*v.data) == 8)
         wide_tokens = v.data;
       else
@@ -187,8 +207,8 @@ enum class logits_pass { values, staged, plain };
 
 inline constexpr int copies_ahead = 4, most_row_threads = 1024, rows_of_warps = 4;
 
-template <class T, class F, logits_pass Pass, bool Entropy>
-__global__ void __launch_bounds__(most_row_threads, 1) logits_kernel(const device_logits<T> p, const F f) {
+template <class T, class D, class F, logits_pass Pass, bool Entropy>
+__global__ void __launch_bounds__(most_row_threads, 1) logits_kernel(const device_logits<T, D> p, const F f) {
   using A = accumulator_t<T>;
   using sums_t = logit_sums<A, Entropy>;
   constexpr int each = 16 / static_cast<int>(sizeof(T));
@@ -198,16 +218,16 @@ __global__ void __launch_bounds__(most_row_threads, 1) logits_kernel(const devic
   __shared__ row_curve<A> curves[rows_of_warps];
   MLKIT_SHARED_MEMORY(uint4, staged);
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x), classes = p.classes;
-  const index_t row = index_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  const index_t row = p.first_row + index_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (row >= p.rows) return;
   const index_t b = row < p.time ? 0 : row / p.time, t = row - b * p.time;
   const T* const z = p.logits + b * p.batch_stride + t * p.time_stride;
-  T* const dz = p.gradient ? p.gradient + b * p.gradient_batch_stride + t * p.gradient_time_stride : nullptr;
+  D* const dz = p.gradient ? p.gradient + b * p.gradient_batch_stride + t * p.gradient_time_stride : nullptr;
   const index_t out_step = Pass == logits_pass::staged ? 1 : p.gradient_class_stride;
   if (p.mask && p.mask[b * p.mask_batch_stride + t * p.mask_time_stride] == 0) {
     if (thread == 0) f.masked(row);
     if (dz)
-      for (int j = thread; j < classes; j += threads) dz[j * out_step] = narrow_one<T>(A{});
+      for (int j = thread; j < classes; j += threads) dz[j * out_step] = narrow_one<D>(A{});
     return;
   }
 
@@ -351,21 +371,15 @@ __global__ void __launch_bounds__(most_row_threads, 1) logits_kernel(const devic
   };
   int owner = c.token % threads;
   if constexpr (whole_pieces) {
-    if (thread < head) dz[thread] = narrow_one<T>(slope_of(first));
-    if (thread < tail) dz[head + pieces * each + thread] = narrow_one<T>(slope_of(last));
-    T* const to = dz + head;
-    const bool wide = on_quad(to);
+    if (thread < head) dz[thread] = narrow_one<D>(slope_of(first));
+    if (thread < tail) dz[head + pieces * each + thread] = narrow_one<D>(slope_of(last));
+    D* const to = dz + head;
     for (int i = thread; i < pieces; i += threads) {
       A x[each];
       widen<T>(own[i], x);
 #pragma unroll
       for (int k = 0; k < each; ++k) x[k] = slope_of(x[k]);
-      if (wide) {
-        __stcs(reinterpret_cast<uint4*>(to) + i, narrow<T>(x));
-      } else {
-#pragma unroll
-        for (int k = 0; k < each; ++k) to[i * each + k] = narrow_one<T>(x[k]);
-      }
+      store_piece(to + i * each, x);
     }
     const int in_pieces = c.token - head;
     owner = in_pieces < 0               ? c.token
@@ -373,19 +387,19 @@ __global__ void __launch_bounds__(most_row_threads, 1) logits_kernel(const devic
                                         : in_pieces - pieces * each;
   } else {
     for (int j = thread; j < classes; j += threads)
-      dz[j * out_step] = narrow_one<T>(slope_of(widen_one(z[j * p.class_stride])));
+      dz[j * out_step] = narrow_one<D>(slope_of(widen_one(z[j * p.class_stride])));
   }
-  if (c.token >= 0 && thread == owner && !c.nothing) dz[c.token * out_step] = narrow_one<T>(c.of_token);
+  if (c.token >= 0 && thread == owner && !c.nothing) dz[c.token * out_step] = narrow_one<D>(c.of_token);
 }
 
-template <logits_pass Pass, class T, class F>
-void launch_logits(const cuda& exec, const device_logits<T>& d, bool with_entropy, const F& f,
+template <logits_pass Pass, class T, class D, class F>
+void launch_logits(const cuda& exec, const device_logits<T, D>& d, bool with_entropy, const F& f,
                    const launch_shape& shape) {
   constexpr std::string_view function = "rl::log_probs";
   if (with_entropy)
-    launch(function, exec, logits_kernel<T, F, Pass, true>, shape, d, f);
+    launch(function, exec, logits_kernel<T, D, F, Pass, true>, shape, d, f);
   else
-    launch(function, exec, logits_kernel<T, F, Pass, false>, shape, d, f);
+    launch(function, exec, logits_kernel<T, D, F, Pass, false>, shape, d, f);
 }
 
 // Whether a problem with this loss has a gradient to write; what keeps values alone says that it has none.
@@ -394,36 +408,44 @@ inline constexpr bool differentiates = true;
 template <class A>
 inline constexpr bool differentiates<keep_row<A>> = false;
 
-template <class T, class F>
-void run_logits(const cuda& exec, const logits_problem<T>& p, const F& f) {
-  constexpr index_t each = 16 / sizeof(T), most_classes = index_t{1} << 30;
-  if (p.rows() == 0) return;
-  if (p.classes > most_classes)
-    fail_shape("rl: a vocabulary of ", p.classes, " is larger than the ", most_classes, " that a GPU takes");
-  const device_logits<T> d(p);
-  const index_t pieces = p.classes / each;
+template <class T, class D, class F>
+void run_device_logits(const cuda& exec, const device_logits<T, D>& d, bool with_entropy, const F& f) {
+  constexpr index_t each = 16 / sizeof(T);
+  const index_t pieces = d.classes / each, rows = d.rows - d.first_row;
   launch_shape shape;
-  if (p.classes <= 4 * warp_threads * each) {
+  if (d.classes <= 4 * warp_threads * each) {
     shape.block = dim3(warp_threads, rows_of_warps);
   } else {
     unsigned threads = 2 * warp_threads;
     while (threads < most_row_threads && threads * 2 * 8 <= pieces) threads *= 2;
     shape.block = dim3(threads);
   }
-  const index_t blocks = ceil_div(p.rows(), shape.block.y);
-  if (blocks > INT32_MAX) fail_shape("rl: ", p.rows(), " rows of logits are more than a GPU takes in one call");
+  const index_t blocks = ceil_div(rows, shape.block.y);
+  if (blocks > INT32_MAX) fail_shape("rl: ", rows, " rows of logits are more than a GPU takes in one call");
   shape.grid = dim3(static_cast<unsigned>(blocks));
-  if (p.class_stride != 1 && p.classes > 1) return launch_logits<logits_pass::plain>(exec, d, p.with_entropy, f, shape);
-  if (!p.gradient) return launch_logits<logits_pass::values>(exec, d, p.with_entropy, f, shape);
+  if (d.class_stride != 1 && d.classes > 1) return launch_logits<logits_pass::plain>(exec, d, with_entropy, f, shape);
+  if (!d.gradient) return launch_logits<logits_pass::values>(exec, d, with_entropy, f, shape);
   if constexpr (differentiates<F>) {
     shape.shared = static_cast<std::size_t>(shape.block.y * pieces * 16);
     constexpr std::size_t kept_back = 4 << 10;  // what the kernel has besides
-    if (p.gradient_class_stride == 1 &&
+    if (d.gradient_class_stride == 1 &&
         shape.shared + kept_back <= static_cast<std::size_t>(exec.properties().shared_memory))
-      return launch_logits<logits_pass::staged>(exec, d, p.with_entropy, f, shape);
+      return launch_logits<logits_pass::staged>(exec, d, with_entropy, f, shape);
     shape.shared = 0;
-    launch_logits<logits_pass::plain>(exec, d, p.with_entropy, f, shape);
+    launch_logits<logits_pass::plain>(exec, d, with_entropy, f, shape);
   }
+}
+
+inline void check_vocabulary(index_t classes) {
+  constexpr index_t most = index_t{1} << 30;
+  if (classes > most) fail_shape("rl: a vocabulary of ", classes, " is larger than the ", most, " that a GPU takes");
+}
+
+template <class T, class F>
+void run_logits(const cuda& exec, const logits_problem<T>& p, const F& f) {
+  if (p.rows() == 0) return;
+  check_vocabulary(p.classes);
+  run_device_logits(exec, device_logits<T>(p), p.with_entropy, f);
 }
 
 }  // namespace MLKIT_NAMESPACE::rl::detail

@@ -9,11 +9,11 @@
 
 namespace MLKIT_NAMESPACE::rl::detail {
 
-// The label of each row and whether it has one; how many have. `labels` are a problem's tokens.
-template <class T>
+// The label of each row and whether it has one; how many have. Of `labels`, a problem, the tokens count.
+template <class Labels>
 __global__ void __launch_bounds__(sum_threads)
-    label_kernel(const device_logits<T> labels, const device_sequences of, std::int64_t ignore, bool shift,
-                 std::int64_t* to, std::uint8_t* counts, unsigned long long* count) {
+    label_kernel(const Labels labels, const device_sequences of, std::int64_t ignore, bool shift, std::int64_t* to,
+                 std::uint8_t* counts, unsigned long long* count) {
   __shared__ unsigned long long here;
   if (threadIdx.x == 0) here = 0;
   __syncthreads();
@@ -81,39 +81,64 @@ struct label_result {
   }
 };
 
+// The labels of rows and what is made of their losses.
+class device_labels {
+ public:
+  device_labels(std::string_view function, const cuda& exec, const token_ids<2>& given, const extents_t<2>& shape,
+                const sequence_places& places, const cross_entropy_options& o)
+      : function_(function), shape_(shape), labels_(exec, rows()), counted_(exec, rows()), count_(exec, 1) {
+    launch(function, exec, set_kernel<unsigned long long>, {1, 1}, count_.data(), 0ull);
+    device_logits<float> tokens;
+    tokens.rows = rows(), tokens.time = shape[1];
+    tokens.set_tokens(given);
+    const token_sequences of{places.starts ? places.sequences : shape[0], shape[1], places.starts, false};
+    launch(function, exec, label_kernel<device_logits<float>>,
+           {static_cast<unsigned>(ceil_div(rows(), sum_threads)), sum_threads}, tokens, device_sequences(of, rows()),
+           o.ignore, o.shift, labels_.data(), counted_.data(), count_.data());
+  }
+  index_t rows() const noexcept { return shape_[0] * shape_[1]; }
+  tensor_view<const std::int64_t, 2> labels() const noexcept { return {labels_.data(), shape_}; }
+  tensor_view<const std::uint8_t, 2> counted() const noexcept { return {counted_.data(), shape_}; }
+  const unsigned long long* count() const noexcept { return count_.data(); }
+
+  /// The sum of losses [rows] over the normaliser, or over the count.
+  template <class A>
+  device_value<cross_entropy_result> mean(const cuda& exec, const A* losses, double normaliser) const {
+    if (rows() == 0) return known_value(function_, exec, cross_entropy_result{});
+    device_value<cross_entropy_result> result(exec);
+    sum_tokens(function_, exec, loss_terms<A>{plane<const A>{losses, 0, 1}}, 1, rows(),
+               label_result{result.data(), count(), normaliser});
+    return result;
+  }
+
+ private:
+  std::string_view function_;
+  extents_t<2> shape_;
+  device_memory<std::int64_t> labels_;
+  device_memory<std::uint8_t> counted_;
+  device_memory<unsigned long long> count_;
+};
+
 // p's tokens are the labels as they were given.
 template <class T>
 device_value<cross_entropy_result> run_cross_entropy(const cuda& exec, logits_problem<T>& p,
                                                      const sequence_places& places, const cross_entropy_options& o) {
   constexpr std::string_view function = "rl::cross_entropy";
   using A = accumulator_t<T>;
-  const index_t rows = p.rows();
-  if (rows == 0) return known_value(function, exec, cross_entropy_result{});
-  const device_memory<std::int64_t> labels(exec, rows);
-  const device_memory<std::uint8_t> counts(exec, rows);
-  const device_memory<unsigned long long> count(exec, 1);
-  const device_memory<A> losses(exec, rows);
-  launch(function, exec, set_kernel<unsigned long long>, {1, 1}, count.data(), 0ull);
-  const token_sequences of{places.starts ? places.sequences : p.batch, p.time, places.starts, false};
-  launch(function, exec, label_kernel<T>, {static_cast<unsigned>(ceil_div(rows, sum_threads)), sum_threads},
-         device_logits<T>(p), device_sequences(of, rows), o.ignore, o.shift, labels.data(), counts.data(),
-         count.data());
-  const extents_t<2> shape{p.batch, p.time};
-  p.tokens = tensor_view<const std::int64_t, 2>(labels.data(), shape);
-  p.mask = tensor_view<const std::uint8_t, 2>(counts.data(), shape);
+  const device_labels of(function, exec, p.tokens, {p.batch, p.time}, places, o);
+  const device_memory<A> losses(exec, of.rows());
+  p.tokens = of.labels();
+  p.mask = of.counted();
   const auto run = [&]<bool Smoothed>(std::bool_constant<Smoothed>) {
     run_logits(exec, p,
-               label_loss<A, Smoothed>{losses.data(), count.data(), o.normaliser, static_cast<A>(o.label_smoothing),
+               label_loss<A, Smoothed>{losses.data(), of.count(), o.normaliser, static_cast<A>(o.label_smoothing),
                                        p.inverse_temperature, static_cast<A>(p.classes)});
   };
   if (o.label_smoothing > 0)
     run(std::true_type{});
   else
     run(std::false_type{});
-  device_value<cross_entropy_result> result(exec);
-  sum_tokens(function, exec, loss_terms<A>{plane<const A>{losses.data(), 0, 1}}, 1, rows,
-             label_result{result.data(), count.data(), o.normaliser});
-  return result;
+  return of.mean(exec, losses.data(), o.normaliser);
 }
 
 // Keeps log-probabilities and entropies.
