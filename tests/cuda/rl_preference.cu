@@ -1,6 +1,7 @@
 // KL divergences, preference losses and group advantages, on the device and on the CPU, against loops of doubles.
 #include <executor.hpp>
 #include <mlkit/core/random.hpp>
+#include <span>
 
 #if defined(MLKIT_TEST_ON_CPU)
 #include <mlkit/rl.hpp>
@@ -349,3 +350,162 @@ TEST_CASE("cuda: log-probabilities of sequences", "[cuda][rl]") {
       CHECK(fits(test::to_host(exec, d), want_d));
     }
 }
+
+namespace {
+
+// The K-wise loss of rewards, `step` elements apart, of groups of four or of offsets, by their order or by ranks.
+template <class T>
+void check_k_wise(bool even, bool ranked, index_t step, double normaliser) {
+  INFO("even " << even << ", ranked " << ranked << ", step " << step << ", normaliser " << normaliser);
+  const auto exec = test::exec();
+  const index_t n = 120;
+  const std::vector<std::int32_t> starts{0, 1, 5, 5, 70, 120};
+  std::vector<std::pair<index_t, index_t>> places;
+  if (even)
+    for (index_t g = 0; g < n / 4; ++g) places.push_back({4 * g, 4 * g + 4});
+  else
+    for (std::size_t g = 0; g + 1 < starts.size(); ++g) places.push_back({starts[g], starts[g + 1]});
+  const auto r = numbers<T>(n, 0, 1.5, 60);
+  std::vector<std::int32_t> ranks;
+  for (index_t i = 0; i < n; ++i)
+    ranks.push_back(i < 8 ? 3 : static_cast<std::int32_t>((i * 7) % 5) - 2);  // the first have none that differ
+  std::vector<T> spread(at(n * step), T(5));
+  for (index_t i = 0; i < n; ++i) spread[at(i * step)] = r[at(i)];
+  auto on = test::on_device(exec, spread), out = test::on_device(exec, std::vector<T>(at(n * step), T(7)));
+  auto rank_on = test::on_device(exec, ranks), offsets = test::on_device(exec, starts);
+  rl::ranked_completions<T> in{
+      .rewards = mlkit::tensor_view<const T, 1>(on.data(), {n}, {step}),
+      .of = even ? rl::groups{4} : rl::groups{mlkit::vector_view<const std::int32_t>(offsets.view())}};
+  if (ranked) in.ranks = rank_on.view();
+  const rl::preference_stats stats =
+      rl::preference_loss<T>(exec, in, rl::k_wise{}, {.normaliser = normaliser},
+                             {.rewards = mlkit::tensor_view<T, 1>(out.data(), {n}, {step})});
+  double loss = 0, right = 0, chosen = 0, rejected = 0, all = 0, prompts = 0;
+  std::vector<double> want(at(n * step), 7), slopes(at(n));
+  for (const auto& [begin, end] : places) {
+    double of_group = 0, pairs = 0;
+    std::vector<double> slope(at(end - begin));
+    for (index_t i = begin; i < end; ++i)
+      for (index_t j = begin; j < end; ++j) {
+        if (ranked ? ranks[at(i)] >= ranks[at(j)] : i >= j) continue;  // i is the better one
+        const double better = static_cast<double>(r[at(i)]), worse = static_cast<double>(r[at(j)]), d = better - worse;
+        of_group -= log_sigmoid(d), pairs += 1, right += d > 0, chosen += better, rejected += worse;
+        slope[at(i - begin)] -= sigmoid(-d), slope[at(j - begin)] += sigmoid(-d);
+      }
+    if (pairs > 0) loss += of_group / pairs, prompts += 1;
+    all += pairs;
+    for (index_t i = begin; i < end; ++i) slopes[at(i)] = pairs > 0 ? slope[at(i - begin)] / pairs : 0;
+  }
+  const double divisor = normaliser > 0 ? normaliser : prompts;
+  for (index_t i = 0; i < n; ++i) want[at(i * step)] = slopes[at(i)] / divisor;
+  CHECK(stats.loss == Approx(loss / divisor).epsilon(4 * unit<T>));
+  CHECK(stats.accuracy == Approx(right / all));
+  CHECK(stats.chosen_reward == Approx(chosen / all).epsilon(4 * unit<T>).margin(4 * unit<T>));
+  CHECK(stats.rejected_reward == Approx(rejected / all).epsilon(4 * unit<T>).margin(4 * unit<T>));
+  CHECK(static_cast<double>(stats.pairs) == all);
+  CHECK(fits(test::to_host(exec, out), want));
+}
+
+}  // namespace
+
+TEST_CASE("cuda: the K-wise loss", "[cuda][rl]") {
+  for (const bool even : {true, false})
+    for (const bool ranked : {true, false}) {
+      check_k_wise<float>(even, ranked, 1, 0);
+      check_k_wise<double>(even, ranked, 2, 7);
+    }
+  const auto exec = test::exec();
+  const rl::preference_stats none =
+      rl::preference_loss<float>(exec, {.rewards = {}, .of = rl::groups{4}}, rl::k_wise{});
+  CHECK((none.loss == 0 && none.pairs == 0));
+}
+
+TEST_CASE("cuda: KTO's reference point", "[cuda][rl]") {
+  const auto exec = test::exec();
+  for (const index_t n : {0, 1, 5000})
+    for (const double shift : {0.3, -0.3}) {
+      const auto l = numbers<float>(n, -2 + shift, 0.1, 70), r = numbers<float>(n, -2, 0.1, 71);
+      auto logp = test::on_device(exec, l), reference = test::on_device(exec, r);
+      double sum = 0;
+      for (index_t i = 0; i < n; ++i) sum += static_cast<double>(l[at(i)]) - static_cast<double>(r[at(i)]);
+      const double point = rl::kto_reference_point<float>(exec, logp.view(), reference.view());
+      CHECK(point == Approx(n > 0 ? std::max(0.0, sum / static_cast<double>(n)) : 0.0));
+      const double merged =
+          rl::kto_reference_point<float>(exec, logp.view(), reference.view(), [&](const rl::moments& mine) {
+            return rl::merge(mine, {5000, 0.5, 0});
+          });
+      CHECK(merged == Approx((sum + 2500) / static_cast<double>(n + 5000)));
+    }
+}
+
+TEST_CASE("cuda: the best of each group", "[cuda][rl]") {
+  const auto exec = test::exec();
+  std::vector<float> r(200, 1);
+  for (index_t i = 0; i < 200; ++i) r[at(i)] = static_cast<float>((i * 37) % 50) - 60;
+  auto rewards = test::on_device(exec, r);
+  auto best = test::on_device(exec, std::vector<std::int64_t>(2));
+  rl::best_of_n(exec, rewards.view(), rl::groups{100}, best.view());
+  const auto have = test::to_host(exec, best);
+  for (index_t g = 0; g < 2; ++g)
+    CHECK(have[at(g)] == std::max_element(r.begin() + 100 * g, r.begin() + 100 * (g + 1)) - r.begin());
+  const std::vector<std::int32_t> starts{0, 1, 3, 200};
+  auto offsets = test::on_device(exec, starts);
+  auto three = test::on_device(exec, std::vector<std::int32_t>(3));
+  rl::best_of_n(exec, rewards.view(), rl::groups{mlkit::vector_view<const std::int32_t>(offsets.view())},
+                std::span(three.data(), 3));
+  const auto of = test::to_host(exec, three);
+  CHECK(of[0] == 0);
+  CHECK(of[1] == 1);
+  CHECK(of[2] == std::max_element(r.begin() + 3, r.end()) - r.begin());
+}
+
+TEST_CASE("cuda: preferences refuse what does not fit, and write nothing", "[cuda][rl]") {
+  const auto exec = test::exec();
+  auto r = test::on_device(exec, std::vector<float>(6)), out = test::on_device(exec, std::vector<float>(6, 7.0f));
+  auto best = test::on_device(exec, std::vector<std::int32_t>(3, 7));
+  const mlkit::vector_view<const float> rewards(r.view()), few(r.data(), {5});
+  const mlkit::vector_view<float> d(out.view()), short_d(out.data(), {4});
+  const std::string loss = "rl::preference_loss: ";
+  CHECK_THROWS_WITH(
+      rl::preference_loss<float>(exec, {.chosen = rewards, .rejected = few}, rl::bradley_terry{}, {.chosen = d}),
+      "mlkit::shape_error: " + loss + "rejected has 5 elements, but chosen has 6");
+  CHECK_THROWS_WITH(rl::preference_loss<float>(exec, {.chosen = rewards, .rejected = rewards}, rl::bradley_terry{},
+                                               {.chosen = short_d}),
+                    "mlkit::shape_error: " + loss + "gradients.chosen has 4 elements, but chosen has 6");
+  CHECK_THROWS_WITH(
+      rl::preference_loss<float>(exec, {.rewards = rewards, .of = rl::groups{4}}, rl::k_wise{}, {.rewards = d}),
+      "mlkit::shape_error: " + loss + "rewards has 6 elements, which is no multiple of groups of 4");
+  CHECK_THROWS_WITH(rl::preference_loss<float>(exec, {.rewards = rewards, .of = rl::groups{3}}, rl::k_wise{},
+                                               {.normaliser = -1}, {.rewards = d}),
+                    "mlkit::value_error: " + loss + "normaliser = -1 is negative or not finite");
+  CHECK_THROWS_WITH(rl::best_of_n(exec, rewards, rl::groups{3}, best.view()),
+                    "mlkit::shape_error: rl::best_of_n: best has 3 elements, but the number of groups has 2");
+  CHECK_THROWS_WITH(rl::group_advantages(exec, rewards, rl::groups{3}, rl::rloo{}, short_d),
+                    "mlkit::shape_error: rl::group_advantages: advantages has 4 elements, but rewards has 6");
+  CHECK_THROWS_WITH(rl::kto_reference_point<float>(exec, rewards, few),
+                    "mlkit::shape_error: rl::kto_reference_point: reference has 5 elements, but log_probs has 6");
+  const auto have = test::to_host(exec, out);
+  CHECK(std::count(have.data(), have.data() + 6, 7.0f) == 6);
+  CHECK(test::to_host(exec, best) == std::vector<std::int32_t>(3, 7));
+}
+
+#if !defined(MLKIT_TEST_ON_CPU)
+
+TEST_CASE("cuda: offsets and rewards that make no sense are safe", "[cuda][rl]") {
+  const auto exec = test::exec();
+  auto r = test::on_device(exec, std::vector<float>{NAN, NAN, NAN, 2, -INFINITY, 1}),
+       d = test::on_device(exec, std::vector<float>(6));
+  auto offsets = test::on_device(exec, std::vector<std::int32_t>{-5, 2, 2, 4, 900});
+  const rl::groups of{mlkit::vector_view<const std::int32_t>(offsets.view())};
+  auto best = test::on_device(exec, std::vector<std::int32_t>(4, 7));
+  rl::best_of_n(exec, r.view(), of, best.view());
+  CHECK(test::to_host(exec, best) == std::vector<std::int32_t>{-1, -1, 3, 5});
+  const rl::preference_stats stats =
+      rl::preference_loss<float>(exec, {.rewards = r.view(), .of = of}, rl::k_wise{}, {.rewards = d.view()});
+  CHECK(std::isnan(stats.loss));
+  CHECK(stats.pairs == 3);
+  auto nan = test::on_device(exec, std::vector<float>{NAN});
+  CHECK(std::isnan(rl::kto_reference_point<float>(exec, nan.view(), nan.view()).get()));
+}
+
+#endif

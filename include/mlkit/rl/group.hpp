@@ -108,6 +108,20 @@ void write_advantages(const cpu& exec, const vector_view<const T>& r, const grou
   });
 }
 
+template <class T, class I>
+void find_best(std::string_view function, const cpu&, const vector_view<const T>& r, const group_places& places,
+               const vector_view<I>& best) {
+  for (index_t g = 0; g < places.count; ++g)
+    if (places.begin(g) == places.end(g)) fail_value(function, ": group ", g, " is empty");
+  name_non_finite(function, "rewards", r, {});
+  for (index_t g = 0; g < places.count; ++g) {
+    index_t at = places.begin(g);
+    for (index_t i = at; i < places.end(g); ++i)
+      if (static_cast<double>(r(i)) > static_cast<double>(r(at))) at = i;
+    best(g) = static_cast<I>(at);
+  }
+}
+
 // 1 / (deviation + epsilon), or 0 where nothing deviates.
 inline double inverse_deviation(const moments& m, variance_of kind, double epsilon) noexcept {
   const double variance = m.variance(kind);
@@ -195,36 +209,34 @@ void group_advantages(const Executor& exec, const R& rewards, const groups& of, 
   advantages_of(exec, function, r, places, method, out);
 }
 
-/// best[g] = the index in rewards [n] of the largest reward of group g, the first of equal ones. best is a contiguous
-/// container or span of integers, one for each group. Throws as group_advantages, and value_error for an empty group,
-/// which has no best, before best is touched. How far sampling the best of n moves from the policy: log n - (n - 1) / n
-/// at most (best_of_n_kl).
+/// best[g] = the index in rewards [n] of the largest reward of group g, the first of equal ones. best is a view of
+/// integers, or a contiguous container or span of them, one for each group. Throws as group_advantages, and value_error
+/// for an empty group, which has no best, before best is touched. How far sampling the best of n moves from the policy:
+/// log n - (n - 1) / n at most (best_of_n_kl).
+/// With a mlkit::cuda NaN is passed over, and a group that has nothing else gets -1.
+template <executor Executor, viewable<1> R, std::integral I>
+void best_of_n(const Executor& exec, const R& rewards, const groups& of, const vector_view<I>& best) {
+  constexpr std::string_view function = "rl::best_of_n";
+  using T = element_t<const R>;
+  const vector_view<const T> r = as_view(rewards);
+  detail::arguments call(function, exec);
+  detail::check_view(function, "rewards", r);
+  const detail::group_places places =
+      detail::check_groups(call, function, of, "rewards", r.extent(0), detail::looks_at_data<Executor>);
+  detail::check_view(function, "best", best);
+  detail::check_extent(function, "best", "elements", best.extent(0), "the number of groups", places.count);
+  call.reads("rewards", r);
+  call.writes("best", best);
+  if (static_cast<std::uint64_t>(r.extent(0)) > static_cast<std::uint64_t>(std::numeric_limits<I>::max()))
+    detail::fail_value(function, ": best cannot hold an index of ", r.extent(0), " rewards");
+  find_best(function, exec, r, places, best);
+}
 template <executor Executor, viewable<1> R, std::ranges::contiguous_range Best>
   requires std::integral<std::ranges::range_value_t<Best>>
 void best_of_n(const Executor& exec, const R& rewards, const groups& of, Best&& best) {
-  constexpr std::string_view function = "rl::best_of_n";
-  detail::only_on_cpu<Executor>();
-  using T = element_t<const R>;
-  using I = std::ranges::range_value_t<Best>;
-  const vector_view<const T> r = as_view(rewards);
-  const vector_view<I> out(std::ranges::data(best), {static_cast<index_t>(std::ranges::size(best))});
-  detail::arguments call(function, exec);
-  detail::check_view(function, "rewards", r);
-  const detail::group_places places = detail::check_groups(call, function, of, "rewards", r.extent(0));
-  detail::check_extent(function, "best", "elements", out.extent(0), "the number of groups", places.count);
-  call.reads("rewards", r);
-  call.writes("best", out);
-  for (index_t g = 0; g < places.count; ++g)
-    if (places.begin(g) == places.end(g)) detail::fail_value(function, ": group ", g, " is empty");
-  if (static_cast<std::uint64_t>(r.extent(0)) > static_cast<std::uint64_t>(std::numeric_limits<I>::max()))
-    detail::fail_value(function, ": best cannot hold an index of ", r.extent(0), " rewards");
-  detail::name_non_finite(function, "rewards", r, {});
-  for (index_t g = 0; g < places.count; ++g) {
-    index_t at = places.begin(g);
-    for (index_t i = at; i < places.end(g); ++i)
-      if (static_cast<double>(r(i)) > static_cast<double>(r(at))) at = i;
-    out(g) = static_cast<I>(at);
-  }
+  best_of_n(exec, rewards, of,
+            vector_view<std::ranges::range_value_t<Best>>(std::ranges::data(best),
+                                                          {static_cast<index_t>(std::ranges::size(best))}));
 }
 
 /// log n - (n - 1) / n: the divergence from the policy of the best of n samples, an upper bound that is tight where no

@@ -298,7 +298,7 @@ struct strided {
 
   strided() = default;
   strided(const vector_view<T>& v) noexcept : data(v.data), step(v.strides[0]) {}
-  T* at(index_t i) const noexcept { return data + i * step; }
+  MLKIT_HOST_DEVICE T* at(index_t i) const noexcept { return data + i * step; }
 };
 
 template <class T, class Loss>
@@ -454,6 +454,53 @@ void run_sequence_slopes(const cpu& exec, const sequence_sum_problem<T>& p, inde
   });
 }
 
+template <class T>
+double run_reference_point(by_executor, const cpu& exec, std::string_view function,
+                           const vector_view<const T>& log_probs, const vector_view<const T>& reference,
+                           const merge_over_ranks& over_ranks) {
+  const index_t n = log_probs.extent(0);
+  const workspace<double> differences(n);
+  for (index_t i = 0; i < n; ++i)
+    differences.data()[i] = static_cast<double>(log_probs(i)) - static_cast<double>(reference(i));
+  const moments m = checked_moments(exec, function, "(log_probs - reference)",
+                                    vector_view<const double>(differences.data(), {n}), mask_view<1>{}, over_ranks);
+  return std::max(0.0, m.mean);
+}
+
+// normaliser: 0 for the number of prompts that have a pair.
+template <class T>
+preference_stats run_k_wise(std::string_view function, const cpu& exec, k_wise_problem<T>& p, index_t n,
+                            double normaliser) {
+  check_all_finite(function, "rewards", vector_view<const T>(p.rewards.data, {n}, {p.rewards.step}));
+  const group_places& places = p.places;
+  index_t largest = 0, prompts = 0, work = 0;
+  for (index_t g = 0; g < places.count; ++g) {
+    const index_t begin = places.begin(g), end = places.end(g);
+    bool pair = end - begin > 1;
+    if (pair && p.ranks.data) {
+      pair = false;
+      for (index_t i = begin + 1; i < end; ++i) pair = pair || *p.ranks.at(i) != *p.ranks.at(begin);
+    }
+    prompts += pair;
+    largest = std::max(largest, end - begin);
+    work += (end - begin) * (end - begin);
+  }
+  if (normaliser == 0) normaliser = static_cast<double>(std::max<index_t>(prompts, 1));
+  p.factor = 1 / normaliser;
+  const auto kernel = MLKIT_SELECT_WITHOUT_BF16(k_wise_losses<T>);
+  const k_wise_sums s = sum_chunks<k_wise_sums>(
+      exec, places.count, std::max<index_t>(1, preference_chunk / std::max<index_t>(1, largest)), work,
+      [&](index_t begin, index_t end) {
+        const workspace<T> scratch(2 * largest);
+        return kernel(p, begin, end, scratch.data());
+      },
+      [](k_wise_sums& a, const k_wise_sums& b) {
+        a.loss += b.loss, a.right += b.right, a.chosen += b.chosen, a.rejected += b.rejected, a.pairs += b.pairs;
+      });
+  const double pairs = std::max(s.pairs, 1.0);
+  return {s.loss / normaliser, s.right / pairs, s.chosen / pairs, s.rejected / pairs, static_cast<index_t>(s.pairs)};
+}
+
 }  // namespace detail
 
 /// The mean over pairs of `loss`: bradley_terry of a reward model, dpo, ipo, orpo or simpo of a policy, or a user's own
@@ -539,77 +586,49 @@ detail::result_t<Executor, kto_stats> preference_loss(const Executor& exec,
 
 /// KTO's reference point: the mean of log pi - log ref over completions [n] that belong to other prompts, not below 0;
 /// over those of all ranks with over_ranks (as whiten has it). 0 where there is none. Throws as preference_loss.
+/// With a mlkit::cuda it is a device_value, which waits where it is asked for, and NaN where an element is not finite;
+/// over_ranks waits for the stream.
 template <storage T = float, executor Executor>
-double kto_reference_point(const Executor& exec, const batch_view<const std::type_identity_t<T>>& log_probs,
-                           const batch_view<const std::type_identity_t<T>>& reference,
-                           const merge_over_ranks& over_ranks = {}) {
+detail::result_t<Executor, double> kto_reference_point(const Executor& exec,
+                                                       const batch_view<const std::type_identity_t<T>>& log_probs,
+                                                       const batch_view<const std::type_identity_t<T>>& reference,
+                                                       const merge_over_ranks& over_ranks = {}) {
   constexpr std::string_view function = "rl::kto_reference_point";
-  detail::only_on_cpu<Executor>();
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
   const index_t n = log_probs.extent(0);
   detail::check_read(call, function, "log_probs", log_probs, "log_probs", n);
   detail::check_read(call, function, "reference", reference, "log_probs", n);
-  const detail::workspace<double> differences(n);
-  for (index_t i = 0; i < n; ++i)
-    differences.data()[i] = static_cast<double>(log_probs(i)) - static_cast<double>(reference(i));
-  const moments m =
-      detail::checked_moments(exec, function, "(log_probs - reference)",
-                              vector_view<const double>(differences.data(), {n}), mask_view<1>{}, over_ranks);
-  return std::max(0.0, m.mean);
+  return run_reference_point(detail::by_executor{}, exec, function, vector_view<const T>(log_probs),
+                             vector_view<const T>(reference), over_ranks);
 }
 
 /// The K-wise loss of ranked completions, its gradient by rewards, and statistics over pairs; as the above otherwise.
 /// K (K - 1) / 2 logarithms a prompt. normaliser stands for the number of prompts. Also throws as group_advantages does
 /// for groups.
+/// With a mlkit::cuda each pair takes two logarithms, and offsets are held within the rewards.
 template <storage T = float, executor Executor>
-preference_stats preference_loss(const Executor& exec, const ranked_completions<std::type_identity_t<T>>& in,
-                                 const k_wise&, const preference_options& o,
-                                 const ranked_gradients<std::type_identity_t<T>>& out) {
+detail::result_t<Executor, preference_stats> preference_loss(const Executor& exec,
+                                                             const ranked_completions<std::type_identity_t<T>>& in,
+                                                             const k_wise&, const preference_options& o,
+                                                             const ranked_gradients<std::type_identity_t<T>>& out) {
   constexpr std::string_view function = "rl::preference_loss";
-  detail::only_on_cpu<Executor>();
   detail::check_preference_type<T>();
   detail::arguments call(function, exec);
   const index_t n = in.rewards.extent(0);
   detail::check_read(call, function, "rewards", in.rewards, "rewards", n);
-  const detail::group_places places = detail::check_groups(call, function, in.of, "rewards", n);
-  if (in.ranks.data || in.ranks.extent(0) != 0) {
-    detail::check_read(call, function, "ranks", in.ranks, "rewards", n);
-  }
+  const detail::group_places places =
+      detail::check_groups(call, function, in.of, "rewards", n, detail::looks_at_data<Executor>);
+  if (in.ranks.data || in.ranks.extent(0) != 0) detail::check_read(call, function, "ranks", in.ranks, "rewards", n);
   detail::check_written(call, function, "gradients.rewards", out.rewards, "rewards", n);
-  detail::checked_normaliser(function, o, n);
-  detail::check_all_finite(function, "rewards", in.rewards);
+  detail::check_non_negative(function, "normaliser", o.normaliser);
   detail::k_wise_problem<T> p{places, in.rewards, in.ranks, out.rewards, 0};
-  index_t largest = 0, prompts = 0, work = 0;  // prompts: those with a pair
-  for (index_t g = 0; g < places.count; ++g) {
-    const index_t begin = places.begin(g), end = places.end(g);
-    bool pair = end - begin > 1;
-    if (pair && in.ranks.data) {
-      pair = false;
-      for (index_t i = begin + 1; i < end; ++i) pair = pair || in.ranks(i) != in.ranks(begin);
-    }
-    prompts += pair;
-    largest = std::max(largest, end - begin);
-    work += (end - begin) * (end - begin);
-  }
-  const double normaliser = detail::checked_normaliser(function, o, prompts);
-  p.factor = 1 / normaliser;
-  const auto kernel = MLKIT_SELECT_WITHOUT_BF16(k_wise_losses<T>);
-  const detail::k_wise_sums s = detail::sum_chunks<detail::k_wise_sums>(
-      exec, places.count, std::max<index_t>(1, detail::preference_chunk / std::max<index_t>(1, largest)), work,
-      [&](index_t begin, index_t end) {
-        const detail::workspace<T> scratch(2 * largest);
-        return kernel(p, begin, end, scratch.data());
-      },
-      [](detail::k_wise_sums& a, const detail::k_wise_sums& b) {
-        a.loss += b.loss, a.right += b.right, a.chosen += b.chosen, a.rejected += b.rejected, a.pairs += b.pairs;
-      });
-  const double pairs = std::max(s.pairs, 1.0);
-  return {s.loss / normaliser, s.right / pairs, s.chosen / pairs, s.rejected / pairs, static_cast<index_t>(s.pairs)};
+  return run_k_wise(function, exec, p, n, o.normaliser);
 }
 template <storage T = float, executor Executor>
-preference_stats preference_loss(const Executor& exec, const ranked_completions<std::type_identity_t<T>>& in,
-                                 const k_wise& loss, const ranked_gradients<std::type_identity_t<T>>& out = {}) {
+detail::result_t<Executor, preference_stats> preference_loss(
+    const Executor& exec, const ranked_completions<std::type_identity_t<T>>& in, const k_wise& loss,
+    const ranked_gradients<std::type_identity_t<T>>& out = {}) {
   return preference_loss<T>(exec, in, loss, preference_options{}, out);
 }
 

@@ -20,13 +20,6 @@ struct device_groups {
   __device__ __forceinline__ index_t end(index_t g) const { return max(begin(g + 1), begin(g)); }
 };
 
-// The sum over a warp, in each of its threads.
-__device__ __forceinline__ double sum_warp(double x) {
-#pragma unroll
-  for (unsigned d = warp_threads / 2; d > 0; d /= 2) x += __shfl_down_sync(whole_warp, x, d);
-  return __shfl_sync(whole_warp, x, 0);
-}
-
 // What is made of the moments of a group: out = (r - mean) factor.
 enum class group_scale { none, deviation, others };
 struct group_method {
@@ -74,12 +67,15 @@ __global__ void __launch_bounds__(sum_threads)
   out[i * out_step] = static_cast<T>((x[i] - w.mean) * w.factor);
 }
 
+// Blocks that have a warp for each group.
+inline unsigned warps_of_groups(std::string_view function, const group_places& places) {
+  return checked_blocks(function, ceil_div(places.count * warp_threads, sum_threads), places.count, "groups");
+}
+
 template <class T, class Out>
 void launch_groups(std::string_view function, const cuda& exec, const vector_view<const T>& r,
                    const group_places& places, const group_method& how, Out* out, index_t out_step) {
-  const index_t blocks = ceil_div(places.count * warp_threads, sum_threads);
-  if (blocks > INT32_MAX) fail_shape(function, ": ", places.count, " groups are more than a GPU takes in one call");
-  launch(function, exec, group_kernel<T, Out>, {static_cast<unsigned>(blocks), sum_threads}, r.data, r.strides[0],
+  launch(function, exec, group_kernel<T, Out>, {warps_of_groups(function, places), sum_threads}, r.data, r.strides[0],
          device_groups(places, r.extent(0)), how, out, out_step);
 }
 
@@ -115,6 +111,34 @@ void advantages_of(const cuda& exec, std::string_view function, const vector_vie
   launch(function, exec, scale_kernel<T>, {static_cast<unsigned>(ceil_div(n, sum_threads)), sum_threads},
          centered.data(), n, m.data(), whitening{o.epsilon, 0, o.variance == variance_of::population, true}, out.data,
          out.strides[0]);
+}
+
+template <class T, class I>
+__global__ void __launch_bounds__(sum_threads)
+    best_kernel(const vector_view<const T> rewards, const device_groups groups, const vector_view<I> best) {
+  const int lane = static_cast<int>(threadIdx.x) % warp_threads;
+  const index_t g = (index_t{blockIdx.x} * sum_threads + threadIdx.x) / warp_threads;
+  if (g >= groups.count) return;
+  const index_t end = groups.end(g);
+  accumulator_t<T> most{};
+  long long at = -1;  // of the first of those that are the largest; there is none yet
+  for (index_t i = groups.begin(g) + lane; i < end; i += warp_threads) {
+    const accumulator_t<T> x = widen_one(rewards(i));
+    if (at < 0 ? x == x : x > most) most = x, at = i;
+  }
+#pragma unroll
+  for (unsigned d = warp_threads / 2; d > 0; d /= 2) {
+    const accumulator_t<T> far = __shfl_down_sync(whole_warp, most, d);
+    const long long far_at = __shfl_down_sync(whole_warp, at, d);
+    if (far_at >= 0 && (at < 0 || far > most || (far == most && far_at < at))) most = far, at = far_at;
+  }
+  if (lane == 0) best(g) = static_cast<I>(at);
+}
+template <class T, class I>
+void find_best(std::string_view function, const cuda& exec, const vector_view<const T>& r, const group_places& places,
+               const vector_view<I>& best) {
+  launch(function, exec, best_kernel<T, I>, {warps_of_groups(function, places), sum_threads}, r,
+         device_groups(places, r.extent(0)), best);
 }
 
 }  // namespace MLKIT_NAMESPACE::rl::detail

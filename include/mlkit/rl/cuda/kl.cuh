@@ -17,10 +17,6 @@ struct counted_only {
     x[0] += static_cast<double>(__popc(run.kept<each>(mask)));
   }
 };
-struct keep_count {
-  double* to;
-  __device__ __forceinline__ void operator()(const double (&x)[1]) const { *to = x[0]; }
-};
 
 template <class T, class Estimator>
 struct kl_tokens_of {

@@ -128,6 +128,18 @@ template <class T>
 inline constexpr int run_tokens = quad<T>::count > 4 ? quad<T>::count : 4;
 
 inline constexpr int sum_threads = 256, sum_rounds = 4;
+
+inline unsigned checked_blocks(std::string_view function, index_t blocks, index_t count, std::string_view what) {
+  if (blocks > INT32_MAX) fail_shape(function, ": ", count, " ", what, " are more than a GPU takes in one call");
+  return static_cast<unsigned>(blocks);
+}
+
+// The sum over a warp, in each of its threads.
+__device__ __forceinline__ double sum_warp(double x) {
+#pragma unroll
+  for (unsigned d = warp_threads / 2; d > 0; d /= 2) x += __shfl_down_sync(whole_warp, x, d);
+  return __shfl_sync(whole_warp, x, 0);
+}
 // Adds the sums of a block's threads, and takes the largest of the maxima that come behind them, in a fixed order; the
 // result is thread 0's.
 template <int Sums, int Maxima>
@@ -199,11 +211,16 @@ template <class F, class G>
 void sum_tokens(std::string_view function, const cuda& exec, const F& f, index_t rows, index_t cols, const G& g) {
   constexpr index_t part = index_t{sum_threads} * sum_rounds * F::each;
   const index_t count = ceil_div(rows * cols, part);
-  if (count > INT32_MAX) fail_shape(function, ": ", rows * cols, " elements are more than a GPU takes in one call");
+  const unsigned blocks = checked_blocks(function, count, rows * cols, "elements");
   const device_memory<double> parts(exec, count * (F::sums + F::maxima));
-  launch(function, exec, sum_kernel<F>, {static_cast<unsigned>(count), sum_threads}, f, rows, cols, parts.data());
+  launch(function, exec, sum_kernel<F>, {blocks, sum_threads}, f, rows, cols, parts.data());
   launch(function, exec, finish_kernel<F::sums, F::maxima, G>, {1, sum_threads}, g, parts.data(), count);
 }
+
+struct keep_count {
+  double* to;
+  __device__ __forceinline__ void operator()(const double (&x)[1]) const { *to = x[0]; }
+};
 
 // *to = value, in the order of the stream.
 template <class T>
