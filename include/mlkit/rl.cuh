@@ -3,6 +3,8 @@
 
 #include "core/cuda.cuh"
 #include "rl.hpp"
+#include "rl/cuda/categorical.cuh"
+#include "rl/cuda/gaussian.cuh"
 #include "rl/cuda/group.cuh"
 #include "rl/cuda/kl.cuh"
 #if __has_include(<cublasLt.h>)

@@ -79,16 +79,16 @@ choices<T> choices_of(std::string_view function, const categorical<T>& policy) {
   return {policy.logits, {0, policy.logits.extent(1)}};
 }
 
-// Actions [rows, choices] that are in range.
+// Actions [rows, choices], in range where they can be looked at.
 template <class T, class I>
-void check_actions(arguments& call, std::string_view function, const choices<T>& c,
-                   const matrix_view<const I>& actions) {
+void check_actions(arguments& call, std::string_view function, const choices<T>& c, const matrix_view<const I>& actions,
+                   bool look) {
   static_assert(std::is_same_v<I, std::int32_t> || std::is_same_v<I, std::int64_t>,
                 "rl: actions are std::int32_t or std::int64_t");
   check_view(function, "actions", actions);
   check_extent(function, "actions", "rows", actions.extent(0), "logits", c.logits.extent(0));
   check_extent(function, "actions", "columns", actions.extent(1), "the policy", c.count());
-  for (index_t r = 0; r < actions.extent(0); ++r)
+  for (index_t r = 0; look && r < actions.extent(0); ++r)
     for (index_t i = 0; i < c.count(); ++i) {
       const index_t n = c.begins[static_cast<std::size_t>(i) + 1] - c.begins[static_cast<std::size_t>(i)];
       if (actions(r, i) < 0 || actions(r, i) >= n)
@@ -119,6 +119,29 @@ logits_problem<T> problem_of_choice(const choices<T>& c, index_t i, const matrix
   return p;
 }
 
+// Adds what a choice has of a row to what those before it had.
+template <class A>
+struct add_choice {
+  vector_view<A> logp, entropy;
+  bool first;
+
+  MLKIT_HOST_DEVICE token_gradient<A> operator()(index_t row, A l, A h, A) const noexcept {
+    if (logp.data) logp(row) = (first ? A{} : logp(row)) + l;
+    if (entropy.data) entropy(row) = (first ? A{} : entropy(row)) + h;
+    return {};
+  }
+  MLKIT_HOST_DEVICE void masked(index_t) const noexcept {}
+};
+
+// The empty sum.
+template <class A>
+void write_no_choice(by_executor, std::string_view, const cpu&, index_t rows, const policy_log_probs<A>& out) {
+  for (index_t r = 0; r < rows; ++r) {
+    if (out.logp.data) out.logp(r) = A{};
+    if (out.entropy.data) out.entropy(r) = A{};
+  }
+}
+
 // An index with probability proportional to e^z, from u in [0, 1): the first whose cumulated share is above u. All
 // logits are finite or -inf, and one is finite.
 template <class T>
@@ -140,6 +163,37 @@ index_t sample_class(const T* z, index_t stride, index_t n, double u) noexcept {
   return last;
 }
 
+template <class T>
+void check_logits_to_sample(std::string_view function, const choices<T>& c) {
+  for (index_t r = 0; r < c.logits.extent(0); ++r)
+    for (index_t i = 0; i < c.count(); ++i) {
+      const matrix_view<const T> z = c.of(c.logits, i);
+      bool any = false;
+      for (index_t j = 0; j < z.extent(1); ++j) {
+        const double value = static_cast<double>(z(r, j));
+        if (std::isnan(value) || value == std::numeric_limits<double>::infinity())
+          fail_value(function, ": logits[", r, ", ", c.begins[static_cast<std::size_t>(i)] + j, "] = ", value,
+                     " is no logit");
+        any = any || value > -std::numeric_limits<double>::infinity();
+      }
+      if (!any) fail_value(function, ": choice ", i, " of row ", r, " has no class that is possible");
+    }
+}
+
+template <class T, class I>
+void run_sample(std::string_view, const cpu& exec, const choices<T>& c, const random_stream& random,
+                const matrix_view<I>& actions, index_t first) {
+  parallel_for(threads_for(exec, c.logits.size()), c.logits.extent(0), [&](index_t r) {
+    for (index_t i = 0; i < c.count(); ++i) {
+      const matrix_view<const T> z = c.of(c.logits, i);
+      const double u = random.uniform((static_cast<std::uint64_t>(first) + static_cast<std::uint64_t>(r)) *
+                                          static_cast<std::uint64_t>(c.count()) +
+                                      static_cast<std::uint64_t>(i));
+      actions(r, i) = static_cast<I>(sample_class(z.data + r * z.strides[0], z.strides[1], z.extent(1), u));
+    }
+  });
+}
+
 }  // namespace detail
 
 /// A categorical or multi_discrete policy.
@@ -151,11 +205,12 @@ concept discrete_policy =
 /// f64, bf16 or f16, of any strides; outputs f32 (f64 for f64). Throws shape_error where shapes do not fit or memory
 /// overlaps, value_error for an action out of range, named by its index, before anything is written. The same bits for
 /// any number of threads.
+/// With a mlkit::cuda an action out of range is not refused: its row's logp is NaN, and so is the gradient of its
+/// choice.
 template <executor Executor, discrete_policy Policy, class I>
 void log_probs(const Executor& exec, const Policy& policy, const tensor_view<I, 2>& actions,
                const policy_log_probs<accumulator_t<typename Policy::value_type>>& out) {
   constexpr std::string_view function = "rl::log_probs";
-  detail::only_on_cpu<Executor>();
   using namespace detail;
   using T = typename Policy::value_type;
   using A = accumulator_t<T>;
@@ -164,7 +219,7 @@ void log_probs(const Executor& exec, const Policy& policy, const tensor_view<I, 
   const index_t rows = c.logits.extent(0);
   arguments call(function, exec);
   call.reads("logits", c.logits);
-  check_actions(call, function, c, ids);
+  check_actions(call, function, c, ids, looks_at_data<Executor>);
   const auto output = [&](std::string_view name, const vector_view<A>& v) {
     if (!is_given(v)) return;
     check_rows(function, name, v, "logits' rows", rows);
@@ -172,18 +227,11 @@ void log_probs(const Executor& exec, const Policy& policy, const tensor_view<I, 
   };
   output("logp", out.logp);
   output("entropy", out.entropy);
-  for (index_t r = 0; r < rows && c.count() == 0; ++r) {  // the empty sum
-    if (out.logp.data) out.logp(r) = A{};
-    if (out.entropy.data) out.entropy(r) = A{};
-  }
+  if (c.count() == 0) write_no_choice(by_executor{}, function, exec, rows, out);
   for (index_t i = 0; i < c.count(); ++i) {
     auto p = problem_of_choice(c, i, ids);
     p.with_entropy = out.entropy.data != nullptr;
-    run_logits(exec, p, [&](index_t r, A l, A h, A) {
-      if (out.logp.data) out.logp(r) = (i > 0 ? out.logp(r) : A{}) + l;
-      if (out.entropy.data) out.entropy(r) = (i > 0 ? out.entropy(r) : A{}) + h;
-      return token_gradient<A>{};
-    });
+    run_logits(exec, p, add_choice<A>{out.logp, out.entropy, i == 0});
   }
 }
 
@@ -194,7 +242,6 @@ void backward(const Executor& exec, const Policy& policy, const tensor_view<I, 2
               const policy_derivatives<accumulator_t<typename Policy::value_type>>& derivatives,
               const matrix_view<typename Policy::value_type>& dlogits) {
   constexpr std::string_view function = "rl::backward";
-  detail::only_on_cpu<Executor>();
   using namespace detail;
   using T = typename Policy::value_type;
   using A = accumulator_t<T>;
@@ -203,7 +250,7 @@ void backward(const Executor& exec, const Policy& policy, const tensor_view<I, 2
   const index_t rows = c.logits.extent(0);
   arguments call(function, exec);
   if (!same_memory(dlogits, c.logits)) call.reads("logits", c.logits);
-  check_actions(call, function, c, ids);
+  check_actions(call, function, c, ids, looks_at_data<Executor>);
   const auto input = [&](std::string_view name, const vector_view<const A>& v) {
     if (!is_given(v)) return;
     check_rows(function, name, v, "logits' rows", rows);
@@ -221,10 +268,7 @@ void backward(const Executor& exec, const Policy& policy, const tensor_view<I, 2
     p.gradient_time_stride = dz.strides[0];
     p.gradient_class_stride = dz.strides[1];
     p.with_entropy = derivatives.dentropy.data != nullptr;
-    run_logits(exec, p, [&](index_t r, A, A, A) {
-      return token_gradient<A>{derivatives.dlogp.data ? derivatives.dlogp(r) : A{},
-                               derivatives.dentropy.data ? derivatives.dentropy(r) : A{}};
-    });
+    run_logits(exec, p, known_slopes<A>{as_rows(derivatives.dlogp), as_rows(derivatives.dentropy), rows});
   }
 }
 
@@ -233,11 +277,12 @@ void backward(const Executor& exec, const Policy& policy, const tensor_view<I, 2
 /// stream. A class is drawn with its probability to 2^-24, the resolution of the stream's uniform numbers. Throws
 /// shape_error where shapes do not fit or memory overlaps, value_error for logits that are NaN or +inf, or all -inf,
 /// named by their row, before anything is written.
+/// With a mlkit::cuda logits that cannot be drawn from give the action -1; other actions are those of the CPU, except
+/// where a number falls on the boundary of two classes to within rounding.
 template <executor Executor, discrete_policy Policy, class I>
 void sample(const Executor& exec, const Policy& policy, const random_stream& random, const tensor_view<I, 2>& actions,
             index_t first = 0) {
   constexpr std::string_view function = "rl::sample";
-  detail::only_on_cpu<Executor>();
   using namespace detail;
   using T = typename Policy::value_type;
   static_assert(std::is_same_v<I, std::int32_t> || std::is_same_v<I, std::int64_t>,
@@ -251,28 +296,8 @@ void sample(const Executor& exec, const Policy& policy, const random_stream& ran
   check_extent(function, "actions", "columns", actions.extent(1), "the policy", c.count());
   call.writes("actions", actions);
   if (first < 0) fail_value(function, ": first = ", first, " is negative");
-  for (index_t r = 0; r < rows; ++r)
-    for (index_t i = 0; i < c.count(); ++i) {
-      const matrix_view<const T> z = c.of(c.logits, i);
-      bool any = false;
-      for (index_t j = 0; j < z.extent(1); ++j) {
-        const double value = static_cast<double>(z(r, j));
-        if (std::isnan(value) || value == std::numeric_limits<double>::infinity())
-          fail_value(function, ": logits[", r, ", ", c.begins[static_cast<std::size_t>(i)] + j, "] = ", value,
-                     " is no logit");
-        any = any || value > -std::numeric_limits<double>::infinity();
-      }
-      if (!any) fail_value(function, ": choice ", i, " of row ", r, " has no class that is possible");
-    }
-  parallel_for(threads_for(exec, c.logits.size()), rows, [&](index_t r) {
-    for (index_t i = 0; i < c.count(); ++i) {
-      const matrix_view<const T> z = c.of(c.logits, i);
-      const double u = random.uniform((static_cast<std::uint64_t>(first) + static_cast<std::uint64_t>(r)) *
-                                          static_cast<std::uint64_t>(c.count()) +
-                                      static_cast<std::uint64_t>(i));
-      actions(r, i) = static_cast<I>(sample_class(z.data + r * z.strides[0], z.strides[1], z.extent(1), u));
-    }
-  });
+  if constexpr (looks_at_data<Executor>) check_logits_to_sample(function, c);
+  run_sample(function, exec, c, random, actions, first);
 }
 
 }  // namespace MLKIT_NAMESPACE::rl
