@@ -136,12 +136,9 @@ struct loss_sums {
 template <class T>
 struct policy_scratch {
   using A = accumulator_t<T>;
-  alignas(64) A keep[tokens_of_block];
   alignas(64) A weight[tokens_of_block];
   alignas(64) A ratio[tokens_of_block];
-  alignas(64) A loss[tokens_of_block];
   alignas(64) A slope[tokens_of_block];
-  alignas(64) A clipped[tokens_of_block];
   alignas(64) T in[3][tokens_of_block];
   alignas(64) T out[tokens_of_block];
   alignas(64) std::uint8_t mask[tokens_of_block];

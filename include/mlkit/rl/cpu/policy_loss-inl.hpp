@@ -1,6 +1,6 @@
-// One block of tokens of a policy loss: ratios, terms, values and entropies in turn, in buffers that stay in L1, so
-// that each operand is read from memory once and each gradient written once. Terms are scalar functors in loops of
-// their own, which the compiler vectorises; the rest is written with registers.
+// One block of tokens of a policy loss: the policy's part, the values' and the entropies' in turn, each a loop over
+// registers whose operands stay in L1 for the next, so that each is read from memory once and each gradient written
+// once. Terms are scalar functors in loops over the lanes of a register, which the compiler makes one of.
 
 // A sum in f64, lane by lane.
 template <class A>
@@ -39,16 +39,6 @@ struct wide_sum {
     low += w.part[0];
     if constexpr (parts == 2) high += w.part[1];
   }
-  // Adds x and x^2, both of x in f64.
-  static MLKIT_ALWAYS_INLINE void add_moments(vec<A> x, wide_sum& sum, wide_sum& squares) noexcept {
-    const widened w = widen(x);
-    sum.low += w.part[0];
-    squares.low = fma(w.part[0], w.part[0], squares.low);
-    if constexpr (parts == 2) {
-      sum.high += w.part[1];
-      squares.high = fma(w.part[1], w.part[1], squares.high);
-    }
-  }
   MLKIT_ALWAYS_INLINE double total() const noexcept { return across(low + high, sum_of_two{}); }
 };
 
@@ -84,9 +74,12 @@ struct ratio_and_excess {
 };
 template <class A>
 MLKIT_ALWAYS_INLINE ratio_and_excess<A> exp_and_excess(vec<A> d) noexcept {
-  const exp_parts<A> e = split_exp(d);
-  const vec<A> ratio = e.mantissa() * power_of_two(e.n);
-  return {ratio, vec<A>::select(e.n == vec<A>::zero(), e.r * e.r * e.curve, (ratio - A(1)) - d)};
+  using table = math_table<A>;
+  const vec<A> n = round_to_integer(d * table::log2_e);
+  const vec<A> r = fma(n, vec<A>(-table::ln2_low), fma(n, vec<A>(-table::ln2_high), d));
+  const vec<A> bent = r * r * horner(r, table::exp), power = power_of_two(n);  // e^r - 1 - r
+  const vec<A> ratio = fma(r + bent, power, power);
+  return {ratio, vec<A>::select(n == vec<A>::zero(), bent, (ratio - A(1)) - d)};
 }
 
 // What does not depend on the policy's term.
@@ -101,7 +94,8 @@ struct loss_block {
     return at_most(at_least(d, static_cast<A>(-rl::most_log_ratio)), static_cast<A>(rl::most_log_ratio));
   }
 
-  // Where tokens [begin, begin + n) of a gradient are written, and what brings them to their places.
+  // Where tokens [begin, begin + n) of a gradient are written, null if nobody wants it, and what brings them to their
+  // places.
   struct gradient {
     const rl::detail::plane<T>* plane;
     const rl::detail::plane_shape* shape;
@@ -113,8 +107,8 @@ struct loss_block {
              T* b) noexcept
         : plane(&p), shape(&s), begin(first), n(count), buffer(b) {
       const index_t row = begin / s.cols, col = begin - row * s.cols;
-      direct = p.col_stride == 1 && col + n <= s.cols;
-      if (direct) buffer = p.at(row, col);
+      direct = !p.data || (p.col_stride == 1 && col + n <= s.cols);
+      if (direct) buffer = p.data ? p.at(row, col) : nullptr;
     }
     void finish() const noexcept {
       if (direct) return;
@@ -125,14 +119,17 @@ struct loss_block {
     }
   };
 
-  // keep[i] = 1 where the token counts, else 0; mask null: all do.
-  static void fill_keep(const std::uint8_t* MLKIT_RESTRICT mask, index_t n, A* MLKIT_RESTRICT keep) noexcept {
-    if (!mask) {
-      std::fill_n(keep, n, A(1));
-      return;
-    }
-    MLKIT_SIMD
-    for (index_t i = 0; i < n; ++i) keep[i] = mask[i] ? A(1) : A(0);
+  // Bytes that are 0 where a token does not count; without a mask all do.
+  static const std::uint8_t* find_mask(const rl::detail::plane<const std::uint8_t>& mask,
+                                       const rl::detail::plane_shape& shape, index_t begin, index_t n,
+                                       scratch& s) noexcept {
+    if (mask.data) return in_order(mask, shape, begin, n, s.mask);
+    std::fill_n(s.mask, n, std::uint8_t{1});
+    return s.mask;
+  }
+  // Lanes i to i + m - 1, which are not 0 where the token counts.
+  static MLKIT_ALWAYS_INLINE typename V::native_int kept(const std::uint8_t* mask, index_t i, int m) noexcept {
+    return m == V::width ? kept_lanes<V>(mask + i) : some_lanes<V>(mask + i, m).lanes();
   }
 
   // to[i] = values[the sequence of token begin + i].
@@ -160,87 +157,111 @@ struct loss_block {
       std::fill_n(s.weight, n, p.weight);
   }
 
-  // Losses, slopes and whether they are clipped of n tokens.
-  template <class Term, class X, class Y, class Z>
-  static MLKIT_ALWAYS_INLINE void terms(const Term& term, index_t n, const X* MLKIT_RESTRICT x,
-                                        const Y* MLKIT_RESTRICT y, const Z* MLKIT_RESTRICT z, A* MLKIT_RESTRICT loss,
-                                        A* MLKIT_RESTRICT slope, A* MLKIT_RESTRICT clipped) noexcept {
+  // What a term gives for a register of tokens.
+  struct term_values {
+    V loss, slope, clipped;
+  };
+  template <class Term>
+  static MLKIT_ALWAYS_INLINE term_values terms_of(const Term& term, V x, V y, V z) noexcept {
+    alignas(64) A a[V::width], b[V::width], c[V::width], loss[V::width], slope[V::width], clipped[V::width];
+    x.store(a), y.store(b), z.store(c);
     MLKIT_SIMD
-    for (index_t i = 0; i < n; ++i) {
-      const auto token = term(static_cast<A>(x[i]), static_cast<A>(y[i]), static_cast<A>(z[i]));
-      loss[i] = token.loss;
-      slope[i] = token.slope;
-      clipped[i] = token.clipped ? A(1) : A(0);
+    for (int l = 0; l < V::width; ++l) {
+      const auto token = term(a[l], b[l], c[l]);
+      loss[l] = token.loss;
+      slope[l] = token.slope;
+      clipped[l] = token.clipped ? A(1) : A(0);
     }
+    return {V::load(loss), V::load(slope), V::load(clipped)};
   }
 
   // The sum of weight * loss, how many are clipped, and the gradient factor * weight * slope if it is asked for.
-  static void reduce(const operands& p, const rl::detail::plane<T>& slopes, A factor, index_t begin, index_t n,
-                     double& loss, double& clipped, scratch& s) noexcept {
-    if (slopes.data) {
-      const gradient to(slopes, p.shape, begin, n, s.out);
-      if (p.weights_differ)
-        reduce_block<true, true>(p, s, n, factor, to.buffer, loss, clipped);
-      else
-        reduce_block<true, false>(p, s, n, factor, to.buffer, loss, clipped);
-      to.finish();
-    } else if (p.weights_differ) {
-      reduce_block<false, true>(p, s, n, factor, static_cast<T*>(nullptr), loss, clipped);
-    } else {
-      reduce_block<false, false>(p, s, n, factor, static_cast<T*>(nullptr), loss, clipped);
-    }
-  }
-  template <bool Gradient, bool Weighted>
-  static MLKIT_ALWAYS_INLINE void reduce_block(const operands& p, const scratch& s, index_t n, A factor, T* to,
-                                               double& loss, double& clipped) noexcept {
-    V sum = V::zero(), count = V::zero();
-    const V of_all(factor * p.weight);
-    each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
-      const auto keep = load_some<V>(s.keep + i, m) != V::zero();
-      V term = load_some<V>(s.loss + i, m), weight = of_all;
-      if constexpr (Weighted) {
-        weight = load_some<V>(s.weight + i, m);
-        term *= weight;
-        weight = weight * factor;
-      }
-      sum += V::select(keep, term, V::zero());
-      count += V::select(keep, load_some<V>(s.clipped + i, m), V::zero());
-      if constexpr (Gradient) {
-        store_some(V::select(keep, weight * load_some<V>(s.slope + i, m), V::zero()), to + i, m);
-        prefetch_next(to + i);
-      }
-    });
-    loss = static_cast<double>(across(sum, sum_of_two{})) * static_cast<double>(Weighted ? A(1) : p.weight);
-    clipped = static_cast<double>(across(count, sum_of_two{}));
-  }
+  struct reduction {
+    V loss, clipped, of_all;
+    A factor, weight;
+    const A* weights;
+    T* to;
 
-  static void run_value(const operands& p, index_t begin, index_t n, rl::detail::loss_sums& sums, scratch& s) noexcept {
+    MLKIT_ALWAYS_INLINE reduction(const operands& p, A f, const scratch& s, T* gradient) noexcept
+        : loss(V::zero()),
+          clipped(V::zero()),
+          of_all(f * p.weight),
+          factor(f),
+          weight(p.weight),
+          weights(p.weights_differ ? s.weight : nullptr),
+          to(gradient) {}
+    MLKIT_ALWAYS_INLINE void take(typename V::native_int keep, const term_values& x, index_t i, int m) noexcept {
+      V term = x.loss, scaled = of_all;
+      if (weights) {
+        scaled = load_some<V>(weights + i, m);
+        term *= scaled;
+        scaled = scaled * factor;
+      }
+      loss = V::select(keep, loss + term, loss);
+      clipped = V::select(keep, clipped + x.clipped, clipped);
+      if (!to) return;
+      store_some(V::select(keep, scaled * x.slope, V::zero()), to + i, m);
+      prefetch_next(to + i);
+    }
+    MLKIT_ALWAYS_INLINE void finish(double& of_loss, double& of_clipped) const noexcept {
+      of_loss = static_cast<double>(across(loss, sum_of_two{})) * static_cast<double>(weights ? A(1) : weight);
+      of_clipped = static_cast<double>(across(clipped, sum_of_two{}));
+    }
+  };
+
+  // Sums of a block's numbers, less its first that counts, of them squared, and in f64 both less another: no number
+  // is further from the mean of n than sqrt(n) times their deviation, so that f32 does for those of a block.
+  struct moments_about {
+    V first, sum, square;
+
+    MLKIT_ALWAYS_INLINE explicit moments_about(A x) noexcept : first(x), sum(V::zero()), square(V::zero()) {}
+    MLKIT_ALWAYS_INLINE void take(typename V::native_int keep, V x) noexcept {
+      const V d = V::select(keep, x - first, V::zero());
+      sum += d;
+      square = fma(d, d, square);
+    }
+    MLKIT_ALWAYS_INLINE void finish(A origin, double n, double& of_sum, double& of_square) const noexcept {
+      const double by = static_cast<double>(first.v[0]) - static_cast<double>(origin);
+      const double total = static_cast<double>(across(sum, sum_of_two{}));
+      of_sum = total + n * by;
+      of_square = static_cast<double>(across(square, sum_of_two{})) + by * (2 * total + n * by);
+    }
+  };
+
+  static void run_value(const operands& p, const std::uint8_t* mask, index_t begin, index_t n,
+                        rl::detail::loss_sums& sums, scratch& s) noexcept {
     const T* values = in_order(p.values, p.shape, begin, n, s.in[0]);
     const T* returns = in_order(p.returns, p.shape, begin, n, s.in[1]);
     const T* old = p.old_values.data ? in_order(p.old_values, p.shape, begin, n, s.in[2]) : values;
-    terms(p.value, n, values, old, returns, s.loss, s.slope, s.clipped);
-    wide_sum<A> error, square_error, target, square_target;
-    const V first_error(p.first_error), first_return(p.first_return);
+    index_t first = 0;
+    while (first < n && mask[first] == 0) ++first;
+    const A return_there = first < n ? static_cast<A>(returns[first]) : p.first_return;
+    const A error_there = first < n ? return_there - static_cast<A>(values[first]) : p.first_error;
+    moments_about target(return_there), error(error_there);
+    const gradient to(p.dvalues, p.shape, begin, n, s.out);
+    reduction total(p, p.value_coefficient, s, to.buffer);
+    const auto term = p.value;  // its own copy, which no store can change
     each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
-      const auto keep = load_some<V>(s.keep + i, m) != V::zero();
+      const auto keep = kept(mask, i, m);
       const V r = load_some<V>(returns + i, m), v = load_some<V>(values + i, m);
       prefetch_next(returns + i, values + i, old + i);
-      wide_sum<A>::add_moments(V::select(keep, (r - v) - first_error, V::zero()), error, square_error);
-      wide_sum<A>::add_moments(V::select(keep, r - first_return, V::zero()), target, square_target);
+      error.take(keep, r - v);
+      target.take(keep, r);
+      total.take(keep, terms_of(term, v, load_some<V>(old + i, m), r), i, m);
     });
-    sums.error = error.total();
-    sums.square_error = square_error.total();
-    sums.target = target.total();
-    sums.square_target = square_target.total();
-    reduce(p, p.dvalues, p.value_coefficient, begin, n, sums.value, sums.value_clipped, s);
+    to.finish();
+    total.finish(sums.value, sums.value_clipped);
+    const double tokens = static_cast<double>(count_kept(mask, n));
+    error.finish(p.first_error, tokens, sums.error, sums.square_error);
+    target.finish(p.first_return, tokens, sums.target, sums.square_target);
   }
 
-  static void run_entropy(const operands& p, index_t begin, index_t n, rl::detail::loss_sums& sums,
-                          scratch& s) noexcept {
+  static void run_entropy(const operands& p, const std::uint8_t* mask, index_t begin, index_t n,
+                          rl::detail::loss_sums& sums, scratch& s) noexcept {
     const T* entropies = in_order(p.entropies, p.shape, begin, n, s.in[0]);
     V sum = V::zero();
     each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
-      const auto keep = load_some<V>(s.keep + i, m) != V::zero();
+      const auto keep = kept(mask, i, m);
       const V h = load_some<V>(entropies + i, m) * load_some<V>(s.weight + i, m);
       sum += V::select(keep, h, V::zero());
     });
@@ -248,7 +269,7 @@ struct loss_block {
     if (!p.dentropies.data) return;
     const gradient to(p.dentropies, p.shape, begin, n, s.out);
     each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
-      const auto keep = load_some<V>(s.keep + i, m) != V::zero();
+      const auto keep = kept(mask, i, m);
       const V g = load_some<V>(s.weight + i, m) * -p.entropy_coefficient;
       store_some(V::select(keep, g, V::zero()), to.buffer + i, m);
     });
@@ -261,64 +282,64 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
   using T = typename Problem::value_type;
   using block = loss_block<T>;
   using block::clamped;
-  using block::fill_keep;
+  using block::find_mask;
+  using block::kept;
   using block::spread;
-  using block::terms;
   using typename block::A;
   using typename block::scratch;
   using typename block::V;
   using Policy = typename Problem::policy_type;
   static constexpr bool has_policy = !std::is_same_v<Policy, rl::detail::no_policy>;
 
-  static void run_policy(const Problem& p, index_t begin, index_t n, rl::detail::loss_sums& sums, scratch& s) noexcept {
+  static void run_policy(const Problem& p, const std::uint8_t* mask, index_t begin, index_t n,
+                         rl::detail::loss_sums& sums, scratch& s) noexcept {
     const T* log_probs = in_order(p.log_probs, p.shape, begin, n, s.in[0]);
     const T* advantages = in_order(p.advantages, p.shape, begin, n, s.in[1]);
-    if (p.old_log_probs.data) {
-      const T* old = in_order(p.old_log_probs, p.shape, begin, n, s.in[2]);
-      V k1 = V::zero(), k3 = V::zero(), low(math_table<A>::infinity), high(-math_table<A>::infinity);
-      each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
-        const auto keep = load_some<V>(s.keep + i, m) != V::zero();
-        const V d = V::select(keep, clamped(load_some<V>(log_probs + i, m) - load_some<V>(old + i, m)), V::zero());
-        const auto [ratio, excess] = exp_and_excess(d);
-        store_some(ratio, s.ratio + i, m);
-        prefetch_next(log_probs + i, old + i, advantages + i);
+    const T* old = p.old_log_probs.data ? in_order(p.old_log_probs, p.shape, begin, n, s.in[2]) : nullptr;
+    constexpr bool of_sequence = rl::detail::of_sequence<Policy>;
+    constexpr bool mean_slope = of_sequence && !rl::detail::constant_ratio<Policy>;
+    if constexpr (of_sequence) spread(p.sequences, p.sequence_ratios, begin, n, s.ratio);
+    if constexpr (mean_slope) spread(p.sequences, p.sequence_slopes, begin, n, s.slope);
+    const typename block::gradient to(p.dlog_probs, p.shape, begin, n, s.out);
+    typename block::reduction total(p, A(1), s, to.buffer);
+    const Policy policy = p.policy;  // its own copy, which no store can change
+    V k1 = V::zero(), k3 = V::zero(), low(math_table<A>::infinity), high(-math_table<A>::infinity);
+    each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
+      const auto keep = kept(mask, i, m);
+      const V log_prob = load_some<V>(log_probs + i, m), advantage = load_some<V>(advantages + i, m);
+      prefetch_next(log_probs + i, advantages + i);
+      V ratio(A(1));
+      if (old) {
+        prefetch_next(old + i);
+        const V d = V::select(keep, clamped(log_prob - load_some<V>(old + i, m)), V::zero());
+        const ratio_and_excess<A> of_token = exp_and_excess(d);
+        ratio = of_token.ratio;
         k1 -= d;
-        k3 += excess;
-        low = V::select(keep, min(low, ratio), low);
-        high = V::select(keep, max(high, ratio), high);
-      });
-      sums.k1 = static_cast<double>(across(k1, sum_of_two{}));
-      sums.k3 = static_cast<double>(across(k3, sum_of_two{}));
-      if constexpr (rl::detail::of_sequence<Policy>) {
-        spread(p.sequences, p.sequence_ratios, begin, n, s.ratio);
-        low = V(math_table<A>::infinity), high = -low;
-        each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
-          const auto keep = load_some<V>(s.keep + i, m) != V::zero();
-          const V ratio = load_some<V>(s.ratio + i, m);
-          low = V::select(keep, min(low, ratio), low);
-          high = V::select(keep, max(high, ratio), high);
-        });
+        k3 += of_token.excess;
       }
-      sums.ratio_min = -static_cast<double>(across(-low, larger_of_two{}));
-      sums.ratio_max = static_cast<double>(across(high, larger_of_two{}));
-    } else {
-      std::fill_n(s.ratio, n, A(1));
-      sums.ratio_min = sums.ratio_max = 1;
-    }
-    terms(p.policy, n, s.ratio, advantages, log_probs, s.loss, s.slope, s.clipped);
-    if constexpr (rl::detail::of_sequence<Policy> && !rl::detail::constant_ratio<Policy>)
-      spread(p.sequences, p.sequence_slopes, begin, n, s.slope);
-    block::reduce(p, p.dlog_probs, A(1), begin, n, sums.policy, sums.clipped, s);
+      if constexpr (of_sequence) ratio = load_some<V>(s.ratio + i, m);
+      low = V::select(keep, min(low, ratio), low);
+      high = V::select(keep, max(high, ratio), high);
+      auto values = block::terms_of(policy, ratio, advantage, log_prob);
+      if constexpr (mean_slope) values.slope = load_some<V>(s.slope + i, m);
+      total.take(keep, values, i, m);
+    });
+    to.finish();
+    total.finish(sums.policy, sums.clipped);
+    sums.k1 = static_cast<double>(across(k1, sum_of_two{}));
+    sums.k3 = static_cast<double>(across(k3, sum_of_two{}));
+    sums.ratio_min = -static_cast<double>(across(-low, larger_of_two{}));
+    sums.ratio_max = static_cast<double>(across(high, larger_of_two{}));
   }
 
   // Tokens [begin, begin + n), at most a block.
   static void run(const Problem& p, index_t begin, index_t n, rl::detail::loss_sums& sums, scratch& s) noexcept {
-    fill_keep(p.mask.data ? in_order(p.mask, p.shape, begin, n, s.mask) : nullptr, n, s.keep);
+    const std::uint8_t* mask = find_mask(p.mask, p.shape, begin, n, s);
     block::fill_weights(p, begin, n, s);
-    if constexpr (has_policy) run_policy(p, begin, n, sums, s);
-    if (p.values.data) block::run_value(p, begin, n, sums, s);
+    if constexpr (has_policy) run_policy(p, mask, begin, n, sums, s);
+    if (p.values.data) block::run_value(p, mask, begin, n, sums, s);
     if constexpr (has_policy)
-      if (p.entropies.data) block::run_entropy(p, begin, n, sums, s);
+      if (p.entropies.data) block::run_entropy(p, mask, begin, n, sums, s);
   }
 
   // The ratio of sequence b, and the gradient of each of its tokens before its weight: the mean of its slopes, since
@@ -326,20 +347,19 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
   static void run_sequence(const Problem& p, index_t b, scratch& s) noexcept {
     const auto& q = p.by_sequence;
     const index_t first = p.sequences.begin(b), end = p.sequences.end(b);
-    wide_sum<A> sum, count;
+    wide_sum<A> sum;
+    double tokens_here = 0;
     for (index_t at = first; at < end; at += rl::detail::tokens_of_block) {
       const index_t n = std::min(end - at, rl::detail::tokens_of_block);
-      fill_keep(q.mask.data ? in_order(q.mask, q.shape, at, n, s.mask) : nullptr, n, s.keep);
+      const std::uint8_t* mask = find_mask(q.mask, q.shape, at, n, s);
       const T* log_probs = in_order(q.log_probs, q.shape, at, n, s.in[0]);
       const T* old = in_order(q.old_log_probs, q.shape, at, n, s.in[2]);
       each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
-        const V keep = load_some<V>(s.keep + i, m);
         const V d = load_some<V>(log_probs + i, m) - load_some<V>(old + i, m);
-        sum.add(V::select(keep != V::zero(), d, V::zero()));
-        count.add(keep);
+        sum.add(V::select(kept(mask, i, m), d, V::zero()));
       });
+      tokens_here += static_cast<double>(count_kept(mask, n));
     }
-    const double tokens_here = count.total();
     p.sequence_ratios[b] = A(1);
     p.sequence_slopes[b] = A(0);
     if (tokens_here == 0) return;
@@ -347,16 +367,17 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
     p.sequence_ratios[b] = exp(clamped(exponent)).v[0];
     if constexpr (!rl::detail::constant_ratio<Policy>) {
       wide_sum<A> slopes;
-      std::fill_n(s.ratio, std::min(end - first, rl::detail::tokens_of_block), p.sequence_ratios[b]);
+      const Policy policy = p.policy;
+      const V ratio(p.sequence_ratios[b]);
       for (index_t at = first; at < end; at += rl::detail::tokens_of_block) {
         const index_t n = std::min(end - at, rl::detail::tokens_of_block);
-        fill_keep(q.mask.data ? in_order(q.mask, q.shape, at, n, s.mask) : nullptr, n, s.keep);
+        const std::uint8_t* mask = find_mask(q.mask, q.shape, at, n, s);
         const T* log_probs = in_order(q.log_probs, q.shape, at, n, s.in[0]);
         const T* advantages = in_order(q.advantages, q.shape, at, n, s.in[1]);
-        terms(p.policy, n, s.ratio, advantages, log_probs, s.loss, s.slope, s.clipped);
         each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
-          const auto keep = load_some<V>(s.keep + i, m) != V::zero();
-          slopes.add(V::select(keep, load_some<V>(s.slope + i, m), V::zero()));
+          const V advantage = load_some<V>(advantages + i, m), log_prob = load_some<V>(log_probs + i, m);
+          const V slope = block::terms_of(policy, ratio, advantage, log_prob).slope;
+          slopes.add(V::select(kept(mask, i, m), slope, V::zero()));
         });
       }
       p.sequence_slopes[b] = static_cast<A>(slopes.total() / tokens_here);
