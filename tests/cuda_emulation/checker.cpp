@@ -38,6 +38,8 @@ struct cell {
   // A copy is under way, which this thread waits for: index + 1.
   std::uint16_t copy = 0;
   bool ever = false;  // written
+  // At how many of its cluster's barriers the last writer had arrived, and a reader in another block, plus 1.
+  std::uint32_t written_after = 0, read_elsewhere_after = 0;
 };
 
 // A range of shared memory, and what is known of it. What is known of earlier blocks is forgotten line by line, when it
@@ -71,8 +73,20 @@ struct space {
   }
 };
 
+// What a block's shared memory holds, and what is known of it, while another block of its cluster has its turn.
+struct kept_space {
+  std::vector<cell> cells;
+  std::vector<std::uint32_t> generations;
+  std::vector<unsigned char> bytes;
+};
+struct kept_memory {
+  kept_space dynamic, variables;
+  std::uint32_t generation = 0;
+};
+
 struct spaces {
   space dynamic, variables;
+  std::vector<kept_memory> of_cluster;
   unsigned char* buffer = nullptr;
   std::vector<const void*> kernel_of = kernels_of_variables();
   std::set<const void*> launched;
@@ -189,7 +203,13 @@ void check_shared(space& s, fiber& who, std::size_t offset, std::size_t bytes, a
     } else {
       if (c.read && !ordered(who, c.read)) race(c.read, " read");
       if (c.read_before && !ordered(who, c.read_before)) race(c.read_before, " read");
+      if (who.waits < c.read_elsewhere_after)
+        fail([&] {
+          return bytes_of(how, bytes) + " at " + where(s, offset + i) +
+                 ", which another block of the cluster reads, and no cluster barrier lies between";
+        });
       c.write = mine;
+      c.written_after = who.arrivals;
       c.ever = true;
     }
   }
@@ -284,6 +304,92 @@ void begin_block_of_memory() {
   if (!instrumented) std::memset(now.shared, 0xff, now.running->shared);
 }
 
+void begin_cluster_of_memory(unsigned blocks) {
+  auto& all = here->of_cluster;
+  if (all.size() < blocks) all.resize(blocks);
+  for (unsigned i = 0; i < blocks; ++i) {
+    for (const auto& [kept, space] :
+         {std::pair(&all[i].dynamic, &here->dynamic), std::pair(&all[i].variables, &here->variables)}) {
+      kept->cells.resize(space->cells.size());
+      kept->generations.resize(space->generations.size());
+    }
+    all[i].dynamic.bytes.resize(now.running->shared);
+    all[i].variables.bytes.resize(here->variables.bytes);
+  }
+}
+
+namespace {
+// Calls with the parts of this block's shared memory, and with where they are kept.
+template <class F>
+void each_part(kept_memory& kept, F f) {
+  f(now.shared, kept.dynamic.bytes.data(), now.running->shared);
+  const auto& variables = shared_variables();
+  for (std::size_t i = 0; i < variables.size() && here->variables.bytes > 0; ++i)
+    if (may_use(static_cast<std::uint16_t>(i + 1)))
+      f(reinterpret_cast<unsigned char*>(here->variables.begin + variables[i].offset),
+        kept.variables.bytes.data() + variables[i].offset, variables[i].bytes);
+}
+void exchange(kept_memory& kept) {
+  for (const auto& [of, space] :
+       {std::pair(&kept.dynamic, &here->dynamic), std::pair(&kept.variables, &here->variables)}) {
+    std::swap(of->cells, space->cells);
+    std::swap(of->generations, space->generations);
+  }
+}
+}  // namespace
+
+void keep_block_of_memory(unsigned rank) {
+  kept_memory& kept = here->of_cluster[rank];
+  each_part(kept, [](unsigned char* memory, unsigned char* to, std::size_t bytes) { std::copy_n(memory, bytes, to); });
+  exchange(kept);
+  kept.generation = now.generation;
+}
+void bring_block_of_memory(unsigned rank) {
+  kept_memory& kept = here->of_cluster[rank];
+  each_part(kept, [](unsigned char* memory, const unsigned char* from, std::size_t bytes) {
+    std::copy_n(from, bytes, memory);
+  });
+  exchange(kept);
+}
+
+float load_cluster(const float* shared, int rank) {
+  const unwatched quietly;
+  const fiber& self = *now.current;
+  if (rank < 0 || static_cast<unsigned>(rank) >= now.blocks)
+    fail([&] {
+      return "load_cluster of block " + std::to_string(rank) + " of a cluster of " + std::to_string(now.blocks);
+    });
+  const auto other = static_cast<unsigned>(rank);
+  const auto address = reinterpret_cast<std::uintptr_t>(shared);
+  if (address % sizeof(float) != 0 || !is_shared_memory(shared))
+    fail([] { return std::string("load_cluster at what is no multiple of 4 in shared memory"); });
+  if (other == now.rank) {
+    check(shared, sizeof(float), access_kind::read);
+    return *shared;
+  }
+  const auto says = [&](const char* what) {
+    fail([&] { return "load_cluster of block " + std::to_string(rank) + " of the cluster" + what; });
+  };
+  if (has_returned(other)) says(", whose threads have all returned");
+  const bool dynamic = address - here->dynamic.begin < most_shared;
+  const space& s = dynamic ? here->dynamic : here->variables;
+  const std::size_t offset = address - s.begin;
+  if (dynamic ? offset + sizeof(float) > s.bytes : !may_use(s.owner[offset]) || s.owner[offset] != s.owner[offset + 3])
+    says(" out of bounds of its shared memory");
+  kept_memory& kept = here->of_cluster[other];
+  kept_space& there = dynamic ? kept.dynamic : kept.variables;
+  for (std::size_t i = offset; instrumented && i < offset + sizeof(float); ++i) {
+    cell& c = there.cells[i];
+    if (there.generations[i / line_bytes] != kept.generation || !c.ever) says(", which nobody there has written");
+    if (c.copy) says(", where a cp.async is under way");
+    if (self.waits <= c.written_after) says(", which was written there, and no cluster barrier lies between");
+    c.read_elsewhere_after = std::max(c.read_elsewhere_after, self.arrivals + 1);
+  }
+  float value;
+  std::memcpy(&value, there.bytes.data() + offset, sizeof value);
+  return value;
+}
+
 bool is_shared_memory(const void* p) {
   const auto address = reinterpret_cast<std::uintptr_t>(p);
   return address - here->dynamic.begin < most_shared || address - here->variables.begin < here->variables.bytes;
@@ -333,6 +439,7 @@ void copy_ended(const void* shared, std::size_t bytes) {
   each_cell(shared, bytes, [&](cell& c) {
     c.copy = 0;
     c.write = mine;
+    c.written_after = now.current->arrivals;
     c.ever = true;
   });
 }

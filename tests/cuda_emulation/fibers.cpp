@@ -136,9 +136,15 @@ struct stacks {
     for (const auto p : all) munmap(reinterpret_cast<void*>(p - guard), stack_bytes + guard);
   }
 };
+// Of a block that waits while others of its cluster have their turn.
+struct kept_block {
+  block_state state;
+  std::shared_ptr<void> hopper;
+};
 struct owned {
   stacks of_fibers;
-  std::vector<fiber> fibers;
+  std::vector<fiber> fibers;  // of all blocks of a cluster, one after another
+  std::vector<kept_block> blocks;
   std::string failure;
 };
 thread_local owned mine;
@@ -271,19 +277,18 @@ void release_barrier(int id) {
   join_clocks(warps);
 }
 
-void run_block(unsigned threads) {
+void begin_block(unsigned rank, const uint3& index) {
   engine& e = now;
-  e.threads = threads;
-  ++e.generation;
-  std::memset(&e.time, 0, sizeof e.time);
+  static_cast<block_state&>(e) = {};
+  e.block = index;
+  e.rank = rank;
+  e.generation = ++e.begun;
   for (auto& t : e.time.now) t = 1;
-  for (auto& a : e.arrived) a.count = 0;
-  if (mine.fibers.size() < threads) mine.fibers.resize(threads);
-  e.fibers = mine.fibers.data();
+  e.fibers = mine.fibers.data() + rank * e.threads;
   const dim3 size = e.running->block;
-  for (unsigned i = 0; i < threads; ++i) {
+  for (unsigned i = 0; i < e.threads; ++i) {
     fiber& f = e.fibers[i];
-    f.stack = mine.of_fibers[i];
+    f.stack = mine.of_fibers[rank * e.threads + i];
 #ifdef MLKIT_EMULATION_ASAN
     ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(f.stack), stack_bytes);
     f.fake_stack = nullptr;
@@ -294,25 +299,87 @@ void run_block(unsigned threads) {
     f.state = state::ready;
     f.copies.clear();
     f.groups = 0;
+    f.arrivals = f.waits = 0;
   }
   begin_block_of_memory();
   begin_block_of_hopper();
-  unsigned done = 0;
-  while (done < threads) {
-    bool moved = false;
-    for (unsigned k = 0; k < threads; ++k) {
-      fiber& f = e.fibers[turn_order == turns::forward ? k : threads - 1 - k];
+}
+
+// How many phases of the cluster's barrier are over: those at which all threads that have not returned have arrived.
+unsigned cluster_phases() {
+  unsigned least = ~0u;
+  for (unsigned i = 0; i < now.blocks * now.threads; ++i)
+    if (const fiber& f = mine.fibers[i]; f.state != state::done) least = std::min(least, f.arrivals);
+  return least;
+}
+
+// Lets the threads of a block take turns until none of them can go on. Whether any did.
+bool run_block() {
+  engine& e = now;
+  bool any = false;
+  for (bool moved = true; moved;) {
+    moved = false;
+    const unsigned phases = e.waiting_for_cluster > 0 ? cluster_phases() : 0;
+    for (unsigned k = 0; k < e.threads; ++k) {
+      fiber& f = e.fibers[turn_order == turns::forward ? k : e.threads - 1 - k];
+      if (f.state == state::at_cluster_barrier && f.waits < phases) {
+        f.state = state::ready;
+        --e.waiting_for_cluster;
+      }
       if (f.state != state::ready) continue;
-      moved = true;
+      moved = any = true;
       switch_to_fiber(f);
       if (e.failed) throw_failure();
-      if (f.state == state::done) ++done;
-    }
-    if (!moved) {
-      mine.failure = "threads wait for each other in vain: " + who_waits_where();
-      throw_failure();
+      if (f.state == state::done) ++e.done;
     }
   }
+  return any;
+}
+
+void keep_block() {
+  kept_block& kept = mine.blocks[now.rank];
+  kept.state = now;
+  exchange_block_of_hopper(kept.hopper);
+  keep_block_of_memory(now.rank);
+}
+void bring_block(unsigned rank) {
+  kept_block& kept = mine.blocks[rank];
+  static_cast<block_state&>(now) = kept.state;
+  exchange_block_of_hopper(kept.hopper);
+  bring_block_of_memory(rank);
+}
+
+[[noreturn]] void fail_in_vain() {
+  mine.failure = "threads wait for each other in vain: " + who_waits_where();
+  throw_failure();
+}
+
+// A block of a cluster goes on until all of its threads wait; then the next one does.
+void run_cluster(const uint3& first) {
+  engine& e = now;
+  const dim3 size = e.running->cluster;
+  const auto returned = [&](unsigned rank) { return mine.blocks[rank].state.done == e.threads; };
+  begin_cluster_of_memory(e.blocks);
+  if (mine.blocks.size() < e.blocks) mine.blocks.resize(e.blocks);
+  for (unsigned rank = 0; rank < e.blocks; ++rank) {
+    begin_block(rank, {first.x + rank % size.x, first.y + rank / size.x % size.y, first.z + rank / (size.x * size.y)});
+    keep_block();
+  }
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (unsigned k = 0; k < e.blocks; ++k) {
+      const unsigned rank = turn_order == turns::forward ? k : e.blocks - 1 - k;
+      if (returned(rank)) continue;
+      bring_block(rank);
+      moved = run_block() || moved;
+      keep_block();
+    }
+  }
+  for (unsigned rank = 0; rank < e.blocks; ++rank)
+    if (!returned(rank)) {
+      bring_block(rank);
+      fail_in_vain();
+    }
 }
 
 }  // namespace
@@ -335,15 +402,27 @@ void run_grid(grid& g, const void* kernel, kernel_call call, const void* paramet
     }
   } const at_the_end;
   begin_grid_of_memory();
-  const unsigned threads = g.block.x * g.block.y * g.block.z;
-  const std::uint64_t blocks = std::uint64_t{g.size.x} * g.size.y * g.size.z;
-  for (std::uint64_t k = 0; k < blocks; ++k) {
-    const std::uint64_t i = turn_order == turns::forward ? k : blocks - 1 - k;
-    e.block = {static_cast<unsigned>(i % g.size.x), static_cast<unsigned>(i / g.size.x % g.size.y),
-               static_cast<unsigned>(i / g.size.x / g.size.y)};
-    run_block(threads);
+  e.threads = g.block.x * g.block.y * g.block.z;
+  e.blocks = g.cluster.x * g.cluster.y * g.cluster.z;
+  if (mine.fibers.size() < std::size_t{e.threads} * e.blocks) mine.fibers.resize(std::size_t{e.threads} * e.blocks);
+  const dim3 clusters{g.size.x / g.cluster.x, g.size.y / g.cluster.y, g.size.z / g.cluster.z};
+  const std::uint64_t count = std::uint64_t{clusters.x} * clusters.y * clusters.z;
+  for (std::uint64_t k = 0; k < count; ++k) {
+    const std::uint64_t i = turn_order == turns::forward ? k : count - 1 - k;
+    const uint3 first{static_cast<unsigned>(i % clusters.x) * g.cluster.x,
+                      static_cast<unsigned>(i / clusters.x % clusters.y) * g.cluster.y,
+                      static_cast<unsigned>(i / clusters.x / clusters.y) * g.cluster.z};
+    if (e.blocks > 1) {
+      run_cluster(first);
+    } else {
+      begin_block(0, first);
+      run_block();
+      if (e.done < e.threads) fail_in_vain();
+    }
   }
 }
+
+bool has_returned(unsigned rank) { return rank != now.rank && mine.blocks[rank].state.done == now.threads; }
 
 void note_failure(const std::string& text) {
   if (!now.on_fiber) throw fault("CUDA emulation: " + text);
@@ -426,6 +505,48 @@ void meet(warp_call& call, int line, const char* file) {
   for (unsigned i = 0; i < 32; ++i)
     if (lanes[i]) e.fibers[first + i].state = state::ready;
   ++e.time.now[self.thread / 32];
+}
+
+// ---- clusters
+
+int cluster_rank() { return static_cast<int>(now.rank); }
+
+namespace {
+// The lanes of a warp do it together; each of them counts.
+void at_cluster_barrier(const char* name, int line, const char* file) {
+  warp_call call{.name = name, .mask = 0xffffffffu, .evaluate = nullptr};
+  meet(call, line, file);
+}
+}  // namespace
+
+void cluster_arrive(int line, const char* file) {
+  const unwatched here;
+  fiber& self = *now.current;
+  if (self.arrivals > self.waits)
+    fail([] { return std::string("cluster_arrive again, without a cluster_wait between"); });
+  auto& happened = now.arrived_in_cluster[self.arrivals % 2];
+  const unsigned warp = self.thread / 32;
+  for (unsigned w = 0; w < most_warps; ++w) happened[w] = std::max(happened[w], now.time.known[warp][w]);
+  happened[warp] = std::max(happened[warp], now.time.now[warp]);
+  at_cluster_barrier("cluster_arrive", line, file);
+  ++self.arrivals;
+}
+
+void cluster_wait(int line, const char* file) {
+  const unwatched here;
+  fiber& self = *now.current;
+  if (self.arrivals == self.waits) fail([] { return std::string("cluster_wait without a cluster_arrive before it"); });
+  at_cluster_barrier("cluster_wait", line, file);
+  self.state = state::at_cluster_barrier;
+  ++now.waiting_for_cluster;
+  self.waits_in = "cluster_wait";
+  self.file = file;
+  self.line = line;
+  switch_to_scheduler(false);
+  const unsigned warp = self.thread / 32;
+  const auto& happened = now.arrived_in_cluster[self.waits % 2];
+  for (unsigned w = 0; w < most_warps; ++w) now.time.known[warp][w] = std::max(now.time.known[warp][w], happened[w]);
+  ++self.waits;
 }
 
 }  // namespace cuda_emulation

@@ -159,6 +159,11 @@ void begin_block_of_hopper() {
   }
 }
 
+void exchange_block_of_hopper(std::shared_ptr<void>& kept) {
+  if (!kept) kept = std::make_shared<hopper_state>();
+  std::swap(all, *static_cast<hopper_state*>(kept.get()));
+}
+
 void mbarrier_init(std::uint64_t* p, int arrivals) {
   const unwatched quietly;
   touch(p, 8, 8, true);

@@ -57,7 +57,7 @@ std::string where_in_device_memory(std::uintptr_t address);
 
 // ---- fibers.cpp: threads
 
-enum class state : unsigned char { ready, at_barrier, in_warp, at_mbarrier, done };
+enum class state : unsigned char { ready, at_barrier, in_warp, at_mbarrier, at_cluster_barrier, done };
 
 struct pending_copy {
   void* shared;
@@ -81,7 +81,8 @@ struct fiber {
   int line = 0;
 
   std::vector<pending_copy> copies;
-  int groups = 0;  // that were committed
+  int groups = 0;                    // that were committed
+  unsigned arrivals = 0, waits = 0;  // at the barrier of its cluster
 #ifdef MLKIT_EMULATION_ASAN
   void* fake_stack = nullptr;
 #endif
@@ -100,7 +101,7 @@ struct clocks {
 struct grid {
   const void* function = nullptr;
   std::string kernel;  // its name
-  dim3 size, block;
+  dim3 size, block, cluster;
   std::size_t shared = 0;
   std::uintptr_t parameters = 0;
   std::size_t parameter_bytes = 0;
@@ -111,17 +112,29 @@ struct arrivals {
   unsigned count, first;
 };
 
-// The kernel that runs on a host thread. Made without being asked for, so that accesses to it need no guard.
-struct engine {
-  fiber* current = nullptr;
-  bool on_fiber = false;
-  grid* running = nullptr;
+// A block, as far as it is not in its fibers and in its memory.
+struct block_state {
   uint3 block{};
-  unsigned threads = 0;          // of a block
+  unsigned rank = 0;  // in its cluster
+  unsigned done = 0;  // threads that have returned
+  unsigned waiting_for_cluster = 0;
   std::uint32_t generation = 0;  // of blocks, from 1
   fiber* fibers = nullptr;
   clocks time{};
   arrivals arrived[barriers]{};
+  // What has happened before a phase of the cluster's barrier was over, by warp: of phases with even numbers, and odd.
+  std::uint32_t arrived_in_cluster[2][most_warps]{};
+};
+
+// The kernel that runs on a host thread, and that block of a cluster which has its turn. Made without being asked for,
+// so that accesses to it need no guard.
+struct engine : block_state {
+  fiber* current = nullptr;
+  bool on_fiber = false;
+  grid* running = nullptr;
+  unsigned threads = 0;     // of a block
+  unsigned blocks = 1;      // of a cluster
+  std::uint32_t begun = 0;  // blocks
   void* scheduler = nullptr;
   bool failed = false;
   unsigned char* shared = nullptr;  // dynamic shared memory
@@ -137,6 +150,9 @@ inline constexpr std::size_t most_shared = 232448;  // bytes that a block can as
 
 /// Lets others go on until `current`'s state is ready again.
 void leave_turn();
+
+/// Whether all threads of another block of the cluster have returned.
+bool has_returned(unsigned rank);
 
 void note_failure(const std::string& text);
 [[noreturn]] void leave_for_good();
@@ -172,6 +188,10 @@ void check_by(fiber& who, const void* p, std::size_t bytes, access_kind how);
 bool is_shared_memory(const void* p);
 void begin_grid_of_memory();
 void begin_block_of_memory();
+/// Of the blocks of a cluster one has its turn: its shared memory is where kernels find it, that of others is kept.
+void begin_cluster_of_memory(unsigned blocks);
+void keep_block_of_memory(unsigned rank);
+void bring_block_of_memory(unsigned rank);
 /// Marks shared memory that a copy is under way to, and that it is there.
 void copy_began(const void* shared, std::size_t bytes);
 void copy_ended(const void* shared, std::size_t bytes);

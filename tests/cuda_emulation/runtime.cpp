@@ -135,16 +135,25 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, kernel_
   if (config.dynamicSmemBytes > most) return error(cudaErrorInvalidValue);
   constexpr std::size_t most_parameters = 4096;
   if (bytes > most_parameters) return error(cudaErrorInvalidValue);
-  for (unsigned i = 0; i < config.numAttrs; ++i)
-    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension ||
-        config.attrs[i].id == cudaLaunchAttributeCooperative)
-      return error(cudaErrorNotSupported);
+  dim3 cluster;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeCooperative) return error(cudaErrorNotSupported);
+    if (attribute.id == cudaLaunchAttributeClusterDimension)
+      cluster = {attribute.val.clusterDim.x, attribute.val.clusterDim.y, attribute.val.clusterDim.z};
+  }
+  constexpr unsigned most_blocks = 8;  // of a cluster, on every device that has them
+  const std::uint64_t blocks = std::uint64_t{cluster.x} * cluster.y * cluster.z;
+  if (blocks == 0 || blocks > most_blocks || g.x % cluster.x != 0 || g.y % cluster.y != 0 || g.z % cluster.z != 0 ||
+      (blocks > 1 && compute_capability() < 90))
+    return error(cudaErrorInvalidConfiguration);
   return submit(config.stream, [=] {
     grid running;
     running.function = kernel;
     running.kernel = function_name(kernel);
     running.size = g;
     running.block = b;
+    running.cluster = cluster;
     running.shared = config.dynamicSmemBytes;
     running.parameters = reinterpret_cast<std::uintptr_t>(parameters.get());
     running.parameter_bytes = bytes;

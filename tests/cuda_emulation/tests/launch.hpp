@@ -40,6 +40,7 @@ class device_vector {
 struct shape {
   dim3 grid = 1, block = 32;
   std::size_t shared = 0;
+  dim3 cluster = 1;
 };
 
 template <class... P, class... A>
@@ -48,6 +49,13 @@ cudaError_t launch(const shape& s, void (*kernel)(P...), A... arguments) {
   config.gridDim = s.grid;
   config.blockDim = s.block;
   config.dynamicSmemBytes = s.shared;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = s.cluster.x;
+  attribute.val.clusterDim.y = s.cluster.y;
+  attribute.val.clusterDim.z = s.cluster.z;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
 }
 

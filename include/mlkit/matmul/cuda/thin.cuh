@@ -232,7 +232,7 @@ __global__ __launch_bounds__(threads,
 }
 
 // Defined as 1: a decoding step with an adapter is one kernel on GPUs whose blocks form clusters. Not the default,
-// since the emulation does not run clusters and no test has seen it.
+// since the emulation alone has run it.
 #if !defined(MLKIT_CLUSTERS)
 #define MLKIT_CLUSTERS 0
 #endif

@@ -58,6 +58,12 @@ void warpgroup_commit(int line, const char* file);
 void warpgroup_wait(int groups, int line, const char* file);
 void warpgroup_fence(int line, const char* file);
 
+// Blocks of a cluster.
+int cluster_rank();
+void cluster_arrive(int line, const char* file);
+void cluster_wait(int line, const char* file);
+float load_cluster(const float* shared, int rank);
+
 std::uint32_t round_bf16(float x) noexcept;  // to nearest even
 std::uint32_t round_f16(float x) noexcept;
 float widen_f16(std::uint32_t bits) noexcept;

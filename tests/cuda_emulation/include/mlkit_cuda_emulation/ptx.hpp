@@ -107,6 +107,12 @@ inline void warpgroup_bf16(float (&d)[128], std::uint64_t a, std::uint64_t b, bo
 inline void warpgroup_f16(float (&d)[128], std::uint64_t a, std::uint64_t b, bool adds, MLKIT_EMULATED_PLACE) {
   cuda_emulation::warpgroup_multiply(true, d, a, b, adds, line, file);
 }
+
+inline int cluster_rank() { return cuda_emulation::cluster_rank(); }
+inline void cluster_arrive(MLKIT_EMULATED_PLACE) { cuda_emulation::cluster_arrive(line, file); }
+inline void cluster_wait(MLKIT_EMULATED_PLACE) { cuda_emulation::cluster_wait(line, file); }
+inline float load_cluster(const float* shared, int rank) { return cuda_emulation::load_cluster(shared, rank); }
+
 inline std::uint64_t warpgroup_operand(const void* shared) {
   return static_cast<std::uint64_t>((shared_address(shared) & 0x3ffff) >> 4) | std::uint64_t{1} << 16 |
          std::uint64_t{1024 >> 4} << 32 | std::uint64_t{1} << 62;
