@@ -32,6 +32,9 @@ SETUP = """
 #if defined(MLKIT_CUDA_EMULATION)
 #include <mlkit/lora.cuh>
 #include <mlkit/rl.cuh>
+using running_stats = mlkit::rl::device_running_stats;
+#else
+using running_stats = mlkit::rl::running_stats;
 #endif
 namespace lora = mlkit::lora;
 namespace attention = mlkit::attention;
@@ -43,7 +46,7 @@ using S = mlkit::accumulator_t<T>;
        std::vector<mlkit::matmul_problem<T, T, T>>& group, lora::adapter<T>& adapter, std::vector<lora::adapter<T>>& adapters, \\
        std::vector<int>& ids, mlkit::vector<T>& magnitude, lora::nf4_matrix& codes4, lora::int8_matrix& codes8, \\
        mlkit::tensor<S, 3>& lse, mlkit::matrix<S>& packed_lse, std::vector<std::int32_t>& starts, \\
-       attention::kept<T>& kept, attention::rotary_table<S>& table, rl::running_stats& stats, mlkit::vector<S>& rows, \\
+       attention::kept<T>& kept, attention::rotary_table<S>& table, running_stats& stats, mlkit::vector<S>& rows, \\
        std::span<const mlkit::index_t> sizes, mlkit::matrix_view<std::int32_t>& actions
 """
 
@@ -162,10 +165,12 @@ OPERATIONS = [
         ("KL as an estimate, a reward, a loss",
          "rl::kl<T>(exec, {.log_probs = x, .reference = x}); rl::kl_rewards<T>(exec, {.log_probs = x, .reference = x}, {}, y);"
          " rl::kl_loss<T>(exec, {.log_probs = x, .reference = x}, {}, y);"),
-        ("group advantages", "rl::group_advantages(exec, bias, rl::groups(2), rl::grpo{}, bias);"),
+        ("group advantages, the best of n", "rl::group_advantages(exec, bias, rl::groups(2), rl::grpo{}, bias);"
+         " rl::best_of_n(exec, bias, rl::groups(2), ids);"),
         ("preference losses of pairs, and KTO",
          "rl::preference_loss<T>(exec, {.chosen = bias, .rejected = bias}, rl::bradley_terry{}, {.chosen = bias});"
-         " rl::preference_loss<T>(exec, {.log_probs = bias, .reference = bias}, rl::kto{});"),
+         " rl::preference_loss<T>(exec, {.log_probs = bias, .reference = bias}, rl::kto{});"
+         " (void)rl::kto_reference_point<T>(exec, bias, bias);"),
         ("K-wise preference loss", "rl::preference_loss<T>(exec, {.rewards = bias}, rl::k_wise{});"),
         ("whitening", "rl::whiten(exec, x); rl::whiten(exec, x, {}, {}, y);"),
         ("running statistics", "stats.update(exec, x); stats.normalize(exec, x, {}, y);"),

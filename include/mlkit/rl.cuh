@@ -14,5 +14,6 @@
 #include "rl/cuda/logits_losses.cuh"
 #include "rl/cuda/policy_loss.cuh"
 #include "rl/cuda/preference.cuh"
+#include "rl/cuda/running_stats.cuh"
 #include "rl/cuda/scan.cuh"
 #include "rl/cuda/whiten.cuh"

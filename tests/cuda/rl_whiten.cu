@@ -132,3 +132,209 @@ TEST_CASE("cuda: whitening gives the same bits again", "[cuda][rl]") {
   const auto a = test::to_host(exec, one), b = test::to_host(exec, two);
   CHECK(std::memcmp(a.data(), b.data(), x.size() * sizeof(float)) == 0);
 }
+
+namespace {
+
+// Running statistics in the executor's memory, and what the host sees of them.
+#if defined(MLKIT_TEST_ON_CPU)
+rl::running_stats make_stats(const test::executor&, index_t columns) { return rl::running_stats(columns); }
+rl::reward_scaling make_scaling(const test::executor&, index_t n, double gamma) { return rl::reward_scaling(n, gamma); }
+template <class X>
+X look(const test::executor&, const X& x) {
+  return x;
+}
+#else
+rl::device_running_stats make_stats(const test::executor& exec, index_t columns) {
+  return rl::device_running_stats(exec, columns);
+}
+rl::device_reward_scaling make_scaling(const test::executor& exec, index_t n, double gamma) {
+  return rl::device_reward_scaling(exec, n, gamma);
+}
+template <class X>
+auto look(const test::executor& exec, const X& x) {
+  return x.get(exec);
+}
+#endif
+
+// Rows in three updates, the last of them of the transposed view.
+template <class T>
+void check_running(index_t rows, index_t columns, bool masked) {
+  using A = mlkit::accumulator_t<T>;
+  INFO("[" << rows << ", " << columns << "] " << mlkit::dtype_name<T>() << ", masked " << masked);
+  const auto exec = test::exec();
+  const mlkit::random_stream random{7, 5};
+  std::vector<T> x(at(rows * columns)), turned(x.size());
+  std::vector<std::uint8_t> mask(at(rows), 1);
+  for (index_t r = 0; r < rows; ++r) {
+    if (masked && r % 3 == 1) mask[at(r)] = 0;
+    for (index_t c = 0; c < columns; ++c)
+      x[at(r * columns + c)] = turned[at(c * rows + r)] =
+          mask[at(r)] ? static_cast<T>(5 + 2 * random.normal(static_cast<std::uint64_t>(r * columns + c))) : T(NAN);
+  }
+  auto on = test::on_device(exec, x), turned_on = test::on_device(exec, turned), out = test::on_device(exec, x);
+  auto flags = test::on_device(exec, mask);
+  auto stats = make_stats(exec, columns), again = make_stats(exec, columns);
+  const index_t first = rows / 3, second = rows / 3 + 1;
+  for (auto* s : {&stats, &again})
+    for (const auto& [from, to, turn] : {std::tuple{index_t{0}, first, false},
+                                         {first, second, false},
+                                         {second, second, false},
+                                         {second, rows, true}}) {
+      const mlkit::matrix_view<const T> part =
+          turn
+              ? mlkit::transposed(mlkit::matrix_view<const T>(turned_on.data() + from, {columns, to - from}, {rows, 1}))
+              : mlkit::matrix_view<const T>(on.data() + from * columns, {to - from, columns});
+      rl::mask_view<1> kept;
+      if (masked) kept = mlkit::vector_view<const std::uint8_t>(flags.data() + from, {to - from});
+      s->update(exec, part, kept);
+    }
+  const rl::running_stats have = look(exec, stats);
+  const std::vector<rl::moments> state(have.state().begin(), have.state().end());
+  const rl::running_stats second_have = look(exec, again);
+  CHECK(std::equal(state.begin(), state.end(), second_have.state().begin()));
+  const mlkit::matrix_view<T> in_place(out.data(), {rows, columns});
+  stats.normalize(exec, mlkit::matrix_view<const T>(in_place), {.epsilon = 0.5, .clip = 1.5}, in_place);
+  auto wide = test::on_device(exec, std::vector<A>(x.size()));
+  stats.normalize(exec, mlkit::matrix_view<const T>(on.data(), {rows, columns}),
+                  {.epsilon = 0, .clip = INFINITY, .center = false},
+                  mlkit::matrix_view<A>(wide.data(), {rows, columns}));
+  const auto y = test::to_host(exec, out);
+  const auto z = test::to_host(exec, wide);
+  bool good = true;
+  for (index_t c = 0; c < columns; ++c) {
+    double n = 0, mean = 0, squares = 0;
+    for (index_t r = 0; r < rows; ++r)
+      if (mask[at(r)]) mean += static_cast<double>(x[at(r * columns + c)]), n += 1;
+    mean /= n;
+    for (index_t r = 0; r < rows; ++r)
+      if (mask[at(r)]) squares += std::pow(static_cast<double>(x[at(r * columns + c)]) - mean, 2);
+    good = good && static_cast<double>(have.count()) == n && std::fabs(have.mean(c) - mean) < 1e-5 &&
+           std::fabs(have.variance(c) - squares / n) < 4e-5;
+    for (index_t r = 0; r < rows; ++r) {
+      const double v = static_cast<double>(x[at(r * columns + c)]),
+                   want = std::clamp((v - mean) / std::sqrt(squares / n + 0.5), -1.5, 1.5),
+                   other = v / std::sqrt(squares / n), close = static_cast<double>(y(r * columns + c));
+      if (!mask[at(r)])
+        good = good && std::isnan(close);
+      else
+        good = good && std::fabs(close - want) <= 3 * unit<T> &&
+               std::fabs(static_cast<double>(z(r * columns + c)) - other) <= 2e-5;
+    }
+  }
+  CHECK(good);
+}
+
+}  // namespace
+
+TEST_CASE("cuda: running statistics are those of all rows so far", "[cuda][rl]") {
+  check_running<float>(700, 1, false);
+  check_running<float>(9000, 1, true);
+  check_running<float>(700, 17, true);
+  check_running<double>(300, 3, true);
+  check_running<float>(290, 70, false);
+  check_running<mlkit::bf16>(150, 40, false);
+  const auto exec = test::exec();
+  auto x = test::on_device(exec, std::vector<float>(5000, 0.1f));
+  auto stats = make_stats(exec, 1);
+  stats.update(exec, mlkit::matrix_view<const float>(x.data(), {5000, 1}));
+  stats.update(exec, mlkit::matrix_view<const float>(nullptr, {0, 1}));
+  const rl::running_stats have = look(exec, stats);
+  CHECK((have.count() == 5000 && have.mean() == static_cast<double>(0.1f) && have.variance() == 0));
+}
+
+TEST_CASE("cuda: rewards are divided by the deviation of discounted returns", "[cuda][rl]") {
+  const auto exec = test::exec();
+  const index_t environments = 300, time = 20;
+  const mlkit::random_stream random{7, 6};
+  std::vector<float> r(at(environments * time));
+  std::vector<std::uint8_t> ended(r.size());
+  for (std::size_t i = 0; i < r.size(); ++i) r[i] = 1 + random.normal(i), ended[i] = i % 11 == 3;
+  auto rewards = test::on_device(exec, r), out = test::on_device(exec, r);
+  auto done = test::on_device(exec, ended);
+  auto scaling = make_scaling(exec, environments, 0.9);
+  for (const auto& [from, to] : {std::pair<index_t, index_t>{0, 13}, {13, 20}})
+    scaling.update(exec, mlkit::matrix_view<const float>(rewards.data() + from, {environments, to - from}, {time, 1}),
+                   mlkit::matrix_view<const std::uint8_t>(done.data() + from, {environments, to - from}, {time, 1}));
+  double sum = 0, squares = 0;
+  std::vector<double> last;
+  for (index_t b = 0; b < environments; ++b) {
+    double now = 0;
+    for (index_t t = 0; t < time; ++t) {
+      now = 0.9 * now + static_cast<double>(r[at(b * time + t)]);
+      sum += now, squares += now * now;
+      if (ended[at(b * time + t)]) now = 0;
+    }
+    last.push_back(now);
+  }
+  const double n = static_cast<double>(r.size()), variance = squares / n - sum / n * (sum / n);
+  const rl::reward_scaling have = look(exec, scaling);
+  CHECK(have.stats().variance() == Approx(variance).epsilon(1e-9));
+  for (std::size_t b = 0; b < last.size(); ++b) CHECK(have.returns()[b] == Approx(last[b]).epsilon(1e-12));
+  const mlkit::matrix_view<const float> all(rewards.data(), {environments, time});
+  scaling.scale(exec, all, {.clip = 0.7}, mlkit::matrix_view<float>(out.data(), {environments, time}));
+  const auto y = test::to_host(exec, out);
+  bool good = true;
+  for (std::size_t i = 0; i < r.size(); ++i) {
+    const double want = std::clamp(static_cast<double>(r[i]) / std::sqrt(variance + 1e-8), -0.7, 0.7);
+    good = good && std::fabs(static_cast<double>(y(static_cast<index_t>(i))) - want) < 1e-6;
+  }
+  CHECK(good);
+}
+
+TEST_CASE("cuda: running statistics refuse what does not fit, and take nothing in", "[cuda][rl]") {
+  const auto exec = test::exec();
+  auto stats = make_stats(exec, 9);
+  auto x = test::on_device(exec, std::vector<float>(36, 1)), out = test::on_device(exec, std::vector<float>(36, 7));
+  const mlkit::matrix_view<const float> v(x.data(), {4, 9}), narrow(x.data(), {4, 8});
+  const mlkit::matrix_view<float> to(out.data(), {4, 8});
+  auto flags = test::on_device(exec, std::vector<std::uint8_t>(3, 1));
+  const std::string update = "rl::running_stats::update: ", normalize = "rl::running_stats::normalize: ";
+  CHECK_THROWS_WITH(stats.update(exec, narrow), "mlkit::shape_error: " + update + "x has 8 columns, but this has 9");
+  CHECK_THROWS_WITH(stats.update(exec, v, mlkit::vector_view<const std::uint8_t>(flags.view())),
+                    "mlkit::shape_error: " + update + "mask has shape [3], but a column of x has [4]");
+  CHECK_THROWS_WITH(stats.normalize(exec, v, {}, to),
+                    "mlkit::shape_error: " + normalize + "out has shape [4, 8], but x has [4, 9]");
+  CHECK_THROWS_WITH(stats.normalize(exec, v, {.clip = 0}, mlkit::matrix_view<float>(out.data(), {4, 9})),
+                    "mlkit::value_error: " + normalize + "clip = 0 is not positive");
+  auto scaling = make_scaling(exec, 4, 0.9);
+  CHECK_THROWS_WITH(scaling.update(exec, v, {}),
+                    "mlkit::shape_error: rl::reward_scaling::update: ended has shape [0, 0], but rewards has [4, 9]");
+  CHECK_THROWS_WITH(make_stats(exec, 0), "mlkit::value_error: rl::running_stats: columns = 0 is less than 1");
+  CHECK_THROWS_WITH(make_scaling(exec, 4, 1.5),
+                    "mlkit::value_error: rl::reward_scaling: gamma = 1.5 is outside [0, 1]");
+  CHECK(look(exec, stats).count() == 0);
+  const auto have = test::to_host(exec, out);
+  CHECK(std::count(have.data(), have.data() + 36, 7.0f) == 36);
+}
+
+#if !defined(MLKIT_TEST_ON_CPU)
+
+TEST_CASE("cuda: running statistics go on from those of the host, and NaN stays in its column", "[cuda][rl]") {
+  const auto exec = test::exec();
+  rl::running_stats host(2);
+  const mlkit::matrix<double> seen({3, 2});
+  host.update(mlkit::cpu{}, seen);
+  rl::device_running_stats stats(exec, host);
+  auto x = test::on_device(exec, std::vector<double>{3, 1});
+  stats.update(exec, mlkit::matrix_view<const double>(x.data(), {1, 2}));
+  const rl::running_stats have = stats.get(exec);
+  CHECK((have.count() == 4 && have.mean(0) == 0.75 && have.variance(1) == 0.1875));
+  rl::reward_scaling scaling(3, 0.5);
+  const mlkit::matrix<float> rewards({3, 1});
+  scaling.update(mlkit::cpu{}, rewards,
+                 mlkit::matrix_view<const std::uint8_t>(std::array<std::uint8_t, 3>{}.data(), {3, 1}));
+  const rl::reward_scaling same = rl::device_reward_scaling(exec, scaling).get(exec);
+  CHECK((same.gamma() == 0.5 && same.stats().count() == 3 && same.returns().size() == 3));
+
+  auto bad = test::on_device(exec, std::vector<double>{NAN, 2});
+  stats.update(exec, mlkit::matrix_view<const double>(bad.data(), {1, 2}));
+  auto out = test::on_device(exec, std::vector<double>(2));
+  stats.normalize(exec, mlkit::matrix_view<const double>(x.data(), {1, 2}), {},
+                  mlkit::matrix_view<double>(out.data(), {1, 2}));
+  const auto y = test::to_host(exec, out);
+  CHECK((std::isnan(y(0)) && y(1) == Approx(0.4 / std::sqrt(0.64 + 1e-8))));
+  CHECK_THROWS_WITH(stats.get(exec),
+                    "mlkit::value_error: rl::running_stats::restore: state[0] has count 5, mean nan, m2 nan");
+}
+
+#endif

@@ -35,6 +35,39 @@ struct normalize_problem {
 
 inline constexpr index_t columns_together = 64, elements_together = 1 << 14, narrow_columns = 8;
 
+template <class T>
+void check_columns(std::string_view function, const tensor_view<const T, 2>& x, index_t columns) {
+  check_view(function, "x", x);
+  check_extent(function, "x", "columns", x.extent(1), "this", columns);
+}
+template <class T>
+void check_rows_to_take_in(arguments& call, std::string_view function, const tensor_view<const T, 2>& x,
+                           const mask_view<1>& mask, index_t columns) {
+  check_columns(function, x, columns);
+  check_mask(call, function, mask, "a column of x", {x.extent(0)});
+  call.reads("x", x);
+}
+template <class T, class Out>
+void check_normalized(arguments& call, std::string_view function, std::string_view name,
+                      const tensor_view<const T, 2>& x, const normalize_options& o, const tensor_view<Out, 2>& out) {
+  check_output(function, "out", out);
+  check_same_shape<2>(function, "out", out.extents, name, x.extents);
+  check_non_negative(function, "epsilon", o.epsilon);
+  if (!(o.clip > 0)) fail_value(function, ": clip = ", o.clip, " is not positive");
+  if (!same_elements(x, out)) call.reads(name, x);
+  call.writes("out", out);
+}
+template <class T>
+void check_rewards_to_take_in(arguments& call, std::string_view function, const tensor_view<const T, 2>& rewards,
+                              const mask_view<2>& ended, index_t environments) {
+  check_view(function, "rewards", rewards);
+  check_extent(function, "rewards", "rows", rewards.extent(0), "environments", environments);
+  check_same_shape<2>(function, "ended", ended.values.extents, "rewards", rewards.extents);
+  check_view(function, "ended", ended.values);
+  call.reads("rewards", rewards);
+  call.reads("ended", ended.values);
+}
+
 // Rows whose moments are found together: they stay in the second cache for the second pass.
 inline index_t chunk_rows(index_t columns) noexcept {
   return elements_together / std::min(columns_together, round_up(columns, 16));
@@ -50,7 +83,7 @@ namespace MLKIT_NAMESPACE::rl {
 
 /// Mean and variance of each of so many columns, over all rows that it was shown: of observations, or with one column
 /// of rewards. Kept in f64, and merged as `merge` of moments has it, so that they do not drift with the count. Movable
-/// and copyable.
+/// and copyable. Its functions take a mlkit::cpu; device_running_stats (rl.cuh) is the same in a GPU's memory.
 ///
 /// Before any row the mean is 0 and the variance 1. Welford: "Note on a method for calculating corrected sums of
 /// squares and products", 1962; merged as in Chan, Golub, LeVeque, 1979.
@@ -94,8 +127,7 @@ class running_stats {
     using T = element_t<const X>;
     const tensor_view<const T, 2> v = as_view(x);
     detail::arguments call(function, exec);
-    check_columns(function, v);
-    detail::check_mask(call, function, mask, "a column of x", {v.extent(0)});
+    detail::check_rows_to_take_in(call, function, v, mask, columns());
     if (v.empty()) return;
     std::vector<moments> seen(columns_.size());
     find_columns(exec, v, mask, seen.data());
@@ -117,13 +149,8 @@ class running_stats {
     const tensor_view<const T, 2> v = as_view(x);
     const tensor_view<O, 2> out = as_view(output);
     detail::arguments call(function, exec);
-    check_columns(function, v);
-    detail::check_output(function, "out", out);
-    detail::check_same_shape<2>(function, "out", out.extents, "x", v.extents);
-    detail::check_non_negative(function, "epsilon", o.epsilon);
-    if (!(o.clip > 0)) detail::fail_value(function, ": clip = ", o.clip, " is not positive");
-    if (!detail::same_elements(v, out)) call.reads("x", v);
-    call.writes("out", out);
+    detail::check_columns(function, v, columns());
+    detail::check_normalized(call, function, "x", v, o, out);
     if (v.empty()) return;
     const index_t n = columns();
     const detail::workspace<A> parts(3 * n);
@@ -160,11 +187,6 @@ class running_stats {
         detail::fail_value(function, ": state[", c, "] has count ", state[c].count, ", mean ", state[c].mean, ", m2 ",
                            state[c].m2);
     }
-  }
-  template <class T>
-  void check_columns(std::string_view function, const tensor_view<const T, 2>& x) const {
-    detail::check_view(function, "x", x);
-    detail::check_extent(function, "x", "columns", x.extent(1), "this", columns());
   }
 
   // The moments of each column, of chunks of rows that the shape alone decides.
@@ -207,6 +229,7 @@ class running_stats {
 ///   R = gamma R + r,  which becomes 0 after a step that ends an episode,
 /// and the moments of all R. The mean stays in rewards. Engstrom et al.: "Implementation matters in deep policy
 /// gradients", 2020, section 3; OpenAI Baselines' VecNormalize.
+/// On a GPU: device_reward_scaling (rl.cuh).
 class reward_scaling {
  public:
   /// Throws value_error for gamma outside [0, 1], or no environment.
@@ -216,6 +239,7 @@ class reward_scaling {
     returns_.resize(static_cast<std::size_t>(environments));
   }
 
+  double gamma() const noexcept { return gamma_; }
   const running_stats& stats() const noexcept { return stats_; }
   /// R of each environment.
   std::span<const double> returns() const noexcept { return returns_; }
@@ -240,11 +264,7 @@ class reward_scaling {
     using T = element_t<const R>;
     const tensor_view<const T, 2> r = as_view(rewards);
     detail::arguments call(function, exec);
-    detail::check_view(function, "rewards", r);
-    detail::check_extent(function, "rewards", "rows", r.extent(0), "environments",
-                         static_cast<index_t>(returns_.size()));
-    detail::check_same_shape<2>(function, "ended", ended.values.extents, "rewards", r.extents);
-    detail::check_view(function, "ended", ended.values);
+    detail::check_rewards_to_take_in(call, function, r, ended, static_cast<index_t>(returns_.size()));
     detail::name_non_finite(function, "rewards", r, {});
     if (r.empty()) return;
     const index_t environments = r.extent(0), time = r.extent(1);
@@ -275,10 +295,7 @@ class reward_scaling {
     const tensor_view<O, 2> out = as_view(output);
     detail::arguments call(function, exec);
     detail::check_view(function, "rewards", r);
-    detail::check_output(function, "out", out);
-    detail::check_same_shape<2>(function, "out", out.extents, "rewards", r.extents);
-    if (!detail::same_elements(r, out)) call.reads("rewards", r);
-    call.writes("out", out);
+    detail::check_normalized(call, function, "rewards", r, o, out);
     normalize_options uncentered = o;
     uncentered.center = false;
     const auto column = [](auto* data, index_t n, index_t step) {

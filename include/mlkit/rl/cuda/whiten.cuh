@@ -16,11 +16,12 @@ struct whiten_factors {
   double mean, factor, shift;
 };
 
-__device__ __forceinline__ moments merge_moments(const moments& a, const moments& b) {
+template <class Moments>
+__device__ __forceinline__ Moments merge_moments(const Moments& a, const Moments& b) {
   if (a.count == 0) return b;
   if (b.count == 0) return a;
   const double na = static_cast<double>(a.count), nb = static_cast<double>(b.count), n = na + nb, d = b.mean - a.mean;
-  moments r;
+  Moments r;
   r.count = a.count + b.count, r.mean = a.mean + d * (nb / n), r.m2 = a.m2 + b.m2 + d * d * (na * nb / n);
   return r;
 }
