@@ -264,6 +264,45 @@ def loss_cases():
         try_case(case, "torch", 6 * 4 * 4096, 1, lambda i: dpo(*x))
 
 
+# Heads and policies ---------------------------------------------------------------------------------------------------
+
+
+def policy_cases():
+    rows, depth, vocabulary = 4096, 2048, 50257
+    case = f"head cross_entropy and gradients bf16 [{rows}, {depth}, {vocabulary}]"
+    if FILTER in case:
+        h = torch.randn(rows, depth, device=DEVICE, dtype=torch.bfloat16)
+        w = torch.randn(vocabulary, depth, device=DEVICE, dtype=torch.bfloat16) * 0.05
+        y = torch.randint(vocabulary, (rows,), device=DEVICE)
+
+        def head():
+            leaves = [h.detach().requires_grad_(), w.detach().requires_grad_()]
+            return torch.autograd.grad(torch.nn.functional.cross_entropy(leaves[0] @ leaves[1].T, y), leaves)
+
+        try_case(case, "torch", 4 * (rows + vocabulary) * depth, 1, lambda i: head())
+
+    for rows, classes in [(65536, 18), (2048, 50257)]:
+        case, moved = f"draw actions [{rows}, {classes}]", 4 * rows * (classes + 1)
+        if FILTER in case:
+            sets = sets_for(moved)
+            z = [torch.randn(rows, classes, device=DEVICE) * 4 for _ in range(sets)]
+            try_case(case, "torch", moved, sets, lambda i: torch.multinomial(torch.softmax(z[i], -1), 1))
+
+    rows, columns = 65536, 64
+    case, moved = f"observations [{rows}, {columns}]", 12 * rows * columns
+    if FILTER in case:
+        sets = sets_for(moved)
+        x = [torch.randn(rows, columns, device=DEVICE) for _ in range(sets)]
+
+        def normalize(t):
+            variance, mean = torch.var_mean(t, 0)
+            return ((t - mean) * torch.rsqrt(variance + 1e-8)).clamp(-10, 10)
+
+        compiled = torch.compile(normalize)
+        try_case(case, "torch", moved, sets, lambda i: normalize(x[i]))
+        try_case(case, "torch.compile", moved, sets, lambda i: compiled(x[i]))
+
+
 if __name__ == "__main__":
     FILTER = sys.argv[1] if len(sys.argv) > 1 else ""
     if not torch.cuda.is_available():
@@ -273,3 +312,4 @@ if __name__ == "__main__":
     gae_cases()
     log_prob_cases()
     loss_cases()
+    policy_cases()

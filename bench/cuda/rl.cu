@@ -352,6 +352,88 @@ void cross_entropy(bench& b, index_t rows, int vocabulary) {
   });
 }
 
+// Bound by arithmetic: bytes are those of hidden states, weights and their gradients.
+void head(bench& b, index_t rows, index_t depth, int vocabulary) {
+  using T = mlkit::bf16;
+  const std::string name = "head cross_entropy and gradients bf16 [" + std::to_string(rows) + ", " +
+                           std::to_string(depth) + ", " + std::to_string(vocabulary) + "]";
+  if (!b.wanted(name)) return;
+  const auto h = b.numbers<T>(rows * depth, 1), w = b.numbers<T>(vocabulary * depth, 0.05f, 2);
+  const buffer<T> dh(rows * depth), dw(vocabulary * depth);
+  const auto labels = b.below(rows, vocabulary);
+  b.run(name, 4.0 * static_cast<double>(rows + vocabulary) * static_cast<double>(depth), 1, [&](int) {
+    (void)rl::cross_entropy(b.exec(), mlkit::tensor_view<const T, 2>(h.data(), {rows, depth}),
+                            mlkit::tensor_view<const T, 2>(w.data(), {vocabulary, depth}),
+                            mlkit::tensor_view<const std::int32_t, 1>(labels.data(), {rows}), {},
+                            {.dhidden = mlkit::tensor_view<T, 2>(dh.data(), {rows, depth}),
+                             .dweight = mlkit::tensor_view<T, 2>(dw.data(), {vocabulary, depth})});
+  });
+}
+
+// Actions of logits, which are read once from memory.
+void draw(bench& b, index_t rows, int classes) {
+  const std::string name = "draw actions [" + std::to_string(rows) + ", " + std::to_string(classes) + "]";
+  if (!b.wanted(name)) return;
+  const index_t n = rows * classes;
+  const double bytes = 4.0 * static_cast<double>(n + rows);
+  const int sets = b.sets(bytes);
+  std::vector<buffer<float>> z;
+  for (int i = 0; i < sets; ++i) z.push_back(b.numbers<float>(n, 4));
+  const buffer<std::int32_t> actions(rows);
+  b.run(name, bytes, sets, [&](int i) {
+    rl::sample(b.exec(), rl::categorical<float>{{z[static_cast<std::size_t>(i)].data(), {rows, classes}}}, {.seed = 1},
+               mlkit::tensor_view<std::int32_t, 2>(actions.data(), {rows, 1}));
+  });
+}
+
+// Three times mean and action, once the gradient of the mean, and the action once more as it is drawn.
+void gaussian(bench& b, index_t rows, index_t d) {
+  const std::string name = "gaussian policy [" + std::to_string(rows) + ", " + std::to_string(d) + "]";
+  if (!b.wanted(name)) return;
+  const index_t n = rows * d;
+  const auto mean = b.numbers<float>(n, 1), log_std = b.numbers<float>(d, 0.5f), slopes = b.numbers<float>(rows, 1);
+  const buffer<float> actions(n), dmean(n), dlog_std(d), logp(rows);
+  const mlkit::tensor_view<float, 2> a(actions.data(), {rows, d});
+  const rl::gaussian<float> policy{.mean = {mean.data(), {rows, d}}, .log_std = {log_std.data(), {1, d}}};
+  b.run(name, 28.0 * static_cast<double>(n), 1, [&](int) {
+    rl::sample(b.exec(), policy, {.seed = 1}, a);
+    rl::log_probs(b.exec(), policy, a, {.logp = mlkit::tensor_view<float, 1>(logp.data(), {rows})});
+    rl::backward(b.exec(), policy, a, {.dlogp = mlkit::tensor_view<const float, 1>(slopes.data(), {rows})},
+                 {.mean = {dmean.data(), {rows, d}}, .log_std = {dlog_std.data(), {1, d}}});
+  });
+}
+
+// Taken in and normalised: read twice and written once.
+void observations(bench& b, index_t rows, index_t columns) {
+  const std::string name = "observations [" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
+  if (!b.wanted(name)) return;
+  const index_t n = rows * columns;
+  const double bytes = 12.0 * static_cast<double>(n);
+  const int sets = b.sets(bytes);
+  std::vector<buffer<float>> x, y;
+  for (int i = 0; i < sets; ++i) x.push_back(b.numbers<float>(n, 1)), y.emplace_back(n);
+  rl::device_running_stats stats(b.exec(), columns);
+  b.run(name, bytes, sets, [&](int i) {
+    const auto k = static_cast<std::size_t>(i);
+    const mlkit::tensor_view<const float, 2> v(x[k].data(), {rows, columns});
+    stats.update(b.exec(), v);
+    stats.normalize(b.exec(), v, {}, mlkit::tensor_view<float, 2>(y[k].data(), {rows, columns}));
+  });
+}
+
+void k_wise(bench& b, index_t prompts, index_t each) {
+  const std::string name = "k_wise [" + std::to_string(prompts) + ", " + std::to_string(each) + "]";
+  if (!b.wanted(name)) return;
+  const index_t n = prompts * each;
+  const auto r = b.numbers<float>(n, 1);
+  const buffer<float> d(n);
+  b.run(name, 8.0 * static_cast<double>(n), 1, [&](int) {
+    (void)rl::preference_loss(b.exec(),
+                              {.rewards = mlkit::tensor_view<const float, 1>(r.data(), {n}), .of = rl::groups(each)},
+                              rl::k_wise{}, {.rewards = mlkit::tensor_view<float, 1>(d.data(), {n})});
+  });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -378,6 +460,12 @@ int main(int argc, char** argv) {
     ppo(b, 4096, 1024, true);
     whiten(b, 1 << 24);
     dpo(b, 4096);
+    head(b, 4096, 2048, 50257);
+    draw(b, 65536, 18);
+    draw(b, 2048, 50257);
+    gaussian(b, 65536, 8);
+    observations(b, 65536, 64);
+    k_wise(b, 4096, 8);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());
     return 1;
