@@ -172,6 +172,11 @@ scan_defect inspect(const Problem& p, const Kernels& kernels, const scan_needs& 
     for (index_t s = first; s < end && found.kind != scan_defect::reward; ++s)
       for (index_t t = p.first(s); t < p.last(s); ++t)
         if (p.counts(p.row(s), t) && !std::isfinite(*p.in[0].at(p.row(s), t))) found.add(scan_defect::reward, s, t);
+  // With a value behind each, and no truncation without one, there is nothing else to look at.
+  if (p.bootstrap && (p.final_values || !(p.truncated || p.last_truncated))) {
+    for (index_t s = first; s < end; ++s) ends[s] = *p.bootstrap.at(s, 0);
+    return found;
+  }
   const bool no_finals =
       !p.final_values && p.truncated &&
       !each_run(p, p.truncated, first, end, [&](const std::uint8_t* q, index_t n) { return !kernels.any_byte(q, n); });
@@ -238,7 +243,14 @@ void inspect_all(std::string_view function, const cpu& exec, Problem& p, const K
   scan_defect defect;
   std::mutex adding;
   parallel_ranges(exec, ceil_div(p.sequences, grain), [&](index_t begin, index_t end) {
-    const scan_defect found = inspect(p, kernels, needs, begin * grain, std::min(p.sequences, end * grain), ends);
+    // Along time the last ones first: those that the scan begins with are in cache then.
+    scan_defect found;
+    const index_t step = p.beside ? end - begin : 1;
+    for (index_t last = end; last > begin; last -= step) {
+      const scan_defect d =
+          inspect(p, kernels, needs, (last - step) * grain, std::min(p.sequences, last * grain), ends);
+      if (d.kind != scan_defect::none) found.add(d.kind, d.sequence, d.step);
+    }
     if (found.kind == scan_defect::none) return;
     std::lock_guard lock(adding);
     defect.add(found.kind, found.sequence, found.step);
@@ -269,7 +281,8 @@ void run_scan(std::string_view function, const cpu& exec, Problem& p, const scan
     p.flags_along_time = p.flags_along_time && (!*flags || flags->time == 1);
   }
   const bool far = steps * index_t{sizeof(T)} * std::max(1, Problem::rule_type::inputs) > far_bytes;
-  p.far_reads = far && !p.beside;
+  p.far_reads = far && !p.beside && p.flags_along_time;
+  for (const auto& s : p.in) p.far_reads = p.far_reads && (!s || s.time == 1);
   p.far_lanes = far && p.beside;
   p.past_caches = !p.starts && steps * index_t{sizeof(T)} * Problem::rule_type::outputs > far_bytes;
   for (const auto& s : p.out) p.past_caches = p.past_caches && (!s || whole_lines(s, p.beside));
@@ -290,6 +303,8 @@ void run_scan(std::string_view function, const cpu& exec, Problem& p, const scan
     return;
   }
   std::vector<scan_unit> units, later;
+  units.reserve(static_cast<std::size_t>(p.batch * p.time / scan_part + p.sequences));
+  later.reserve(units.capacity());
   for (index_t s = 0; s < p.sequences; ++s)
     for (index_t begin = p.first(s); begin < p.last(s); begin += scan_part) {
       const scan_unit u{p.row(s), begin, std::min(begin + scan_part, p.last(s)), s};

@@ -7,9 +7,12 @@
 // composed to one map, and the value behind the part before is this map of it: so parts may be scanned one after
 // another or all at once, and the bits are those of the sequence alone, wherever and beside whatever it lies.
 
-// How far ahead what is read is asked for, beyond the caches of a core, in steps of rows along time and in lanes beside
-// each other: each row is in a page of its own, too many for the processor to follow.
-inline constexpr index_t steps_ahead = scan_depth, lanes_ahead = 1024;
+// How far ahead what is read is asked for, beyond the caches of a core, in lanes beside each other. Where storage runs
+// along time, each step asks for a line of what is scanned next, row after row, as memory has it: what the steps
+// themselves read next is in as many pages as there are lanes, too many for the processor to follow.
+inline constexpr index_t lanes_ahead = 1024;
+template <class T>
+inline constexpr index_t line_elements = 64 / static_cast<index_t>(sizeof(T));
 
 typedef std::uint8_t code_row __attribute__((vector_size(16)));
 typedef std::uint8_t code_bytes __attribute__((vector_size(MLKIT_SET_BITS / 8)));
@@ -342,16 +345,28 @@ MLKIT_ALWAYS_INLINE code_row row_of(const std::uint8_t* p, int n) noexcept {
   __builtin_memcpy(&c, p, static_cast<std::size_t>(n));
   return c;
 }
+// n bytes, fewer than a register has lanes; row_of is for a number that the compiler knows.
+MLKIT_ALWAYS_INLINE code_row some_of_row(const std::uint8_t* p, int n) noexcept {
+#if MLKIT_SET_AVX512
+  return (code_row)_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  code_row c{};
+  std::uint64_t bytes = 0;
+  for (int i = 0; i < n; ++i) bytes |= std::uint64_t{p[i]} << (8 * i);
+  __builtin_memcpy(&c, &bytes, sizeof bytes);
+  return c;
+#endif
+}
 // n bytes, or all of a register.
 MLKIT_ALWAYS_INLINE code_bytes bytes_of(const std::uint8_t* p, int n) noexcept {
+#if MLKIT_SET_AVX512
+  return (code_bytes)_mm512_maskz_loadu_epi8(_bzhi_u64(~std::uint64_t{0}, static_cast<unsigned>(n)), p);
+#else
   code_bytes c{};
   if (n >= static_cast<int>(sizeof c)) {
     __builtin_memcpy(&c, p, sizeof c);
     return c;
   }
-#if MLKIT_SET_AVX512
-  return (code_bytes)_mm512_maskz_loadu_epi8((std::uint64_t{1} << n) - 1, p);
-#else
   __builtin_memcpy(&c, p, static_cast<std::size_t>(n));
   return c;
 #endif
@@ -389,37 +404,49 @@ struct scan_kernel {
     code_row code;  // dones that a later step says of the one before it
   };
 
-  // Sequences, or parts of them, to the lanes of a register. Lanes beyond `count` repeat the first.
-  struct lanes {
+  // Sequences, or parts of them, to the lanes of a register, and where their steps 0 are. Lanes beyond `count` repeat
+  // the first.
+  struct alignas(64) lanes {
+    index_t row[width], begin[width], steps[width], sequence[width];
+    const T *in[inputs > 0 ? inputs : 1][width], *final_values[width];
+    const std::uint8_t *terminated[width], *truncated[width], *mask[width];
+    T* out[outputs][width];
     int count;
-    bool spaced;  // each row_step rows and begin_step steps from the one before it
-    index_t row_step, begin_step;
     index_t shortest, longest;  // steps
-    unit of[width];
 
-    void measure() noexcept {
-      row_step = width > 1 ? of[1].row - of[0].row : 0;
-      begin_step = width > 1 ? of[1].begin - of[0].begin : 0;
-      spaced = true;
-      shortest = longest = of[0].end - of[0].begin;
+    // What follows from rows, begins and steps.
+    void place(const Problem& p) noexcept {
+      shortest = longest = steps[0];
       for (int i = 1; i < width; ++i) {
-        spaced = spaced && of[i].row - of[i - 1].row == row_step && of[i].begin - of[i - 1].begin == begin_step;
-        const index_t steps = of[i].end - of[i].begin;
-        shortest = steps < shortest ? steps : shortest;
-        longest = steps > longest ? steps : longest;
+        shortest = steps[i] < shortest ? steps[i] : shortest;
+        longest = steps[i] > longest ? steps[i] : longest;
       }
+      each_stream(p, [&](const auto& s, auto** at) {
+        for (int i = 0; i < width; ++i) at[i] = s.at(row[i], begin[i]);
+      });
+    }
+    // The same where each row follows the one before it, and all have `n` steps from `first` on. What was just written
+    // by halves is not read as a whole.
+    void place_even(const Problem& p, index_t first_row, index_t first, index_t n) noexcept {
+      shortest = longest = n;
+      each_stream(p, [&](const auto& s, auto** at) {
+        auto* const from = s.at(first_row, first);
+        const index_t step = s.batch;
+        MLKIT_SIMD
+        for (int i = 0; i < width; ++i) at[i] = from + i * step;
+      });
     }
 
-    // Where step `offset` of each lane is found.
-    template <class U>
-    MLKIT_ALWAYS_INLINE void places(const stream<U>& s, index_t offset, U** at) const noexcept {
-      if (spaced) {
-        U* next = s.at(of[0].row, of[0].begin + offset);
-        const index_t step = row_step * s.batch + begin_step * s.time;
-        for (int i = 0; i < width; ++i, next += step) at[i] = next;
-      } else {
-        for (int i = 0; i < width; ++i) at[i] = s.at(of[i].row, of[i].begin + offset);
-      }
+   private:
+    template <class F>
+    MLKIT_ALWAYS_INLINE void each_stream(const Problem& p, const F& f) noexcept {
+      for (int i = 0; i < inputs; ++i) f(p.in[i], in[i]);
+      for (int o = 0; o < outputs; ++o)
+        if (p.out[o]) f(p.out[o], out[o]);
+      if (p.final_values) f(p.final_values, final_values);
+      if (p.terminated) f(p.terminated, terminated);
+      if (p.truncated) f(p.truncated, truncated);
+      if (p.mask) f(p.mask, mask);
     }
   };
 
@@ -436,54 +463,89 @@ struct scan_kernel {
   // Steps of a tile: of each lane, of the longest, and those that all have.
   struct tile_steps {
     int of[width], top, all;
+
+    tile_steps(const lanes& g, index_t offset) noexcept
+        : top(static_cast<int>(std::min<index_t>(depth, g.longest - offset))),
+          all(static_cast<int>(std::clamp<index_t>(g.shortest - offset, 0, depth))) {
+      if (top == all) {
+        std::fill_n(of, width, top);
+        return;
+      }
+      for (int i = 0; i < width; ++i) of[i] = static_cast<int>(std::clamp<index_t>(g.steps[i] - offset, 0, depth));
+    }
   };
 
-  // The square of a matrix from step c of a tile on, whose lanes' steps 0 are at `from`.
-  static void read_square(const stream<const T>& s, const T* const* from, int c, const tile_steps& n, bool ahead,
+  // The square of a matrix from step c of the tile at `offset` on, whose lanes' first steps are at `from`.
+  static void read_square(const stream<const T>& s, const T* const* from, index_t offset, int c, const tile_steps& n,
                           T (*to)[width], scratch& w) noexcept {
+    const index_t first = offset + c;
     if (s.time != 1) {
-      for (int i = 0; i < width; ++i)
-        for (int k = c; k < std::min(c + width, n.top); ++k) to[k - c][i] = k < n.of[i] ? from[i][k * s.time] : T{};
+      for (int i = 0; i < width; ++i) {
+        const T* at = from[i] + first * s.time;
+        const int count = std::min(width, n.top - c);
+        for (int k = 0; k < count; ++k, at += s.time) to[k][i] = c + k < n.of[i] ? *at : T{};
+      }
       return;
-    }
-    if (ahead) {
-      MLKIT_UNROLL
-      for (int i = 0; i < width; ++i) __builtin_prefetch(from[i] + c - steps_ahead, 0, 2);
     }
     if (c + width <= n.all) {
-      transpose_square<T>(from, c, [&](int k, V x) { x.store(to[k]); });
+      transpose_square<T>(from, first, [&](int k, V x) { x.store(to[k]); });
       return;
     }
-    for (int i = 0; i < width; ++i)
-      __builtin_memcpy(w.rows[i], from[i] + c, static_cast<std::size_t>(std::clamp(n.of[i] - c, 0, width)) * sizeof(T));
+    for (int i = 0; i < width; ++i) {
+      if (c + width <= n.of[i])
+        V::load(from[i] + first).store(w.rows[i]);
+      else if (c < n.of[i])
+        V::load(from[i] + first, n.of[i] - c).store(w.rows[i]);
+    }
     transpose_square<T>(spaced_rows<const T>{w.rows[0], width}, 0, [&](int k, V x) { x.store(to[k]); });
   }
 
-  static void write_square(const stream<T>& s, T* const* to, int c, const tile_steps& n, int count, bool past_caches,
-                           const T (*from)[width], scratch& w) noexcept {
+  static void write_square(const stream<T>& s, T* const* to, index_t offset, int c, const tile_steps& n, int count,
+                           bool past_caches, const T (*from)[width], scratch& w) noexcept {
+    const index_t first = offset + c;
     if (s.time != 1) {
-      for (int i = 0; i < count; ++i)
-        for (int k = c; k < std::min(c + width, n.of[i]); ++k) to[i][k * s.time] = from[k - c][i];
+      for (int i = 0; i < count; ++i) {
+        T* at = to[i] + first * s.time;
+        const int some = std::min(width, n.of[i] - c);
+        for (int k = 0; k < some; ++k, at += s.time) *at = from[k][i];
+      }
       return;
     }
-    const bool whole = c + width <= n.all && count == width;
-    transpose_square<T>(spaced_rows<const T>{from[0], width}, 0, [&](int i, V x) {
-      if (whole && past_caches)
-        stream_register(to[i] + c, x);
+    if (c + width <= n.all && count == width) {
+      if (past_caches)
+        write_rows<true>(from, to, first);
       else
-        x.store(whole ? to[i] + c : w.rows[i]);
+        write_rows<false>(from, to, first);
+      return;
+    }
+    T* rows[width];
+    for (int i = 0; i < width; ++i) rows[i] = w.rows[i];
+    write_rows<false>(from, rows, 0);
+    for (int i = 0; i < count; ++i) {
+      if (c + width <= n.of[i])
+        V::load(w.rows[i]).store(to[i] + first);
+      else if (c < n.of[i])
+        V::load(w.rows[i]).store(to[i] + first, n.of[i] - c);
+    }
+  }
+  // A function of its own: what two of them load alike would be loaded before it is known which is called, and spilled.
+  template <bool PastCaches>
+  __attribute__((noinline)) static void write_rows(const T (*from)[width], T* const* to, index_t first) noexcept {
+    transpose_square<T>(spaced_rows<const T>{from[0], width}, 0, [&](int i, V x) {
+      if constexpr (PastCaches)
+        stream_register(to[i] + first, x);
+      else
+        x.store(to[i] + first);
     });
-    for (int i = 0; i < count && !whole; ++i)
-      __builtin_memcpy(to[i] + c, w.rows[i], static_cast<std::size_t>(std::clamp(n.of[i] - c, 0, width)) * sizeof(T));
   }
 
   // The codes of steps from their flags.
   template <class Bytes>
-  static MLKIT_ALWAYS_INLINE Bytes codes_of(const Problem& p, Bytes terminated, Bytes truncated, Bytes mask) noexcept {
+  static MLKIT_ALWAYS_INLINE Bytes codes_of(bool masks, Bytes terminated, Bytes truncated, Bytes mask) noexcept {
     const Bytes zero{};
     const Bytes ended = (Bytes)(terminated != zero);
     Bytes c = (ended & step_terminated) | (~ended & (Bytes)(truncated != zero) & step_truncated);
-    if (p.mask) {
+    if (masks) {
       const Bytes skipped = (Bytes)(mask == zero);
       c = (skipped & step_skipped) | (~skipped & c);
     }
@@ -491,11 +553,11 @@ struct scan_kernel {
   }
 
   // The codes of `count` steps of a lane, the first at `offset`, or of as many as fit.
-  static code_bytes codes_anywhere(const Problem& p, const unit& u, index_t offset, int count) noexcept {
+  static code_bytes codes_anywhere(const Problem& p, index_t row, index_t first, int count) noexcept {
     code_bytes c{};
     for (int k = 0; k < std::min(count, static_cast<int>(sizeof c)); ++k) {
-      const index_t t = u.begin + offset + k;
-      c[k] = static_cast<std::uint8_t>(p.counts(u.row, t) ? p.code(u.row, t) : step_skipped);
+      const index_t t = first + k;
+      c[k] = static_cast<std::uint8_t>(p.counts(row, t) ? p.code(row, t) : step_skipped);
     }
     return c;
   }
@@ -503,31 +565,38 @@ struct scan_kernel {
   // The codes of a tile's steps, and the final values of those truncated.
   static void read_codes(const Problem& p, const lanes& g, index_t offset, const tile_steps& n, scratch& w) noexcept {
     constexpr int bytes = static_cast<int>(sizeof(code_bytes));
-    const std::uint8_t *terminated[width], *truncated[width], *mask[width];
-    g.places(p.terminated, offset, terminated);
-    g.places(p.truncated, offset, truncated);
-    g.places(p.mask, offset, mask);
-    const bool ahead = p.far_reads && offset >= steps_ahead;
-    const auto flags = [&](const std::uint8_t* at, int count) {
-      if (ahead) __builtin_prefetch(at - steps_ahead, 0, 2);
-      return bytes_of(at, count);
-    };
     for (int c = 0; c < n.top; c += bytes) {
       code_bytes some{};
       unsigned truncated_in = 0;  // lanes, taken one after another: a branch for each of them would often be missed
-      for (int i = 0; i < width; ++i) {
-        const int count = n.of[i] - c;
-        code_bytes& codes = w.code_rows[i];
-        if (count <= 0)
-          codes = code_bytes{};
-        else if (p.flags_along_time)
-          codes = codes_of(p, p.terminated ? flags(terminated[i] + c, count) : code_bytes{},
-                           p.truncated ? flags(truncated[i] + c, count) : code_bytes{},
-                           p.mask ? flags(mask[i] + c, count) : code_bytes{});
-        else
-          codes = codes_anywhere(p, g.of[i], offset + c, count);
-        some |= codes;
-        truncated_in |= static_cast<unsigned>(any_byte_with(codes, step_truncated)) << i;
+      if (p.flags_along_time && n.all == n.top) {
+        const int count = n.top - c;
+        const bool ends = static_cast<bool>(p.terminated), cuts = static_cast<bool>(p.truncated),
+                   masks = static_cast<bool>(p.mask);
+        const index_t at = offset + c;
+        for (int i = 0; i < width; ++i) {
+          const code_bytes codes = codes_of(masks, ends ? bytes_of(g.terminated[i] + at, count) : code_bytes{},
+                                            cuts ? bytes_of(g.truncated[i] + at, count) : code_bytes{},
+                                            masks ? bytes_of(g.mask[i] + at, count) : code_bytes{});
+          w.code_rows[i] = codes;
+          some |= codes;
+          truncated_in |= static_cast<unsigned>(any_byte_with(codes, step_truncated)) << i;
+        }
+      } else {
+        for (int i = 0; i < width; ++i) {
+          const int count = n.of[i] - c;
+          const index_t at = offset + c;
+          code_bytes codes{};
+          if (count > 0 && p.flags_along_time)
+            codes =
+                codes_of(static_cast<bool>(p.mask), p.terminated ? bytes_of(g.terminated[i] + at, count) : code_bytes{},
+                         p.truncated ? bytes_of(g.truncated[i] + at, count) : code_bytes{},
+                         p.mask ? bytes_of(g.mask[i] + at, count) : code_bytes{});
+          else if (count > 0)
+            codes = codes_anywhere(p, g.row[i], g.begin[i] + at, count);
+          w.code_rows[i] = codes;
+          some |= codes;
+          truncated_in |= static_cast<unsigned>(any_byte_with(codes, step_truncated)) << i;
+        }
       }
       __builtin_memcpy(w.any_code + c, &some, sizeof some);
       if (!any_byte_with(some, 0xff)) {
@@ -537,7 +606,7 @@ struct scan_kernel {
       transpose_bytes(w.code_rows, w.code + c);
       for (; p.final_values && !p.begins && truncated_in != 0; truncated_in &= truncated_in - 1) {
         const int i = __builtin_ctz(truncated_in);
-        const T* final_values = p.final_values.at(g.of[i].row, g.of[i].begin + offset + c);
+        const T* final_values = g.final_values[i] + (offset + c) * p.final_values.time;
         each_byte_with(w.code_rows[i], step_truncated,
                        [&](int k) { w.final_values[c + k][i] = final_values[k * p.final_values.time]; });
       }
@@ -576,10 +645,16 @@ struct scan_kernel {
     for (int i = 0; i < Rule::carried; ++i) next[i] = keep(then[i], next[i]);
   }
 
+  // Lines that steps ask for, one for each input and step.
+  struct lines_ahead {
+    const T* of[inputs > 0 ? inputs : 1];
+    index_t step;
+  };
+
   // Steps top - 1 to 0 of a square, with their codes and final values.
   template <scan_pass Pass, tile_codes Codes>
   static void run_steps(const Problem& p, int top, const std::uint8_t (*codes)[16], const T (*final_values)[width],
-                        lanes_state& state, scratch& w) noexcept {
+                        const lines_ahead& ahead, lanes_state& state, scratch& w) noexcept {
     const Rule rule = p.rule;  // its own copy, which no store can change
     const bool begins = p.begins;
     V x = state.x, a = state.a, b = state.b, next[carried];
@@ -589,7 +664,10 @@ struct scan_kernel {
     for (int k = top - 1; k >= 0; --k) {
       V now[inputs > 0 ? inputs : 1], then[carried], before[carried], result[outputs];
       MLKIT_UNROLL
-      for (int i = 0; i < inputs; ++i) now[i] = V::load(w.in[i][k]);
+      for (int i = 0; i < inputs; ++i) {
+        now[i] = V::load(w.in[i][k]);
+        __builtin_prefetch(ahead.of[i] + k * ahead.step, 0, 2);
+      }
       MLKIT_UNROLL
       for (int i = 0; i < carried; ++i) then[i] = before[i] = next[i];
       const code_row own = row_of(codes[k], width);
@@ -621,58 +699,66 @@ struct scan_kernel {
     return code;
   }
 
-  // Steps [offset, offset + depth) of each lane, as far as it has them.
+  // What the steps of a square ask for, the first of which is step `step` of its part: the lines of what is scanned
+  // next, a line a step and lane after lane.
+  static lines_ahead look_ahead(const Problem& p, const lanes& next, index_t step, const scratch& w) noexcept {
+    lines_ahead ahead{{}, 0};
+    for (int i = 0; i < inputs; ++i) ahead.of[i] = w.in[i][0];
+    const index_t lines = ceil_div(next.longest, line_elements<T>), lane = lines > 0 ? step / lines : width;
+    if (lane >= width) return ahead;
+    const index_t line = step - lane * lines;
+    for (int i = 0; i < inputs; ++i) ahead.of[i] = next.in[i][lane] + line * line_elements<T>;
+    ahead.step = line_elements<T>;
+    if (line >= width) return ahead;
+    const auto flags = [&](const stream<const std::uint8_t>& s, const std::uint8_t* at) {
+      for (index_t k = 0; s && k < next.longest; k += line_elements<std::uint8_t>) __builtin_prefetch(at + k, 0, 2);
+    };
+    flags(p.terminated, next.terminated[lane]);
+    flags(p.truncated, next.truncated[lane]);
+    flags(p.mask, next.mask[lane]);
+    return ahead;
+  }
+
+  // Steps [offset, offset + depth) of each lane, as far as it has them. next: what is scanned next, where it is asked
+  // for beforehand.
   template <scan_pass Pass>
-  static void run_tile(const Problem& p, const lanes& g, index_t offset, lanes_state& state, scratch& w) noexcept {
+  static void run_tile(const Problem& p, const lanes& g, index_t offset, const lanes* next, lanes_state& state,
+                       scratch& w) noexcept {
     if (g.longest <= offset) return;
-    tile_steps n;
-    for (int i = 0; i < width; ++i)
-      n.of[i] = static_cast<int>(std::clamp<index_t>(g.of[i].end - g.of[i].begin - offset, 0, depth));
-    n.top = static_cast<int>(std::min<index_t>(depth, g.longest - offset));
-    n.all = static_cast<int>(std::clamp<index_t>(g.shortest - offset, 0, depth));
-    const bool ahead = p.far_reads && offset >= steps_ahead;
-    const T *in[inputs > 0 ? inputs : 1][width], *final_values[width];
-    T* out[outputs][width];
-    for (int i = 0; i < inputs; ++i) g.places(p.in[i], offset, in[i]);
-    for (int o = 0; o < outputs; ++o) g.places(p.out[o], offset, out[o]);
-    g.places(p.final_values, offset, final_values);
+    const tile_steps n(g, offset);
     if (n.all < n.top || p.terminated || p.truncated || p.mask)
       read_codes(p, g, offset, n, w);
     else
       __builtin_memset(w.code, 0, sizeof w.code), __builtin_memset(w.any_code, 0, sizeof w.any_code);
     for (int c = (n.top - 1) / width * width; c >= 0; c -= width) {
       const int top = std::min(width, n.top - c);
-      for (int i = 0; i < inputs; ++i) read_square(p.in[i], in[i], c, n, ahead, w.in[i], w);
+      lines_ahead ahead{{}, 0};
+      for (int i = 0; i < inputs; ++i) ahead.of[i] = w.in[i][0];
+      if (next) ahead = look_ahead(p, *next, offset + c, w);
+      for (int i = 0; i < inputs; ++i) read_square(p.in[i], g.in[i], offset, c, n, w.in[i], w);
       int codes = any_bits(row_of(w.any_code + c, width));
       if (p.begins) {
         codes |= any_bits(state.code);
         if ((codes & step_truncated) && p.final_values)
-          read_square(p.final_values, final_values, c, n, false, w.final_values + c, w);
+          read_square(p.final_values, g.final_values, offset, c, n, w.final_values + c, w);
       }
       constexpr auto without = Pass == scan_pass::emit ? tile_codes::none : tile_codes::dones;
       if (codes == 0)
-        run_steps<Pass, without>(p, top, w.code + c, w.final_values + c, state, w);
+        run_steps<Pass, without>(p, top, w.code + c, w.final_values + c, ahead, state, w);
       else if (!p.begins && !(codes & step_skipped))
-        run_steps<Pass, tile_codes::dones>(p, top, w.code + c, w.final_values + c, state, w);
+        run_steps<Pass, tile_codes::dones>(p, top, w.code + c, w.final_values + c, ahead, state, w);
       else
-        run_steps<Pass, tile_codes::any>(p, top, w.code + c, w.final_values + c, state, w);
+        run_steps<Pass, tile_codes::any>(p, top, w.code + c, w.final_values + c, ahead, state, w);
       if constexpr (Pass != scan_pass::compose)
         for (int o = 0; o < outputs; ++o)
-          if (p.out[o]) write_square(p.out[o], out[o], c, n, g.count, p.past_caches, w.out[o], w);
+          if (p.out[o]) write_square(p.out[o], g.out[o], offset, c, n, g.count, p.past_caches, w.out[o], w);
     }
   }
 
   // The value that the scan has behind the sequence's end, and what it carries there.
-  static void start_at_end(const Problem& p, const lanes& g, lanes_state& state) noexcept {
-    V end = V::zero();
-    if (p.ends) {
-      T ends[width];
-      for (int i = 0; i < width; ++i) ends[i] = p.ends[g.of[i].sequence];
-      end = V::load(ends);
-    }
+  static void start_at_end(const Problem& p, const index_t* sequences, V end, lanes_state& state) noexcept {
     state.code = code_row{};
-    for (int i = 0; i < width && p.begins; ++i)
-      state.code[i] = static_cast<std::uint8_t>(p.last_code(g.of[i].sequence));
+    for (int i = 0; i < width && p.begins; ++i) state.code[i] = static_cast<std::uint8_t>(p.last_code(sequences[i]));
     state.x = recurrence_t::seed(p.rule, end);
     recurrence_t::end(p.rule, end, state.next);
     state.a = V(T(1)), state.b = V::zero();
@@ -684,18 +770,17 @@ struct scan_kernel {
     if (looked_at == 0) return;
     index_t at[2][width];
     for (int i = 0; i < width; ++i) {
-      const unit& u = g.of[i];
-      const index_t last = p.last(u.sequence);
-      index_t t = u.end;
+      const index_t last = p.last(g.sequence[i]);
+      index_t t = g.begin[i] + g.steps[i];
       for (int j = 0; j < looked_at; ++j) {
-        while (t < last && !p.counts(u.row, t)) ++t;
+        while (t < last && !p.counts(g.row[i], t)) ++t;
         at[j][i] = t < last ? t++ : -1;
       }
     }
     // The nearest token is the tile's step 0.
     for (int j = 0; j < looked_at; ++j)
       for (int i = 0; i < width; ++i) {
-        const index_t t = at[j][i], b = g.of[i].row;
+        const index_t t = at[j][i], b = g.row[i];
         for (int s = 0; s < inputs; ++s) w.in[s][j][i] = t < 0 ? T{} : *p.in[s].at(b, t);
         const int code = t < 0 ? step_skipped : p.code(b, t);
         w.code[j][i] = static_cast<std::uint8_t>(code);
@@ -705,7 +790,9 @@ struct scan_kernel {
           w.final_values[j][i] = *p.final_values.at(b, t);
       }
     const V x = state.x;
-    run_steps<scan_pass::compose, tile_codes::any>(p, looked_at, w.code, w.final_values, state, w);
+    lines_ahead ahead{{}, 0};
+    for (int s = 0; s < inputs; ++s) ahead.of[s] = w.in[s][0];
+    run_steps<scan_pass::compose, tile_codes::any>(p, looked_at, w.code, w.final_values, ahead, state, w);
     state.x = x, state.a = V(T(1)), state.b = V::zero();
   }
 
@@ -713,20 +800,30 @@ struct scan_kernel {
     __builtin_memset(&w, 0, sizeof w);  // lanes and steps that nothing writes are read, and not used
   }
 
-  static void fill(lanes& g, const unit* units, index_t count) noexcept {
+  static void fill(const Problem& p, lanes& g, const unit* units, index_t count) noexcept {
     g.count = static_cast<int>(count < width ? count : width);
-    for (int i = 0; i < width; ++i) g.of[i] = units[i < g.count ? i : 0];
-    g.measure();
+    for (int i = 0; i < width; ++i) {
+      const unit& u = units[i < g.count ? i : 0];
+      g.row[i] = u.row, g.begin[i] = u.begin, g.steps[i] = u.end - u.begin, g.sequence[i] = u.sequence;
+    }
+    g.place(p);
   }
 
   // Part `part` of as many of `count` sequences as there are lanes.
   static void fill_part(const Problem& p, lanes& g, index_t first, index_t count, index_t part) noexcept {
     g.count = static_cast<int>(count < width ? count : width);
+    const bool even = !p.starts && g.count == width;
+    const index_t from = part * scan_part, steps = std::min(scan_part, p.time - from);
     for (int i = 0; i < width; ++i) {
-      const index_t s = first + (i < g.count ? i : 0), begin = p.first(s) + part * scan_part;
-      g.of[i] = {p.row(s), begin, std::min(begin + scan_part, p.last(s)), s};
+      const index_t s = first + (i < g.count ? i : 0);
+      g.row[i] = p.row(s), g.sequence[i] = s;
+      g.begin[i] = even ? from : p.first(s) + from;
+      g.steps[i] = even ? steps : std::min(scan_part, p.last(s) - g.begin[i]);
     }
-    g.measure();
+    if (even)
+      g.place_even(p, first, from, steps);
+    else
+      g.place(p);
   }
 
   // Sequences [first, end), a register of them at a time; the parts of each one after another.
@@ -737,25 +834,36 @@ struct scan_kernel {
     }
     scratch w;
     clear(w);
-    for (index_t s = first; s < end; s += width) {
+    const auto last_part = [&](index_t s) {
       index_t parts = 1;
       for (index_t i = s; i < std::min(end, s + width) && p.longest > scan_part; ++i)
         parts = std::max(parts, ceil_div(p.last(i) - p.first(i), scan_part));
-      lanes g;
-      lanes_state state;
-      for (index_t part = parts - 1; part >= 0; --part) {
-        fill_part(p, g, s, end - s, part);
-        if (part == parts - 1) start_at_end(p, g, state);
-        const V behind = state.x;
-        state.a = V(T(1)), state.b = V::zero();
-        for (index_t offset = (ceil_div(g.longest, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth) {
-          if (part > 0)
-            run_tile<scan_pass::both>(p, g, offset, state, w);
-          else
-            run_tile<scan_pass::emit>(p, g, offset, state, w);
-        }
-        if (part > 0) state.x = apply_map(state.a, state.b, behind);
+      return parts - 1;
+    };
+    lanes of[2];  // what is scanned, and what is next
+    index_t part = last_part(first);
+    fill_part(p, of[0], first, end - first, part);
+    lanes_state state;
+    int now = 0;
+    bool at_end = true;
+    for (index_t s = first; s < end; now = 1 - now) {
+      const lanes& g = of[now];
+      if (at_end) start_at_end(p, g.sequence, p.ends ? V::load(p.ends + s, g.count) : V::zero(), state);
+      const index_t next = part > 0 ? s : s + width,
+                    part_of_next = part > 0 || next >= end ? part - 1 : last_part(next);
+      if (next < end) fill_part(p, of[1 - now], next, end - next, part_of_next);
+      const lanes* ahead = p.far_reads && next < end ? &of[1 - now] : nullptr;
+      const V behind = state.x;
+      state.a = V(T(1)), state.b = V::zero();
+      for (index_t offset = (ceil_div(g.longest, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth) {
+        if (part > 0)
+          run_tile<scan_pass::both>(p, g, offset, ahead, state, w);
+        else
+          run_tile<scan_pass::emit>(p, g, offset, ahead, state, w);
       }
+      if (part > 0) state.x = apply_map(state.a, state.b, behind);
+      at_end = part == 0;
+      s = next, part = part_of_next;
     }
     finish_stores(p);
   }
@@ -776,32 +884,38 @@ struct scan_kernel {
     T* out[outputs];
   };
 
-  // A step of a register of sequences beside each other, from `lane` on.
-  template <scan_pass Pass, tile_codes Codes>
+  // A step of a register of sequences beside each other, from `lane` on: of as many as there are lanes, or of `some`.
+  template <scan_pass Pass, tile_codes Codes, bool Whole>
   static MLKIT_ALWAYS_INLINE void step_beside(const Problem& p, const Rule& rule, const step_rows& row, index_t lane,
-                                              bool past_caches, lanes_state& state) noexcept {
+                                              int some, bool past_caches, lanes_state& state) noexcept {
+    const auto values = [&](const T* from) { return Whole ? V::load(from + lane) : V::load(from + lane, some); };
+    const auto flags = [&](const std::uint8_t* from) {
+      return Whole ? row_of(from + lane, width) : some_of_row(from + lane, some);
+    };
     V now[inputs > 0 ? inputs : 1], then[carried], before[carried], next[carried], result[outputs];
     V x = state.x, a = state.a, b = state.b, final_value = V::zero();
     MLKIT_UNROLL
-    for (int i = 0; i < inputs; ++i) now[i] = V::load(row.in[i] + lane);
+    for (int i = 0; i < inputs; ++i) now[i] = values(row.in[i]);
     MLKIT_UNROLL
     for (int i = 0; i < carried; ++i) next[i] = then[i] = before[i] = state.next[i];
-    const code_row terminated = row_of(row.terminated + lane, width), truncated = row_of(row.truncated + lane, width);
+    const code_row terminated = flags(row.terminated), truncated = flags(row.truncated);
     if constexpr (Codes == tile_codes::dones) {
       const some_dones<T> dones(terminated, truncated);
-      if (dones.truncated.any()) final_value = V::load(row.final_values + lane);
+      if (dones.truncated.any()) final_value = values(row.final_values);
       run_step<Pass>(rule, now, final_value, dones, keep_fresh{}, before, then, next, x, a, b, result);
     } else {
-      const code_row own = codes_of(p, terminated, truncated, row_of(row.mask + lane, width));
+      const code_row own = codes_of(static_cast<bool>(p.mask), terminated, truncated, flags(row.mask));
       const some_dones<T> dones(p.begins ? said_later(own, state.code) : own);
-      if (dones.truncated.any()) final_value = V::load(row.final_values + lane);
+      if (dones.truncated.any()) final_value = values(row.final_values);
       run_step<Pass>(rule, now, final_value, dones, keep_unless{{own, step_skipped}}, before, then, next, x, a, b,
                      result);
     }
     MLKIT_UNROLL
     for (int o = 0; o < outputs; ++o) {
       if (!row.out[o]) continue;
-      if (past_caches)
+      if (!Whole)
+        result[o].store(row.out[o] + lane, some);
+      else if (past_caches)
         stream_register(row.out[o] + lane, result[o]);
       else
         result[o].store(row.out[o] + lane);
@@ -839,26 +953,11 @@ struct scan_kernel {
           __builtin_prefetch(row.truncated + lane - ahead * p.truncated.time, 0, 2);
         }
       }
-      step_beside<Pass, Codes>(p, rule, row, lane, past_caches, strip.of[lane / width]);
+      step_beside<Pass, Codes, true>(p, rule, row, lane, width, past_caches, strip.of[lane / width]);
     }
-    if (lane == count) return;
-    // The last lanes, of which there are fewer, by way of memory that has room for all.
-    const int some = static_cast<int>(count - lane);
-    T in[inputs > 0 ? inputs : 1][width], final_values[width], out[outputs][width];
-    std::uint8_t copied[3][16] = {};
-    step_rows copy{};
-    for (int i = 0; i < inputs; ++i) V::load(row.in[i] + lane, some).store(in[i]), copy.in[i] = in[i];
-    for (int o = 0; o < outputs; ++o) copy.out[o] = out[o];
-    V::load(row.final_values + lane, some).store(final_values), copy.final_values = final_values;
-    const auto copy_flags = [&](const std::uint8_t* from, std::uint8_t* to) {
-      __builtin_memcpy(to, from + lane, static_cast<std::size_t>(some));
-      return to;
-    };
-    copy.terminated = copy_flags(row.terminated, copied[0]), copy.truncated = copy_flags(row.truncated, copied[1]);
-    copy.mask = copy_flags(row.mask, copied[2]);
-    step_beside<Pass, Codes>(p, rule, copy, 0, false, strip.of[lane / width]);
-    for (int o = 0; o < outputs; ++o)
-      if (row.out[o]) V::load(out[o]).store(row.out[o] + lane, some);
+    if (lane < count)
+      step_beside<Pass, Codes, false>(p, rule, row, lane, static_cast<int>(count - lane), false,
+                                      strip.of[lane / width]);
   }
 
   // Sequences [first, end) that lie beside each other in all matrices: a step of a strip of them at a time, as it lies.
@@ -868,10 +967,11 @@ struct scan_kernel {
     const bool any = p.begins || p.mask;
     for (index_t s = first; s < end; s += strip_groups * width) {
       const index_t count = std::min(strip_groups * width, end - s), groups = ceil_div(count, width);
-      lanes g;
       for (index_t j = 0; j < groups; ++j) {
-        fill_part(p, g, s + j * width, count - j * width, 0);
-        start_at_end(p, g, strip.of[j]);
+        const index_t at = s + j * width, some = std::min<index_t>(width, end - at);
+        index_t sequences[width];
+        for (int i = 0; i < width; ++i) sequences[i] = at + (i < some ? i : 0);
+        start_at_end(p, sequences, p.ends ? V::load(p.ends + at, static_cast<int>(some)) : V::zero(), strip.of[j]);
       }
       for (index_t part = ceil_div(p.time, scan_part) - 1; part >= 0; --part) {
         for (index_t j = 0; j < groups; ++j) {
@@ -900,39 +1000,45 @@ struct scan_kernel {
 
   // The map of each of units [first, end), to a and b.
   static void compose_units(const Problem& p, const unit* units, index_t first, index_t end, T* a, T* b) noexcept {
-    scratch w;
-    clear(w);
-    for (index_t u = first; u < end; u += width) {
-      lanes g;
-      lanes_state state;
-      const int count = run_units<scan_pass::compose>(p, units + u, end - u, nullptr, g, state, w);
-      state.a.store(a + u, count);
-      state.b.store(b + u, count);
-    }
+    run_units<scan_pass::compose>(p, units, first, end, nullptr, a, b);
   }
 
   // The outputs of units [first, end), behind which the scan has the values x.
   static void emit_units(const Problem& p, const unit* units, index_t first, index_t end, const T* x) noexcept {
-    scratch w;
-    clear(w);
-    for (index_t u = first; u < end; u += width) {
-      lanes g;
-      lanes_state state;
-      run_units<scan_pass::emit>(p, units + u, end - u, x + u, g, state, w);
-    }
+    run_units<scan_pass::emit>(p, units, first, end, x, nullptr, nullptr);
     finish_stores(p);
   }
 
   template <scan_pass Pass>
-  static int run_units(const Problem& p, const unit* units, index_t count, const T* x, lanes& g, lanes_state& state,
-                       scratch& w) noexcept {
-    fill(g, units, count);
-    start_at_end(p, g, state);
-    start_within(p, g, state, w);
-    if (x) state.x = V::load(x, g.count);
-    for (index_t offset = (ceil_div(g.longest, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth)
-      run_tile<Pass>(p, g, offset, state, w);
-    return g.count;
+  static void run_units(const Problem& p, const unit* units, index_t first, index_t end, const T* x, T* a,
+                        T* b) noexcept {
+    scratch w;
+    clear(w);
+    lanes of[2];  // what is scanned, and what is next
+    fill(p, of[0], units + first, end - first);
+    int now = 0;
+    for (index_t u = first; u < end; u += width, now = 1 - now) {
+      const lanes& g = of[now];
+      lanes_state state;
+      V ends = V::zero();
+      if (p.ends) {
+        T of_lanes[width];
+        for (int i = 0; i < width; ++i) of_lanes[i] = p.ends[g.sequence[i]];
+        ends = V::load(of_lanes);
+      }
+      start_at_end(p, g.sequence, ends, state);
+      start_within(p, g, state, w);
+      if (x) state.x = V::load(x + u, g.count);
+      const bool more = u + width < end;
+      if (more) fill(p, of[1 - now], units + u + width, end - u - width);
+      const lanes* next = p.far_reads && more ? &of[1 - now] : nullptr;
+      for (index_t offset = (ceil_div(g.longest, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth)
+        run_tile<Pass>(p, g, offset, next, state, w);
+      if constexpr (Pass == scan_pass::compose) {
+        state.a.store(a + u, g.count);
+        state.b.store(b + u, g.count);
+      }
+    }
   }
 
   // The values behind each unit: those behind the next one of the sequence through its map. The parts of a sequence
