@@ -491,8 +491,8 @@ preference_stats run_k_wise(std::string_view function, const cpu& exec, k_wise_p
   const k_wise_sums s = sum_chunks<k_wise_sums>(
       exec, places.count, std::max<index_t>(1, preference_chunk / std::max<index_t>(1, largest)), work,
       [&](index_t begin, index_t end) {
-        const workspace<T> scratch(2 * largest);
-        return kernel(p, begin, end, scratch.data());
+        const workspace<T> scratch(begin < end ? 2 * (places.end(end - 1) - places.begin(begin)) : 0);
+        return begin < end ? kernel(p, begin, end, scratch.data()) : k_wise_sums{};
       },
       [](k_wise_sums& a, const k_wise_sums& b) {
         a.loss += b.loss, a.right += b.right, a.chosen += b.chosen, a.rejected += b.rejected, a.pairs += b.pairs;

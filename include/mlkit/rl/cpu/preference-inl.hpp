@@ -121,77 +121,104 @@ rl::detail::kto_sums kto_losses(const rl::detail::kto_problem<T>& p, index_t beg
   return {sum_of_lanes(losses), sum_of_lanes(good), sum_of_lanes(bad), desirable};
 }
 
-// Prompts [begin, end), the pairs of each gathered into blocks. scratch holds two elements for each completion of a
-// prompt: rewards and gradients.
+// Pairs of ranked completions, gathered from as many prompts as fill a block.
+template <class T>
+struct k_wise_block {
+  static constexpr int lanes = rl::detail::preference_lanes, size = 16 * lanes;
+  T values[size], slopes[size];  // of the difference of a pair, which `values` holds at first
+  T signs[size];                 // of pair (i, j): 1 where i is the better one, else -1
+  index_t firsts[size], seconds[size];
+  struct prompt {
+    index_t index, pairs;
+    int end;  // of its pairs in the block
+  } prompts[size];
+  int gathered = 0, ended = 0;
+
+  // log(sigmoid(x)) of all differences, and its derivatives.
+  void evaluate() noexcept {
+    const int padded = static_cast<int>(round_up(gathered, lanes));
+    for (int l = gathered; l < padded; ++l) values[l] = T{};
+    for (int at = 0; at < padded; at += lanes) {
+      T *value = values + at, *slope = slopes + at;
+      MLKIT_SIMD
+      for (int l = 0; l < lanes; ++l) {
+        const rl::detail::log_sigmoid<T> s(value[l]);
+        value[l] = s.value;
+        slope[l] = s.derivative;
+      }
+    }
+  }
+};
+
+// Prompts [begin, end). scratch holds two elements for each of their completions: rewards and gradients.
 template <class T>
 rl::detail::k_wise_sums k_wise_losses(const rl::detail::k_wise_problem<T>& p, index_t begin, index_t end,
                                       T* scratch) noexcept {
-  constexpr int lanes = rl::detail::preference_lanes, block = 16 * lanes;
-  constexpr T certain = 1e4;                          // a difference that adds nothing
-  T differences[block], slopes[block], signs[block];  // of pair (i, j): 1 where i is the better one, else -1
-  index_t firsts[block], seconds[block];
-  rl::detail::k_wise_sums all;
-  for (index_t g = begin; g < end; ++g) {
-    const index_t first = p.places.begin(g), k = p.places.end(g) - first;
-    T *rewards = scratch, *gradient = scratch + k;
-    for (index_t i = 0; i < k; ++i) {
-      rewards[i] = *p.rewards.at(first + i);
-      gradient[i] = T{};
-    }
-    T losses[lanes] = {};
-    double right = 0, chosen = 0, rejected = 0;
-    int gathered = 0;
-    index_t pairs = 0;
-    const auto finish = [&] {
-      const int padded = static_cast<int>(round_up(gathered, lanes));
-      for (int l = gathered; l < padded; ++l) differences[l] = certain;
-      for (int at = 0; at < padded; at += lanes) {
-        const T* difference = differences + at;
-        T* slope = slopes + at;
-        MLKIT_SIMD
-        for (int l = 0; l < lanes; ++l) {
-          const rl::detail::log_sigmoid<T> s(difference[l]);
-          losses[l] -= s.value;
-          slope[l] = s.derivative;
-        }
-      }
-      T sum{};  // over the pairs of one i, which come in a row
-      for (int l = 0; l < gathered; ++l) {
-        const T slope = signs[l] * slopes[l];
-        sum += slope;
-        gradient[seconds[l]] += slope;
-        if (l + 1 == gathered || firsts[l + 1] != firsts[l]) {
-          gradient[firsts[l]] -= sum;
-          sum = T{};
-        }
-      }
-      pairs += gathered;
-      gathered = 0;
-    };
-    for (index_t i = 0; i < k; ++i)
-      for (index_t j = i + 1; j < k; ++j) {
-        const std::int32_t rank = p.ranks.data ? *p.ranks.at(first + i) : 0,
-                           other = p.ranks.data ? *p.ranks.at(first + j) : 1;
-        if (rank == other) continue;
-        const bool first_is_better = rank < other;
-        const T difference = rewards[i] - rewards[j];
-        firsts[gathered] = i;
-        seconds[gathered] = j;
-        signs[gathered] = first_is_better ? T(1) : T(-1);
-        differences[gathered] = first_is_better ? difference : -difference;
-        right += differences[gathered] > 0 ? 1 : 0;
-        chosen += static_cast<double>(first_is_better ? rewards[i] : rewards[j]);
-        rejected += static_cast<double>(first_is_better ? rewards[j] : rewards[i]);
-        if (++gathered == block) finish();
-      }
-    finish();
-    if (p.d_rewards.data) {
-      const T factor = static_cast<T>(pairs > 0 ? p.factor / static_cast<double>(pairs) : 0);
-      for (index_t i = 0; i < k; ++i) *p.d_rewards.at(first + i) = gradient[i] * factor;
-    }
-    if (pairs > 0) all.loss += sum_of_lanes(losses) / static_cast<double>(pairs);
-    all.right += right, all.chosen += chosen, all.rejected += rejected, all.pairs += static_cast<double>(pairs);
+  const index_t origin = p.places.begin(begin), completions = p.places.end(end - 1) - origin;
+  const bool ranked = p.ranks.data != nullptr;
+  T *rewards = scratch, *gradient = scratch + completions;
+  for (index_t i = 0; i < completions; ++i) {
+    rewards[i] = *p.rewards.at(origin + i);
+    gradient[i] = T{};
   }
+  rl::detail::k_wise_sums all;
+  k_wise_block<T> block;
+  double loss = 0;  // of the prompt whose pairs have not all been seen
+  const auto take = [&](int l, int last) {
+    T sum{};  // over the pairs of one i, which come in a row
+    for (; l < last; ++l) {
+      const T slope = block.signs[l] * block.slopes[l];
+      loss -= static_cast<double>(block.values[l]);
+      sum += slope;
+      gradient[block.seconds[l]] += slope;
+      if (l + 1 == last || block.firsts[l + 1] != block.firsts[l]) {
+        gradient[block.firsts[l]] -= sum;
+        sum = T{};
+      }
+    }
+  };
+  const auto finish = [&] {
+    block.evaluate();
+    int from = 0;
+    for (int at = 0; at < block.ended; ++at) {
+      const auto& prompt = block.prompts[at];
+      take(from, prompt.end);
+      from = prompt.end;
+      const auto pairs = static_cast<double>(prompt.pairs);
+      if (prompt.pairs > 0) all.loss += loss / pairs;
+      all.pairs += pairs;
+      loss = 0;
+      if (!p.d_rewards.data) continue;
+      const T factor = static_cast<T>(prompt.pairs > 0 ? p.factor / pairs : 0);
+      for (index_t i = p.places.begin(prompt.index); i < p.places.end(prompt.index); ++i)
+        *p.d_rewards.at(i) = gradient[i - origin] * factor;
+    }
+    take(from, block.gathered);
+    block.gathered = block.ended = 0;
+  };
+  for (index_t g = begin; g < end; ++g) {
+    const index_t first = p.places.begin(g) - origin, last = p.places.end(g) - origin;
+    index_t pairs = 0;
+    for (index_t i = first; i < last; ++i)
+      for (index_t j = i + 1; j < last; ++j) {
+        const std::int32_t rank = ranked ? *p.ranks.at(origin + i) : 0, other = ranked ? *p.ranks.at(origin + j) : 1;
+        if (rank == other) continue;
+        const T better = rank < other ? rewards[i] : rewards[j], worse = rank < other ? rewards[j] : rewards[i];
+        const int l = block.gathered++;
+        block.firsts[l] = i;
+        block.seconds[l] = j;
+        block.signs[l] = rank < other ? T(1) : T(-1);
+        block.values[l] = better - worse;
+        all.right += better > worse ? 1 : 0;
+        all.chosen += static_cast<double>(better);
+        all.rejected += static_cast<double>(worse);
+        ++pairs;
+        if (block.gathered == block.size) finish();
+      }
+    block.prompts[block.ended++] = {g, pairs, block.gathered};
+    if (block.ended == block.size) finish();
+  }
+  finish();
   return all;
 }
 
