@@ -249,12 +249,15 @@ struct logit_rows {
       chunk_state all[rl::detail::block_rows];
       for (index_t i = first; i < last; ++i) all[i] = {-infinity, 0, 0};
       for (index_t c = 0; c * chunk < p.classes; ++c) {
-        if (in_place)
+        // A chunk's largest is found while the sums before it are still on their way: they do not wait for it then.
+        const bool more = (c + 1) * chunk < p.classes;
+        if (in_place && c == 0)
           for (index_t i = first; i < last; ++i) top[i] = largest(stretch_of(p, rows[i], c, gathered));
         for (index_t i = first; i < last; ++i) {
           const stretch at = stretch_of(p, rows[i], c, gathered);
-          const chunk_state one =
-              sums(p, at, in_place ? top[i] : largest(at), kept ? kept + i * kept_stride(p.classes) : nullptr);
+          const A level = in_place ? top[i] : largest(at);
+          if (in_place && more) top[i] = largest(stretch_of(p, rows[i], c + 1, gathered));
+          const chunk_state one = sums(p, at, level, kept ? kept + i * kept_stride(p.classes) : nullptr);
           all[i] = c == 0 ? one : merge(p, all[i], one);
         }
       }
@@ -360,7 +363,7 @@ struct logit_rows {
     MLKIT_UNROLL
     for (int u = 0; u < unrolled; ++u) sum[u] = weighted[u] = V::zero();
     each_pair<unrolled / 2>(s, [&](index_t j, int u, const pair& z) MLKIT_RL_LOOP_BODY {
-      const char* ahead = reinterpret_cast<const char*>(s.z + chunk + j);
+      const char* ahead = reinterpret_cast<const char*>(s.z + 2 * chunk + j);
       MLKIT_UNROLL
       for (index_t line = 0; line < index_t{sizeof(T)} * pair::size; line += 64) __builtin_prefetch(ahead + line, 0, 3);
       const V x = (z.first - level) * scale, y = (z.second - level) * scale;
