@@ -53,6 +53,31 @@ TEMPLATE_TEST_CASE("running statistics are those of all rows so far", "[rl][runn
   }
 }
 
+TEST_CASE("columns of the largest floats, and of one value with the least epsilons", "[rl][running_stats]") {
+  for (const index_t columns : {1, 3, 19}) {
+    mlkit::tensor<float, 2> x({4, columns}), out({4, columns});
+    for (index_t i = 0; i < 4; ++i)
+      for (index_t c = 0; c < columns; ++c) x(i, c) = i == 3 ? 3e38f : -3e38f;
+    rl::running_stats stats(columns);
+    stats.update(cpu{}, x);
+    stats.normalize(cpu{}, x, {}, out);
+    for (index_t i = 0; i < 4; ++i)
+      for (index_t c = 0; c < columns; ++c) {
+        const double want = i == 3 ? std::sqrt(3.0) : -1 / std::sqrt(3.0);
+        CHECK(std::fabs(static_cast<double>(out(i, c)) - want) < 1e-6);
+      }
+
+    for (const double epsilon : {0.0, 1e-80, 1e-300}) {
+      rl::running_stats equal(columns);
+      std::fill_n(x.data(), x.size(), 2.5f);
+      equal.update(cpu{}, x);
+      equal.normalize(cpu{}, x, {.epsilon = epsilon}, out);
+      INFO("epsilon " << epsilon);
+      for (index_t i = 0; i < 4 * columns; ++i) CHECK(out.data()[i] == 0);
+    }
+  }
+}
+
 TEST_CASE("rewards are divided by the deviation of discounted returns, which end with episodes",
           "[rl][running_stats]") {
   constexpr index_t environments = 5, time = 40;

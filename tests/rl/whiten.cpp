@@ -132,6 +132,20 @@ TEST_CASE("whitening of nothing, of one element, and without deviation is 0 or n
     }
 }
 
+TEMPLATE_TEST_CASE("whitening of elements farther from their mean than the largest float", "[rl][whiten]", float,
+                   mlkit::bf16) {
+  // 21 of them, so that registers and what is behind them see some.
+  std::vector<TestType> x(84, static_cast<TestType>(-3e38f));
+  for (std::size_t i = 3; i < x.size(); i += 4) x[i] = static_cast<TestType>(3e38f);
+  std::vector<float> out(x.size());
+  rl::whiten(cpu{}, x, {}, {.variance = rl::variance_of::population}, out);
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const double want = i % 4 == 3 ? std::sqrt(3.0) : -1 / std::sqrt(3.0);
+    INFO(i << ": " << out[i]);
+    CHECK(std::fabs(static_cast<double>(out[i]) - want) < 1e-6);
+  }
+}
+
 TEST_CASE("whitening takes time-major batches, other strides, and masks of bool and char", "[rl][whiten]") {
   constexpr index_t batch = 37, time = 129;
   const std::vector<double> x = normal<double>(batch * time, 7, 2, 1);

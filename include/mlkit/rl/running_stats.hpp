@@ -29,8 +29,9 @@ template <class T, class Out>
 struct normalize_problem {
   tensor_view<const T, 2> x;
   tensor_view<Out, 2> out;
-  const accumulator_t<T>*mean, *mean_rest, *factor;  // [columns] each; the mean in two parts
-  accumulator_t<T> clip;
+  // y = ((scale x - mean) - mean_rest) factor within +-clip; [columns] each; the mean, times scale, in two parts.
+  const accumulator_t<T>*mean, *mean_rest, *factor;
+  accumulator_t<T> scale, clip;  // the scale as in whiten_problem
 };
 
 inline constexpr index_t columns_together = 64, elements_together = 1 << 14, narrow_columns = 8;
@@ -155,13 +156,17 @@ class running_stats {
     const index_t n = columns();
     const detail::workspace<A> parts(3 * n);
     A *mean = parts.data(), *rest = mean + n, *factor = rest + n;
+    constexpr double most = static_cast<double>(std::numeric_limits<A>::max());
+    double scale = 1;
+    for (index_t c = 0; c < n; ++c)
+      if (std::sqrt(variance(c)) > most / 64) scale = 0x1p-4;  // so that x - mean may be above the largest f32
     for (index_t c = 0; c < n; ++c) {
-      const double of_column = o.center ? this->mean(c) : 0, square = variance(c) + o.epsilon;
+      const double of_column = scale * (o.center ? this->mean(c) : 0), square = variance(c) + o.epsilon;
       mean[c] = static_cast<A>(of_column);
       rest[c] = static_cast<A>(of_column - static_cast<double>(mean[c]));
-      factor[c] = static_cast<A>(square > 0 ? 1 / std::sqrt(square) : 1);
+      factor[c] = static_cast<A>(std::min((square > 0 ? 1 / std::sqrt(square) : 1) / scale, most));
     }
-    const detail::normalize_problem<T, O> p{v, out, mean, rest, factor, static_cast<A>(o.clip)};
+    const detail::normalize_problem<T, O> p{v, out, mean, rest, factor, static_cast<A>(scale), static_cast<A>(o.clip)};
     const auto kernel = MLKIT_SELECT_WITHOUT_BF16(normalize_rows<T, O>);
     detail::parallel_ranges(detail::threads_for(exec, v.size()), v.extent(0),
                             [&](index_t begin, index_t end) { kernel(p, begin, end); });

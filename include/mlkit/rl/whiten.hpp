@@ -23,8 +23,9 @@ struct whiten_problem {
   plane<const T> x;
   plane<Out> out;
   plane<const std::uint8_t> mask;  // null where all count
-  // y = ((x - mean) - mean_rest) factor + shift; the mean in two parts, so that f32 does not round it.
-  accumulator_t<T> mean, mean_rest, factor, shift;
+  // y = ((scale x - mean) - mean_rest) factor + shift; the mean, times scale, in two parts, so that f32 does not round
+  // it. The scale is a power of two: 1, or less where deviations may be above the largest f32.
+  accumulator_t<T> scale, mean, mean_rest, factor, shift;
 };
 
 }  // namespace detail
@@ -49,9 +50,12 @@ moments run_whiten(by_executor, std::string_view function, const cpu& exec, cons
   p.x = plane_of(x, p.shape);
   p.out = plane_of(out, p.shape);
   p.mask = plane_of(mask.values, p.shape);
-  p.mean = static_cast<A>(m.mean);
-  p.mean_rest = static_cast<A>(m.mean - static_cast<double>(p.mean));
-  p.factor = static_cast<A>(std::min(factor, static_cast<double>(std::numeric_limits<A>::max())));
+  constexpr double most = static_cast<double>(std::numeric_limits<A>::max());
+  const double scale = std::sqrt(m.m2) > most / 2 ? 0x1p-4 : 1;  // no deviation is above the root
+  p.scale = static_cast<A>(scale);
+  p.mean = static_cast<A>(scale * m.mean);
+  p.mean_rest = static_cast<A>(scale * m.mean - static_cast<double>(p.mean));
+  p.factor = static_cast<A>(std::min(factor / scale, most));
   p.shift = o.shift_mean ? A{} : static_cast<A>(m.mean);
   const auto kernel = MLKIT_SELECT_WITHOUT_BF16(whiten_elements<T, Out>);
   const index_t n = p.shape.rows * p.shape.cols, chunks = ceil_div(n, chunk_elements);

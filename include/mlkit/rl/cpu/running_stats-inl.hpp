@@ -63,12 +63,12 @@ void normalize_rows(const rl::detail::normalize_problem<T, Out>& p, index_t begi
     if (whole) {
       for (index_t c = 0; c < columns; c += width) {
         const int n = static_cast<int>(std::min(width, columns - c));
-        const V d = (V::load(x + c, n) - V::load(p.mean + c, n)) - V::load(p.mean_rest + c, n);
+        const V d = fma(V::load(x + c, n), V(p.scale), -V::load(p.mean + c, n)) - V::load(p.mean_rest + c, n);
         min(V(p.clip), max(V(-p.clip), d * V::load(p.factor + c, n))).store(y + c, n);  // NaN stays
       }
     } else {
       for (index_t c = 0; c < columns; ++c) {
-        const A d = (static_cast<A>(x[c * p.x.strides[1]]) - p.mean[c]) - p.mean_rest[c], z = d * p.factor[c];
+        const A d = (static_cast<A>(x[c * p.x.strides[1]]) * p.scale - p.mean[c]) - p.mean_rest[c], z = d * p.factor[c];
         y[c * p.out.strides[1]] = static_cast<Out>(z < -p.clip ? -p.clip : z > p.clip ? p.clip : z);
       }
     }

@@ -2,7 +2,7 @@
 
 template <class V, class T, class Out>
 MLKIT_ALWAYS_INLINE V whitened(const rl::detail::whiten_problem<T, Out>& p, V x) noexcept {
-  return fma((x - V(p.mean)) - V(p.mean_rest), V(p.factor), V(p.shift));
+  return fma(fma(x, V(p.scale), V(-p.mean)) - V(p.mean_rest), V(p.factor), V(p.shift));
 }
 
 // Elements [begin, end) of all rows.
