@@ -95,6 +95,23 @@ TEMPLATE_TEST_CASE("estimates of tokens, their sum and their loss", "[rl][kl]", 
     }
 }
 
+TEST_CASE("a token that the reference excludes has an infinite estimate, and k3's gradient of the held exponent",
+          "[rl][kl]") {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  const std::vector<float> log_probs(20, -1.0f);
+  std::vector<float> reference(20, -1.5f), gradient(20), values(20);
+  reference[2] = reference[18] = -infinity;
+  const rl::kl_batch<float> batch{.log_probs = log_probs, .reference = reference};
+  CHECK(rl::kl(cpu{}, batch, rl::k3{}, values).total == static_cast<double>(infinity));
+  const rl::kl_loss_stats loss = rl::kl_loss(cpu{}, batch, {.coefficient = 20}, rl::k3{}, gradient);
+  CHECK(loss.loss == static_cast<double>(infinity));
+  for (std::size_t i = 0; i < 20; ++i) {
+    const bool excluded = i == 2 || i == 18;
+    CHECK(std::fabs(gradient[i] - (excluded ? 1 : 1 - std::exp(-0.5f))) < 1e-6f);
+    CHECK((values[i] == infinity) == excluded);
+  }
+}
+
 TEST_CASE("the gradient of a KL loss is that of its value; with_kl_gradient is KL's own", "[rl][kl]") {
   tokens<double> in(3, 11, 0.7);
   for (index_t i = 0; i < 33; ++i)

@@ -103,7 +103,7 @@ namespace detail {
 inline constexpr index_t kl_chunk = 4096;  // tokens that are summed together, whatever the threads
 inline constexpr int kl_lanes = 16;
 
-// out = value_factor * value + derivative_factor * derivative for tokens that count, else 0.
+// out = value_factor * value or, where that is 0, derivative_factor * derivative for tokens that count, else 0.
 template <class T, class Estimator>
 struct kl_problem {
   plane_shape shape;

@@ -25,7 +25,9 @@ rl::detail::kl_part kl_tokens(const rl::detail::kl_problem<T, Estimator>& p, ind
   for (int l = 0; l < lanes; ++l) all[l] = 1;
   index_t kept = 0;
   const Estimator estimator = *p.estimator;
-  const T value_factor = p.value_factor, derivative_factor = p.derivative_factor;
+  // One of them, and not their sum: 0 times what is not wanted need not be 0.
+  const bool of_values = p.value_factor != 0;
+  const T factor = of_values ? p.value_factor : p.derivative_factor;
   rl::detail::each_row_piece(p.shape, begin, end, [&](index_t row, index_t col, index_t count, index_t) {
     for (index_t i = 0; i < count; i += lanes) {
       const int n = static_cast<int>(std::min<index_t>(lanes, count - i));
@@ -54,7 +56,7 @@ rl::detail::kl_part kl_tokens(const rl::detail::kl_problem<T, Estimator>& p, ind
         const T v = rl::detail::choose(kept_here[l] != 0, value[l], T{}),
                 d = rl::detail::choose(kept_here[l] != 0, derivative[l], T{});
         sums[l] += v;
-        result[l] = value_factor * v + derivative_factor * d;
+        result[l] = factor * rl::detail::choose(of_values, v, d);
       }
       kept += count_ones(keep);
       if (out && !direct)
