@@ -192,7 +192,14 @@ TEMPLATE_TEST_CASE("extreme differences, equal rewards and certain completions s
   CHECK(dc(1) == T(-0.25));
   CHECK(dr(1) == T(0.25));
   CHECK(dc(2) == T(-0.125));
-  CHECK(s.accuracy == 0.25);  // equal rewards are not right
+  CHECK(s.accuracy == 0.25);                     // equal rewards are not right
+  const T most = std::numeric_limits<T>::max();  // the sum of two is above it
+  c(3) = r(3) = most;
+  rl::preference_loss<T>(cpu{}, {.chosen = c, .rejected = r}, rl::bradley_terry{}, out);
+  CHECK(std::fabs(each(3) - T(0.6931471805599453)) < T(1e-7));
+  CHECK(dc(3) == T(-0.125));
+  CHECK(dr(3) == T(0.125));
+  c(3) = r(3) = 0;
   s = rl::preference_loss<T>(cpu{}, {.chosen = c, .rejected = r, .reference_chosen = zero, .reference_rejected = zero},
                              rl::dpo{.beta = 1, .label_smoothing = 0.1}, out);
   CHECK(std::fabs(each(0) - T(2e3)) < T(1e-3));

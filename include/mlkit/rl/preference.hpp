@@ -89,7 +89,9 @@ struct bradley_terry {
   template <std::floating_point T>
   MLKIT_RL_INLINE pair_term<T> operator()(const pair_point<T>& x) const noexcept {
     const detail::log_sigmoid<T> s(x.chosen - x.rejected - x.margin);
-    const T sum = x.chosen + x.rejected, weight = static_cast<T>(centering), pull = T(2) * weight * sum;
+    const T weight = static_cast<T>(centering);
+    const T sum = detail::choose(weight == 0, T(0), x.chosen + x.rejected);  // which may be above the largest T
+    const T pull = T(2) * weight * sum;
     return {weight * sum * sum - s.value, pull - s.derivative, pull + s.derivative, x.chosen, x.rejected};
   }
 };
