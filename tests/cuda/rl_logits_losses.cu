@@ -210,3 +210,102 @@ TEST_CASE("cuda: policy losses over logits", "[cuda][rl]") {
   check_policy<double>(rl::gspo{.low = 0.05, .high = 0.05}, true, rl::token_mean{}, false, 0.05, 0.05);
   check_policy<mlkit::bf16>(rl::ppo_clip{}, false, rl::token_mean{}, false, 0.2, 0.2);
 }
+
+TEST_CASE("cuda: cross-entropy of logits that lie apart, in place, and the same bits again", "[cuda][rl]") {
+  const auto exec = test::exec();
+  const index_t rows = 9, classes = 37, row = 2 * classes + 3;
+  const auto z = logits_of<float>(rows * row);
+  std::vector<std::int64_t> labels;
+  for (index_t i = 0; i < rows; ++i) labels.push_back(i == 4 ? -100 : i * 3);
+  auto y = test::on_device(exec, labels);
+  auto apart = test::on_device(exec, z), again = test::on_device(exec, z);
+  std::vector<float> beside;
+  for (index_t i = 0; i < rows; ++i)
+    for (index_t j = 0; j < classes; ++j) beside.push_back(z[at(i * row + 2 * j)]);
+  auto logits = test::on_device(exec, beside), gradient = test::on_device(exec, beside);
+  const mlkit::tensor_view<const std::int64_t, 1> of(y.view());
+  const auto in_place = [&](auto& x) {
+    const mlkit::tensor_view<float, 2> v(x.data(), {rows, classes}, {row, 2});
+    return rl::cross_entropy_result(rl::cross_entropy(exec, mlkit::tensor_view<const float, 2>(v), of, {}, v));
+  };
+  const auto a = in_place(apart), b = in_place(again);
+  const rl::cross_entropy_result c =
+      rl::cross_entropy(exec, mlkit::tensor_view<const float, 2>(logits.data(), {rows, classes}), of, {},
+                        mlkit::tensor_view<float, 2>(gradient.data(), {rows, classes}));
+  double loss = 0;
+  bool good = true;
+  const auto have = test::to_host(exec, apart), second = test::to_host(exec, again),
+             plain = test::to_host(exec, gradient);
+  for (index_t i = 0; i < rows; ++i) {
+    const index_t token = labels[at(i)];
+    if (token >= 0) loss -= row_of(beside, i, classes, token, 1).logp / 8;
+    for (index_t j = 0; j < row; ++j) {
+      const bool is_class = j % 2 == 0 && j < 2 * classes;
+      const double want = !is_class   ? static_cast<double>(z[at(i * row + j)])
+                          : token < 0 ? 0
+                                      : row_of(beside, i, classes, token, 1).gradient(j / 2, token, 1, -1.0 / 8, 0);
+      good = good && std::fabs(static_cast<double>(have(i * row + j)) - want) <= 1e-6;
+      if (is_class) good = good && std::fabs(static_cast<double>(plain(i * classes + j / 2)) - want) <= 1e-6;
+    }
+  }
+  CHECK(good);
+  CHECK(a.loss == Approx(loss).epsilon(1e-5));
+  CHECK(c.loss == Approx(loss).epsilon(1e-5));
+  CHECK((a.loss == b.loss && a.count == 8));
+  CHECK(std::memcmp(have.data(), second.data(), z.size() * sizeof(float)) == 0);
+}
+
+TEMPLATE_TEST_CASE("cuda: gradients of 16-bit logits are as exact as loops in their type", "[cuda][rl]", mlkit::bf16,
+                   mlkit::f16) {
+  const auto exec = test::exec();
+  const index_t rows = 40, classes = 130;
+  const auto z = logits_of<TestType>(rows * classes);
+  std::vector<std::int32_t> labels;
+  for (index_t i = 0; i < rows; ++i) labels.push_back(static_cast<std::int32_t>(i * 3));
+  auto logits = test::on_device(exec, z), gradient = test::on_device(exec, z);
+  auto y = test::on_device(exec, labels);
+  (void)rl::cross_entropy(exec, mlkit::tensor_view<const TestType, 2>(logits.data(), {rows, classes}),
+                          mlkit::tensor_view<const std::int32_t, 1>(y.view()), {.normaliser = 1},
+                          mlkit::tensor_view<TestType, 2>(gradient.data(), {rows, classes}));
+  const auto have = test::to_host(exec, gradient);
+  double error = 0, naive = 0;
+  for (index_t i = 0; i < rows; ++i) {
+    const auto want = row_of(z, i, classes, labels[at(i)], 1);
+    float sum = 0;
+    for (index_t j = 0; j < classes; ++j) sum += std::exp(static_cast<float>(z[at(i * classes + j)]));
+    for (index_t j = 0; j < classes; ++j) {
+      const double right = want.gradient(j, labels[at(i)], 1, -1, 0);
+      const float p = std::exp(static_cast<float>(z[at(i * classes + j)])) / sum;
+      const auto rounded = static_cast<TestType>(p - (j == labels[at(i)] ? 1.0f : 0.0f));
+      error = std::max(error, std::fabs(static_cast<double>(have(i * classes + j)) - right));
+      naive = std::max(naive, std::fabs(static_cast<double>(rounded) - right));
+    }
+  }
+  CHECK(error <= 2 * naive);
+}
+
+TEST_CASE("cuda: losses over logits refuse what does not fit, and write nothing", "[cuda][rl]") {
+  const auto exec = test::exec();
+  auto z = test::on_device(exec, std::vector<float>(60)), d = test::on_device(exec, std::vector<float>(60, 7));
+  auto y = test::on_device(exec, std::vector<std::int32_t>(6));
+  auto row = test::on_device(exec, std::vector<float>(6));
+  const mlkit::tensor_view<const float, 2> logits(z.data(), {6, 10});
+  const mlkit::tensor_view<float, 2> gradient(d.data(), {6, 10}), narrow(d.data(), {6, 9});
+  const mlkit::tensor_view<const std::int32_t, 1> labels(y.view()), few(y.data(), {5});
+  const std::string shape = "mlkit::shape_error: rl::", value = "mlkit::value_error: rl::cross_entropy: ";
+  CHECK_THROWS_WITH(rl::cross_entropy(exec, logits, few, {}, gradient),
+                    shape + "cross_entropy: labels has shape [5], but logits' rows has [6]");
+  CHECK_THROWS_WITH(rl::cross_entropy(exec, logits, labels, {}, narrow),
+                    shape + "cross_entropy: dlogits has shape [6, 9], but logits has [6, 10]");
+  CHECK_THROWS_WITH(rl::cross_entropy(exec, logits, labels, {.label_smoothing = 1}, gradient),
+                    value + "label_smoothing = 1 is outside [0, 1)");
+  CHECK_THROWS_WITH(rl::cross_entropy(exec, logits, labels, {.temperature = -2}, gradient),
+                    value + "temperature = -2 is not above 0 and finite");
+  CHECK_THROWS_WITH(
+      rl::ppo_loss(exec, logits, labels, {},
+                   {.old_log_probs = mlkit::tensor_view<const float, 1>(row.data(), {5}), .advantages = row.view()}, {},
+                   {.logits = gradient}),
+      Catch::Contains("old_log_probs has shape [1, 5]"));
+  const auto have = test::to_host(exec, d);
+  CHECK(std::count(have.data(), have.data() + 60, 7.0f) == 60);
+}

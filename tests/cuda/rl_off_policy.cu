@@ -153,3 +153,35 @@ TEST_CASE("cuda: Retrace", "[cuda][rl]") {
       },
       6);
 }
+
+TEST_CASE("cuda: off-policy recurrences refuse what does not fit, write nothing, and take nothing", "[cuda][rl]") {
+  device_window<float> given(make_window(3, 20, {.bootstrap = true}), layout::rows),
+      other(make_window(3, 21, {.bootstrap = true}), layout::rows);
+  auto a = given.out();
+  const auto rewards = given.r.view(), values = given.v.view(), ratios = given.log_ratio.view();
+  const std::string shape = "mlkit::shape_error: rl::", value = "mlkit::value_error: rl::";
+  CHECK_THROWS_WITH(rl::vtrace(given.exec, {.rewards = rewards, .values = values, .log_ratios = other.log_ratio.view()},
+                               {}, {.vs = a.view()}),
+                    shape + "vtrace: log_ratios has shape [3, 21], but rewards has [3, 20]");
+  CHECK_THROWS_WITH(rl::vtrace(given.exec, {.rewards = rewards, .values = values, .log_ratios = ratios},
+                               {.rho_clip = -1}, {.vs = a.view()}),
+                    value + "vtrace: rho_clip = -1 is negative or NaN");
+  CHECK_THROWS_WITH(rl::upgo(given.exec, {.rewards = rewards, .values = other.v.view()}, {}, {.returns = a.view()}),
+                    shape + "upgo: values has shape [3, 21], but rewards has [3, 20]");
+  CHECK_THROWS_WITH(rl::td_lambda_returns(given.exec, {.rewards = rewards, .values = values}, {.lambda = 2}, a.view()),
+                    value + "td_lambda_returns: lambda = 2 is outside [0, 1]");
+  CHECK_THROWS_WITH(rl::n_step_returns(given.exec, {.rewards = rewards, .values = values}, {.steps = 0}, a.view()),
+                    value + "n_step_returns: steps = 0 is not positive");
+  CHECK_THROWS_WITH(
+      rl::retrace(
+          given.exec,
+          {.rewards = rewards, .action_values = given.q.view(), .expected_values = values, .log_ratios = ratios}, {},
+          rewards),
+      shape + "retrace: returns [3, 20] overlaps rewards [3, 20]");
+  const std::vector<float> have = a.plain(given.exec);
+  CHECK(std::count(have.begin(), have.end(), 7.0f) == 60);
+  const mlkit::tensor_view<float, 2> empty(nullptr, {0, 7});
+  rl::vtrace(given.exec, {.rewards = empty, .values = empty, .log_ratios = empty}, {}, {.vs = empty});
+  rl::upgo(given.exec, {.rewards = empty, .values = empty}, {}, {.returns = empty});
+  rl::n_step_returns(given.exec, {.rewards = empty, .values = empty}, {.steps = 3}, empty);
+}

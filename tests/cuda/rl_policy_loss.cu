@@ -262,3 +262,31 @@ TEST_CASE("cuda: the loss of values alone", "[cuda][rl]") {
   CHECK(stats.clip_fraction > 0);
   CHECK(stats.explained_variance < 1);
 }
+
+TEST_CASE("cuda: policy losses give the same bits again, and refuse what does not fit before they write",
+          "[cuda][rl]") {
+  const sample s = make_sample(37, 129);
+  placed_sample<float> one(s, layout::rows), two(s, layout::rows);
+  const rl::policy_stats a = rl::ppo_loss<float>(one.exec, one.batch(true), {}, one.gradients());
+  const rl::policy_stats b = rl::ppo_loss<float>(two.exec, two.batch(true), {}, two.gradients());
+  CHECK((a.loss == b.loss && a.kl_k3 == b.kl_k3 && a.explained_variance == b.explained_variance));
+  CHECK(one.output(0) == two.output(0));
+  CHECK(one.output(1) == two.output(1));
+
+  placed_sample<float> placed(make_sample(3, 5), layout::rows), other(make_sample(3, 6), layout::rows);
+  const auto with = [&](auto&& change) {
+    auto batch = placed.batch(false);
+    change(batch);
+    return batch;
+  };
+  const std::string shape = "mlkit::shape_error: rl::ppo_loss: ";
+  CHECK_THROWS_WITH(
+      rl::ppo_loss<float>(placed.exec, with([&](auto& x) { x.advantages = other.batch(false).advantages; }), {},
+                          placed.gradients()),
+      shape + "advantages has shape [3, 6], but log_probs has [3, 5]");
+  CHECK_THROWS_WITH(rl::ppo_loss<float>(placed.exec, placed.batch(false), {}, other.gradients()),
+                    shape + "the gradient of log_probs has shape [3, 6], but log_probs has [3, 5]");
+  CHECK_THROWS_WITH(rl::ppo_loss<float>(placed.exec, placed.batch(false), {.clip = -0.1}, placed.gradients()),
+                    "mlkit::value_error: rl::ppo_loss: clip = -0.1 is outside [0, 1]");
+  CHECK(placed.output(0) == std::vector<double>(15, 77.0));
+}

@@ -459,6 +459,40 @@ TEST_CASE("cuda: the best of each group", "[cuda][rl]") {
   CHECK(of[2] == std::max_element(r.begin() + 3, r.end()) - r.begin());
 }
 
+TEST_CASE("cuda: divergences and preferences give the same bits again, and take nothing", "[cuda][rl]") {
+  const auto exec = test::exec();
+  const index_t n = 2001;
+  std::vector<test::operand<float, 1>> x;
+  for (std::uint64_t k = 0; k < 4; ++k) x.push_back(test::on_device(exec, numbers<float>(n, -2, 0.4, 80 + k)));
+  std::vector<std::vector<float>> made;
+  std::vector<double> losses;
+  for (int run = 0; run < 2; ++run) {
+    auto d = test::on_device(exec, std::vector<float>(at(n))), e = test::on_device(exec, std::vector<float>(at(n)));
+    const rl::kl_loss_stats kl =
+        rl::kl_loss<float>(exec, {.log_probs = x[0].view(), .reference = x[1].view()}, {}, d.view());
+    const rl::preference_stats pairs = rl::preference_loss<float>(exec,
+                                                                  {.chosen = x[0].view(),
+                                                                   .rejected = x[1].view(),
+                                                                   .reference_chosen = x[2].view(),
+                                                                   .reference_rejected = x[3].view()},
+                                                                  rl::dpo{}, {.rejected = e.view()});
+    const rl::preference_stats ranks =
+        rl::preference_loss<float>(exec, {.rewards = x[2].view(), .of = rl::groups(n)}, rl::k_wise{});
+    for (const auto* v : {&d, &e}) {
+      const auto y = test::to_host(exec, *v);
+      made.emplace_back(y.data(), y.data() + n);
+    }
+    for (const double l : {kl.loss, pairs.loss, ranks.loss}) losses.push_back(l);
+  }
+  CHECK((made[0] == made[2] && made[1] == made[3]));
+  CHECK(std::equal(losses.begin(), losses.begin() + 3, losses.begin() + 3));
+  const mlkit::vector_view<const float> nothing(nullptr, {0});
+  const rl::kl_loss_stats kl = rl::kl_loss<float>(exec, {.log_probs = nothing, .reference = nothing}, {}, {});
+  const rl::preference_stats pairs =
+      rl::preference_loss<float>(exec, {.chosen = nothing, .rejected = nothing}, rl::bradley_terry{});
+  CHECK((kl.loss == 0 && kl.tokens == 0 && pairs.loss == 0 && pairs.pairs == 0));
+}
+
 TEST_CASE("cuda: preferences refuse what does not fit, and write nothing", "[cuda][rl]") {
   const auto exec = test::exec();
   auto r = test::on_device(exec, std::vector<float>(6)), out = test::on_device(exec, std::vector<float>(6, 7.0f));
@@ -482,6 +516,10 @@ TEST_CASE("cuda: preferences refuse what does not fit, and write nothing", "[cud
                     "mlkit::shape_error: rl::best_of_n: best has 3 elements, but the number of groups has 2");
   CHECK_THROWS_WITH(rl::group_advantages(exec, rewards, rl::groups{3}, rl::rloo{}, short_d),
                     "mlkit::shape_error: rl::group_advantages: advantages has 4 elements, but rewards has 6");
+  CHECK_THROWS_WITH(rl::kl_loss<float>(exec, {.log_probs = rewards, .reference = few}, {}, d),
+                    "mlkit::shape_error: rl::kl_loss: reference has shape [1, 5], but log_probs has [1, 6]");
+  CHECK_THROWS_WITH(rl::kl_loss<float>(exec, {.log_probs = rewards, .reference = rewards}, {.normaliser = -1}, d),
+                    "mlkit::value_error: rl::kl_loss: normaliser = -1 is negative or not finite");
   CHECK_THROWS_WITH(rl::kto_reference_point<float>(exec, rewards, few),
                     "mlkit::shape_error: rl::kto_reference_point: reference has 5 elements, but log_probs has 6");
   const auto have = test::to_host(exec, out);
