@@ -72,6 +72,7 @@ struct scan_problem {
   const T* ends = nullptr;       // the value behind each sequence
   bool beside = false;           // all matrices lie along the batch
   bool flags_along_time = true;  // all that are given do
+  bool plain_rows = false;       // all matrices lie along time, flags say it of their own step, and every step counts
   bool far_reads = false, far_lanes = false, past_caches = false;
 
   index_t row(index_t s) const noexcept { return starts ? 0 : s; }
@@ -280,6 +281,9 @@ void run_scan(std::string_view function, const cpu& exec, Problem& p, const scan
     look_at(*flags);
     p.flags_along_time = p.flags_along_time && (!*flags || flags->time == 1);
   }
+  p.plain_rows = p.flags_along_time && !p.begins && !p.mask && (!p.final_values || p.final_values.time == 1);
+  for (const auto& s : p.in) p.plain_rows = p.plain_rows && s.time == 1;
+  for (const auto& s : p.out) p.plain_rows = p.plain_rows && (!s || s.time == 1);
   const bool far = steps * index_t{sizeof(T)} * std::max(1, Problem::rule_type::inputs) > far_bytes;
   p.far_reads = far && !p.beside && p.flags_along_time;
   for (const auto& s : p.in) p.far_reads = p.far_reads && (!s || s.time == 1);

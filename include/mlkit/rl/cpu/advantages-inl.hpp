@@ -5,6 +5,8 @@ struct recurrence<rl::detail::gae_rule<T>> {
   using V = vec<T>;
   using Rule = rl::detail::gae_rule<T>;
 
+  static constexpr int carried_input = 1;
+
   // in: reward, value. next: the value behind the step.
   template <class Dones>
   static MLKIT_ALWAYS_INLINE step_map<V> map(const Rule& p, const V* in, V final_value, const Dones& dones,

@@ -33,6 +33,7 @@ class lanes_with {
       return V(_mm512_mask_blend_pd(static_cast<__mmask8>(chosen_), b.v, a.v));
   }
   MLKIT_ALWAYS_INLINE bool any() const noexcept { return chosen_ != 0; }
+  MLKIT_ALWAYS_INLINE std::uint16_t bits() const noexcept { return chosen_; }
 
  private:
   __mmask16 chosen_;
@@ -719,6 +720,114 @@ struct scan_kernel {
     return ahead;
   }
 
+#if MLKIT_SET_AVX512
+  // A rule whose maps have one constant factor, or 0 where an episode is done, and that carries an input, goes by rows:
+  // constants of maps are found and outputs made along time, where dones are bytes side by side and what is carried is
+  // a shift away; what is transposed is the constants and the x, and bits say where factors are 0.
+  static constexpr bool goes_by_rows = sizeof(T) == 4 && requires { recurrence_t::carried_input; };
+
+  // So many steps of a lane are written at once: memory takes lines beside each other faster than those of many pages.
+  static constexpr index_t late_steps = 64;
+
+  struct alignas(64) row_squares {
+    T constants[2][width][width];             // by lanes: of this square and of the one before it in time
+    T turned[width][width], x[width][width];  // by steps
+    T behind[width];                          // the carried input of the steps behind
+    std::uint16_t done[2][width];
+    T late[width][late_steps + width];  // x by lanes, not yet written; a line more than a power of two from each other
+  };
+
+  // Lane i of a square's constants, from step `first` on.
+  static MLKIT_ALWAYS_INLINE void constants_of_row(const Rule& rule, const lanes& g, int i, index_t first, bool ends,
+                                                   bool cuts, bool finals, int buffer, row_squares& r) noexcept {
+    V now[inputs], then[carried];
+    MLKIT_UNROLL
+    for (int j = 0; j < inputs; ++j) now[j] = V::load(g.in[j][i] + first);
+    const V carry = now[recurrence_t::carried_input];
+    then[0] = V((typename V::native)_mm512_alignr_epi32((__m512i)V::broadcast(r.behind + i).v, (__m512i)carry.v, 1));
+    _mm_store_ss(r.behind + i, _mm512_castps512_ps128(carry.v));
+    const some_dones<T> dones(ends ? row_of(g.terminated[i] + first, width) : code_row{},
+                              cuts ? row_of(g.truncated[i] + first, width) : code_row{});
+    V final_value = V::zero();
+    // Where a step is terminated too, there need not be any.
+    if (finals && dones.truncated.any()) final_value = V::load(g.final_values[i] + first);
+    recurrence_t::map(rule, now, final_value, dones, then).b.store(r.constants[buffer][i]);
+    r.done[buffer][i] = dones.done.bits();
+  }
+
+  // Steps [first, first + n) of all lanes.
+  static void write_late(const Problem& p, const Rule& rule, const lanes& g, index_t first, index_t n,
+                         const row_squares& r) noexcept {
+    const bool past_caches = p.past_caches;
+    bool written[outputs];
+    for (int o = 0; o < outputs; ++o) written[o] = static_cast<bool>(p.out[o]);
+    for (int i = 0; i < width; ++i)
+      for (index_t k = 0; k < n; k += width) {
+        V of_step[inputs], result[outputs];
+        of_step[recurrence_t::carried_input] = V::load(g.in[recurrence_t::carried_input][i] + first + k);
+        recurrence_t::emit(rule, of_step, V::zero(), no_dones<T>{}, nullptr, V::zero(), V::load(r.late[i] + k), result);
+        MLKIT_UNROLL
+        for (int o = 0; o < outputs; ++o) {
+          if (!written[o]) continue;
+          if (past_caches)
+            stream_register(g.out[o][i] + first + k, result[o]);
+          else
+            result[o].store(g.out[o][i] + first + k);
+        }
+      }
+  }
+
+  // Steps [0, count) of all lanes, of which there are as many as a register has; count is a multiple of them. A
+  // square's constants are found beside the steps of the one behind it, which wait for each other.
+  template <scan_pass Pass>
+  static void run_rows(const Problem& p, const lanes& g, index_t count, const lanes* next, lanes_state& state,
+                       scratch& w) noexcept {
+    const Rule rule = p.rule;
+    const bool ends = static_cast<bool>(p.terminated), cuts = static_cast<bool>(p.truncated),
+               finals = static_cast<bool>(p.final_values);
+    const __mmask16 passing = rule.decay == 0 ? 0 : 0xffff;
+    const V decay(rule.decay);
+    V x = state.x, a = state.a, b = state.b;
+    row_squares r;
+    state.next[0].store(r.behind);
+    for (int i = 0; i < width; ++i) constants_of_row(rule, g, i, count - width, ends, cuts, finals, 0, r);
+    int now = 0;
+    for (index_t first = count - width; first >= 0; first -= width, now = 1 - now) {
+      lines_ahead ahead{{}, 0};
+      for (int i = 0; i < inputs; ++i) ahead.of[i] = w.in[i][0];
+      if (next) ahead = look_ahead(p, *next, first, w);
+      transpose_square<T>(spaced_rows<const T>{r.constants[now][0], width}, 0,
+                          [&](int k, V y) { y.store(r.turned[k]); });
+      __m256i dones = _mm256_load_si256(reinterpret_cast<const __m256i*>(r.done[now]));
+      for (int i = 0; i < width; ++i) {
+        MLKIT_UNROLL
+        for (int j = 0; j < inputs; ++j) __builtin_prefetch(ahead.of[j] + i * ahead.step, 0, 2);
+        if (first > 0) constants_of_row(rule, g, i, first - width, ends, cuts, finals, 1 - now, r);
+        const int k = width - 1 - i;
+        const __mmask16 passes = static_cast<__mmask16>(passing & ~_mm256_movepi16_mask(dones));
+        dones = _mm256_add_epi16(dones, dones);
+        const V constant = V::load(r.turned[k]);
+        const auto passed = [&](V y) { return V(_mm512_maskz_mov_ps(passes, y.v)); };
+        if constexpr (Pass != scan_pass::emit) {
+          b = fma(decay, passed(b), constant);
+          a = passed(decay * a);
+        }
+        if constexpr (Pass != scan_pass::compose) {
+          x = fma(decay, passed(x), constant);
+          x.store(r.x[k]);
+        }
+      }
+      if constexpr (Pass != scan_pass::compose) {
+        const index_t at = first % late_steps;
+        transpose_square<T>(spaced_rows<const T>{r.x[0], width}, 0, [&](int i, V y) { y.store(r.late[i] + at); });
+        if (at == 0) write_late(p, rule, g, first, std::min(late_steps, count - first), r);
+      }
+    }
+    state.x = x, state.a = a, state.b = b;
+    state.next[0] = V::load(r.behind);
+  }
+#endif
+
   // Steps [offset, offset + depth) of each lane, as far as it has them. next: what is scanned next, where it is asked
   // for beforehand.
   template <scan_pass Pass>
@@ -752,6 +861,22 @@ struct scan_kernel {
       if constexpr (Pass != scan_pass::compose)
         for (int o = 0; o < outputs; ++o)
           if (p.out[o]) write_square(p.out[o], g.out[o], offset, c, n, g.count, p.past_caches, w.out[o], w);
+    }
+  }
+
+  // All steps of the lanes.
+  template <scan_pass Pass>
+  static void run_lanes(const Problem& p, const lanes& g, const lanes* next, lanes_state& state, scratch& w) noexcept {
+    for (index_t offset = (ceil_div(g.longest, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth) {
+#if MLKIT_SET_AVX512
+      if constexpr (goes_by_rows)
+        if (const index_t rest = std::min(g.longest, offset + scan_depth);
+            p.plain_rows && g.count == width && g.shortest >= rest && rest % width == 0) {
+          run_rows<Pass>(p, g, rest, next, state, w);
+          return;
+        }
+#endif
+      run_tile<Pass>(p, g, offset, next, state, w);
     }
   }
 
@@ -812,18 +937,20 @@ struct scan_kernel {
   // Part `part` of as many of `count` sequences as there are lanes.
   static void fill_part(const Problem& p, lanes& g, index_t first, index_t count, index_t part) noexcept {
     g.count = static_cast<int>(count < width ? count : width);
-    const bool even = !p.starts && g.count == width;
-    const index_t from = part * scan_part, steps = std::min(scan_part, p.time - from);
-    for (int i = 0; i < width; ++i) {
-      const index_t s = first + (i < g.count ? i : 0);
-      g.row[i] = p.row(s), g.sequence[i] = s;
-      g.begin[i] = even ? from : p.first(s) + from;
-      g.steps[i] = even ? steps : std::min(scan_part, p.last(s) - g.begin[i]);
-    }
-    if (even)
+    if (!p.starts && g.count == width) {
+      const index_t from = part * scan_part, steps = std::min(scan_part, p.time - from);
+      MLKIT_SIMD
+      for (int i = 0; i < width; ++i)
+        g.row[i] = first + i, g.sequence[i] = first + i, g.begin[i] = from, g.steps[i] = steps;
       g.place_even(p, first, from, steps);
-    else
-      g.place(p);
+      return;
+    }
+    for (int i = 0; i < width; ++i) {
+      const index_t s = first + (i < g.count ? i : 0), begin = p.first(s) + part * scan_part;
+      g.row[i] = p.row(s), g.begin[i] = begin, g.sequence[i] = s;
+      g.steps[i] = std::min(scan_part, p.last(s) - begin);
+    }
+    g.place(p);
   }
 
   // Sequences [first, end), a register of them at a time; the parts of each one after another.
@@ -855,12 +982,10 @@ struct scan_kernel {
       const lanes* ahead = p.far_reads && next < end ? &of[1 - now] : nullptr;
       const V behind = state.x;
       state.a = V(T(1)), state.b = V::zero();
-      for (index_t offset = (ceil_div(g.longest, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth) {
-        if (part > 0)
-          run_tile<scan_pass::both>(p, g, offset, ahead, state, w);
-        else
-          run_tile<scan_pass::emit>(p, g, offset, ahead, state, w);
-      }
+      if (part > 0)
+        run_lanes<scan_pass::both>(p, g, ahead, state, w);
+      else
+        run_lanes<scan_pass::emit>(p, g, ahead, state, w);
       if (part > 0) state.x = apply_map(state.a, state.b, behind);
       at_end = part == 0;
       s = next, part = part_of_next;
@@ -1032,8 +1157,7 @@ struct scan_kernel {
       const bool more = u + width < end;
       if (more) fill(p, of[1 - now], units + u + width, end - u - width);
       const lanes* next = p.far_reads && more ? &of[1 - now] : nullptr;
-      for (index_t offset = (ceil_div(g.longest, scan_depth) - 1) * scan_depth; offset >= 0; offset -= scan_depth)
-        run_tile<Pass>(p, g, offset, next, state, w);
+      run_lanes<Pass>(p, g, next, state, w);
       if constexpr (Pass == scan_pass::compose) {
         state.a.store(a + u, g.count);
         state.b.store(b + u, g.count);
