@@ -132,8 +132,10 @@ MLKIT_ALWAYS_INLINE vec<T> log(vec<T> x) noexcept {
   const typename vec<T>::int_type mask = (typename vec<T>::int_type{1} << table::mantissa_bits) - 1;
   const vec<T> m = vec<T>::from_bits((above & mask) + table::sqrt_half);
   // The exponent in the lowest bits of integer_shift, made positive by the bias; only valid for x > 0.
-  const auto biased =
-      (typename vec<T>::native_uint)(above + (table::bias << table::mantissa_bits)) >> table::mantissa_bits;
+  // Unsigned, as the sum is above the largest signed number where x is infinite or NaN.
+  using bits = typename vec<T>::native_uint;
+  using one = std::make_unsigned_t<typename vec<T>::int_type>;
+  const bits biased = ((bits)above + static_cast<one>(table::bias << table::mantissa_bits)) >> table::mantissa_bits;
   const vec<T> offset = vec<T>::select(subnormal, vec<T>(table::integer_shift + table::bias + table::subnormal_shift),
                                        vec<T>(table::integer_shift + table::bias));
   const vec<T> e = vec<T>::from_bits((native_int)biased | vec<T>(table::integer_shift).bits()) - offset;
