@@ -190,7 +190,7 @@ template <class T, class Estimator>
 kl_reward_stats run_kl_rewards(by_executor, const cpu& exec, std::string_view function, const kl_batch<T>& in,
                                const sequence_places& places, const batch_view<const T>& scores, double beta,
                                const Estimator& estimator, const sequence_view<T>& rewards) {
-  const bool scored = step_arguments::given(scores);
+  const bool scored = is_given(scores);
   const workspace<index_t> last(places.sequences);  // the token that has the score, or -1
   kl_reward_stats all;
   for (index_t b = 0; b < places.sequences; ++b) {
@@ -290,7 +290,7 @@ detail::result_t<Executor, kl_reward_stats> kl_rewards(const Executor& exec, con
   detail::step_arguments steps(call, function, detail::looks_at_data<Executor>);
   const kl_batch<T> batch{in.log_probs, in.reference, in.mask};
   const detail::sequence_places places = detail::check_kl_batch(steps, batch, in.cu_seqlens);
-  if (steps.given(in.scores)) steps.read_batch("scores", in.scores);
+  if (detail::is_given(in.scores)) steps.read_batch("scores", in.scores);
   detail::check_finite(function, "beta", o.beta);
   steps.write("rewards", rewards);
   return run_kl_rewards(detail::by_executor{}, exec, function, batch, places, in.scores, o.beta, estimator, rewards);

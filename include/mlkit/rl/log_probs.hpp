@@ -251,12 +251,6 @@ matrix_view<T> as_rows(const tensor_view<T, 2>& v) noexcept {
   return v;
 }
 
-// Whether an argument that may be left out is there.
-template <class T, int Rank>
-bool is_given(const tensor_view<T, Rank>& v) noexcept {
-  return v.data != nullptr || v.extents != extents_t<Rank>{};
-}
-
 template <int Rank>
 extents_t<Rank> leading(const extents_t<Rank + 1>& e) noexcept {
   extents_t<Rank> r;

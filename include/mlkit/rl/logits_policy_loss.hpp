@@ -54,11 +54,11 @@ policy_stats run_logits_policy(const cpu& exec, logits_problem<T>& p, policy_bat
                                const sequence_view<A>& entropies_out) {
   const weigher weight(aggregate);
   // Log-probabilities and entropies of all rows, in the user's memory or in our own.
-  const bool with_entropy = o.entropy != 0 || given(entropies_out);
+  const bool with_entropy = o.entropy != 0 || is_given(entropies_out);
   const index_t rows = shape[0] * shape[1];
   const workspace<A> own(2 * rows);
   const auto memory = [&](const sequence_view<A>& v, index_t at) -> matrix_view<A> {
-    return given(v) ? matrix_view<A>(v) : matrix_view<A>(own.data() + at * rows, shape);
+    return is_given(v) ? matrix_view<A>(v) : matrix_view<A>(own.data() + at * rows, shape);
   };
   const matrix_view<A> log_probs = memory(log_probs_out, 0), entropies = memory(entropies_out, 1);
   batch.log_probs = tensor_view<const A, 2>(log_probs);
@@ -113,14 +113,14 @@ result_t<Executor, policy_stats> logits_policy_loss(std::string_view function, c
   arguments call(function, exec);
   policy_batch<A> batch = given_batch;
   const auto refuse = [&](std::string_view name, const auto& v) {
-    if (given(v)) fail_value(function, ": ", name, " is given, but logits say what it is");
+    if (is_given(v)) fail_value(function, ": ", name, " is given, but logits say what it is");
   };
   refuse("log_probs", batch.log_probs);
   refuse("entropies", batch.entropies);
   extents_t<2> shape{1, logits.extents[0]};
   if constexpr (Rank == 3) shape = {logits.extents[0], logits.extents[1]};
   log_prob_options<Rank - 1> options{.temperature = of_logits.temperature};
-  if (given(batch.mask)) {
+  if (is_given(batch.mask)) {
     check_same_shape<2>(function, "mask", batch.mask.extents, "logits' rows", shape);
     check_view(function, "mask", batch.mask);
     if constexpr (Rank == 3)
@@ -138,7 +138,7 @@ result_t<Executor, policy_stats> logits_policy_loss(std::string_view function, c
   const batch_check check{call, function, "logits' rows", shape, looks_at_data<Executor>};
   check.output("log_probs", out.log_probs);
   check.output("entropies", out.entropies);
-  if (given(out.logits)) set_gradient<T, Rank>(call, function, out.logits, logits, p);
+  if (is_given(out.logits)) set_gradient<T, Rank>(call, function, out.logits, logits, p);
   return run_logits_policy(exec, p, batch, shape, policy, aggregate, o, grads, out.log_probs, out.entropies);
 }
 

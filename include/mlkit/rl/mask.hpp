@@ -22,6 +22,12 @@ const std::uint8_t* as_bytes(const U* p) noexcept {
   return reinterpret_cast<const std::uint8_t*>(p);
 }
 
+// Whether an operand that may be left out is there.
+template <class T, int Rank>
+constexpr bool is_given(const tensor_view<T, Rank>& v) noexcept {
+  return v.data != nullptr || v.extents != extents_t<Rank>{};
+}
+
 }  // namespace detail
 
 /// Which elements count: those whose byte is not 0. A view of std::uint8_t, bool or char of the shape of what it masks,
@@ -40,9 +46,7 @@ struct mask_view {
   noexcept : values(detail::as_bytes(std::ranges::data(r)), {static_cast<index_t>(std::ranges::size(r))}) {}
 
   /// Whether there is a mask.
-  constexpr explicit operator bool() const noexcept {
-    return values.data != nullptr || values.extents != extents_t<Rank>{};
-  }
+  constexpr explicit operator bool() const noexcept { return detail::is_given(values); }
 };
 
 /// What rl's elementwise functions take: [n], or [batch, time].

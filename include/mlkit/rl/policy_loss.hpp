@@ -195,12 +195,6 @@ struct policy_loss_kernels {
 namespace MLKIT_NAMESPACE::rl {
 namespace detail {
 
-// Whether an operand that may be left out is there.
-template <class U, int Rank>
-bool given(const tensor_view<U, Rank>& v) noexcept {
-  return v.data != nullptr || v.extents != extents_t<Rank>{};
-}
-
 // The operands of one call, and the shape of the first, which all have.
 struct batch_check {
   arguments& call;
@@ -220,17 +214,17 @@ struct batch_check {
   }
   template <class T>
   void optional(std::string_view name, const tensor_view<T, 2>& v) const {
-    if (given(v)) input(name, v);
+    if (is_given(v)) input(name, v);
   }
   template <class T>
   void output(std::string_view name, const tensor_view<T, 2>& v) const {
-    if (!given(v)) return;
+    if (!is_given(v)) return;
     view(name, v);
     call.writes(name, v);
   }
   void sequences(const flag_view& mask, const sequence_starts& cu_seqlens) const {
     optional("mask", mask);
-    if (!given(cu_seqlens)) return;
+    if (!is_given(cu_seqlens)) return;
     if (shape[0] != 1)
       fail_shape(function, ": ", of, " has shape ", shape_text<2>(shape),
                  ", but cu_seqlens packs sequences of [tokens] alone");
@@ -246,7 +240,7 @@ struct batch_check {
 
 inline token_sequences sequences_of(const extents_t<2>& shape, const plane_shape& visited,
                                     const sequence_starts& cu_seqlens) noexcept {
-  if (given(cu_seqlens)) return {cu_seqlens.extent(0) - 1, 0, cu_seqlens.data, false};
+  if (is_given(cu_seqlens)) return {cu_seqlens.extent(0) - 1, 0, cu_seqlens.data, false};
   return {shape[0], shape[1], nullptr, visited.turned};
 }
 
@@ -422,14 +416,14 @@ void check_policy_batch(arguments& call, std::string_view function, std::string_
     const auto needs = [&](std::string_view what, const auto&... names) {
       fail_value(function, ": ", what, " is not given", names...);
     };
-    if (!given(batch.advantages)) needs("advantages");
-    if (with_ratio && !given(batch.old_log_probs)) needs("old_log_probs");
+    if (!is_given(batch.advantages)) needs("advantages");
+    if (with_ratio && !is_given(batch.old_log_probs)) needs("old_log_probs");
     if (o.entropy != 0 && !with_entropies) needs("entropies", ", but entropy = ", o.entropy);
-    if (given(batch.values) && !given(batch.returns)) needs("returns", ", but values is");
-    if (given(batch.values) && o.value_clip != 0 && !given(batch.old_values))
+    if (is_given(batch.values) && !is_given(batch.returns)) needs("returns", ", but values is");
+    if (is_given(batch.values) && o.value_clip != 0 && !is_given(batch.old_values))
       needs("old_values", ", but value_clip = ", o.value_clip);
-    if (given(grads.values) && !given(batch.values)) needs("values", ", but its gradient is asked for");
-    if (given(grads.entropies) && !given(batch.entropies)) needs("entropies", ", but its gradient is asked for");
+    if (is_given(grads.values) && !is_given(batch.values)) needs("values", ", but its gradient is asked for");
+    if (is_given(grads.entropies) && !is_given(batch.entropies)) needs("entropies", ", but its gradient is asked for");
   }
   check.optional("advantages", batch.advantages);
   check.optional("old_log_probs", batch.old_log_probs);
@@ -487,7 +481,7 @@ policy_stats run_policy_batch(const cpu& exec, const policy_batch<T>& batch, con
                                          plane_by_sequence(batch.returns), counted);
   if (counted.tokens == 0) return stats;
   const double n = static_cast<double>(counted.tokens);
-  stats = {.loss = s.policy + (given(batch.values) ? o.value * s.value : 0) - o.entropy * s.entropy,
+  stats = {.loss = s.policy + (is_given(batch.values) ? o.value * s.value : 0) - o.entropy * s.entropy,
            .policy_loss = s.policy,
            .value_loss = s.value,
            .entropy = s.entropy,
@@ -539,7 +533,7 @@ result_t<Executor, policy_stats> policy_loss(std::string_view function, const Ex
   check_view(function, "log_probs", batch.log_probs);
   call.reads("log_probs", batch.log_probs);
   check_policy_batch(call, function, "log_probs", batch.log_probs.extents, batch, uses_ratio<Policy>,
-                     given(batch.entropies), o, grads, looks_at_data<Executor>);
+                     is_given(batch.entropies), o, grads, looks_at_data<Executor>);
   return run_policy_batch(by_executor{}, exec, batch, policy, aggregate, o, grads);
 }
 
@@ -622,7 +616,7 @@ detail::result_t<Executor, value_stats> value_loss(const Executor& exec, const B
   call.reads("values", batch.values);
   const batch_check check{call, function, "values", batch.values.extents, looks_at_data<Executor>};
   check.input("returns", batch.returns);
-  if (o.clip != 0 && !batch.values.empty() && !given(batch.old_values))
+  if (o.clip != 0 && !batch.values.empty() && !is_given(batch.old_values))
     fail_value(function, ": old_values is not given, but clip = ", o.clip);
   check.optional("old_values", batch.old_values);
   check.sequences(batch.mask, batch.cu_seqlens);

@@ -51,16 +51,16 @@ class scan_call {
   }
   template <class U>
   void read_optional(std::string_view name, const tensor_view<U, 2>& v, stream<U>& to) {
-    if (step_arguments::given(v)) read(name, v, to);
+    if (is_given(v)) read(name, v, to);
   }
   template <class U>
   void read_optional(std::string_view name, const tensor_view<U, 1>& v, stream<U>& to) {
-    if (!step_arguments::given(v)) return;
+    if (!is_given(v)) return;
     steps_.read_batch(name, v, p_.starts ? "the number of sequences" : steps_.first_name());
     to = stream<U>(v);
   }
   void mask(const flag_view& v) {
-    if (!step_arguments::given(v)) return;
+    if (!is_given(v)) return;
     if (p_.starts) fail_value(function_, ": mask and cu_seqlens are both given; packed tokens all count");
     read("mask", v, p_.mask);
   }
@@ -69,7 +69,7 @@ class scan_call {
     to = stream<T>(v);
   }
   void write_optional(std::string_view name, const sequence_view<T>& v, stream<T>& to) {
-    if (step_arguments::given(v)) write(name, v, to);
+    if (is_given(v)) write(name, v, to);
   }
 
   /// What all kinds of rollouts have.

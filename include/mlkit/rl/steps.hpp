@@ -188,11 +188,11 @@ class step_arguments {
   }
   template <class U>
   void read_optional(std::string_view name, const tensor_view<U, 2>& v) {
-    if (given(v)) read(name, v);
+    if (is_given(v)) read(name, v);
   }
   template <class U>
   void write_optional(std::string_view name, const tensor_view<U, 2>& v) {
-    if (given(v)) write(name, v);
+    if (is_given(v)) write(name, v);
   }
   /// An element for each sequence, of which `of` has as many.
   template <class U>
@@ -207,12 +207,6 @@ class step_arguments {
   }
 
   std::string_view first_name() const noexcept { return first_; }
-
-  /// Whether an operand that may be left out is there.
-  template <class U, int Rank>
-  static bool given(const tensor_view<U, Rank>& v) noexcept {
-    return v.data || v.extents != extents_t<Rank>{};
-  }
 
  private:
   template <class U>

@@ -148,7 +148,7 @@ device_value<kl_reward_stats> run_kl_rewards(by_executor, const cuda& exec, std:
          stream<const T>{}, stream<T>{}, sequences.data());
   launch_kl(function, exec, in, estimator, -beta, 0, nullptr, rewards,
             kl_result<kl_reward_stats>{stats.data(), 0, 0, sequences.data()});
-  if (step_arguments::given(scores))
+  if (is_given(scores))
     launch(function, exec, score_kernel<T>, shape, places, in.log_probs.size(), stream<const std::uint8_t>(in.mask),
            stream<const T>(scores), stream<T>(rewards), sequences.data());
   return stats;

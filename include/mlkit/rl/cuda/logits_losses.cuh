@@ -191,11 +191,11 @@ device_value<policy_stats> run_logits_policy(const cuda& exec, logits_problem<T>
                                              const policy_gradients<A>& grads, const sequence_view<A>& log_probs_out,
                                              const sequence_view<A>& entropies_out) {
   constexpr std::string_view function = "rl::policy_loss";
-  const bool with_entropy = o.entropy != 0 || given(entropies_out);
+  const bool with_entropy = o.entropy != 0 || is_given(entropies_out);
   const index_t rows = shape[0] * shape[1];
   const device_memory<A> own(exec, 2 * rows);
   const auto memory = [&](const sequence_view<A>& v, index_t at) -> matrix_view<A> {
-    return given(v) ? matrix_view<A>(v) : matrix_view<A>(own.data() + at * rows, shape);
+    return is_given(v) ? matrix_view<A>(v) : matrix_view<A>(own.data() + at * rows, shape);
   };
   const keep_two<A> keep{memory(log_probs_out, 0), memory(entropies_out, 1), shape[1]};
   batch.log_probs = tensor_view<const A, 2>(keep.log_probs);

@@ -440,8 +440,8 @@ device_value<policy_stats> run_policy_batch(by_executor, const cuda& exec, const
                                  slopes};
   device_value<policy_stats> stats(exec);
   sum_tokens(function, exec, f, s.rows, s.cols,
-             loss_result<A, policy_stats>{weights, o.value, o.entropy, given(batch.values), given(batch.old_log_probs),
-                                          stats.data()});
+             loss_result<A, policy_stats>{weights, o.value, o.entropy, is_given(batch.values),
+                                          is_given(batch.old_log_probs), stats.data()});
   return stats;
 }
 
