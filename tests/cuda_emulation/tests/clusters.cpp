@@ -192,7 +192,7 @@ TEST_CASE("emulation: barriers of clusters that are used wrongly", "[cuda]") {
   CHECK_THAT(fault_of({.grid = 2, .block = 64, .cluster = 2}, writes_after_arrival, out.data()),
              Contains("load_cluster of block 0 of the cluster, which was written there, and no cluster barrier"));
   const auto overtaken = [&] { return fault_of({.grid = 2, .block = 64, .cluster = 2}, overtakes, out.data()); };
-  cuda_emulation::take_turns(cuda_emulation::turns::forward);
+  cuda_emulation::take_turns(cuda_emulation::turns::backward);  // the last to arrive goes on first
   CHECK_THAT(overtaken(),
              Contains("writes 4 bytes at offset 0 of shared variable") &&
                  Contains("which another block of the cluster reads, and no cluster barrier lies between"));
