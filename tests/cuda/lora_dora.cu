@@ -41,7 +41,8 @@ auto nan_vector(const test::executor& exec, index_t n) {
 }  // namespace
 
 TEMPLATE_TEST_CASE("dora scales every output by magnitude over norm, on every executor", "[lora][cuda]", float, bf16) {
-  for (const shape& s : {shape{1, 64, 40, 4}, shape{9, 128, 33, 16}, shape{20, 96, 140, 40}, shape{5, 37, 21, 3}}) {
+  for (const shape& s : {shape{1, 64, 40, 4}, shape{9, 128, 33, 16}, shape{20, 96, 140, 40}, shape{5, 37, 21, 3},
+                         shape{140, 72, 136, 8}}) {
     INFO(s);
     dora_layer<TestType> l(s.tokens, s.in, s.out, s.rank);
     const mat want = l.with_bias(scale_columns(multiply(l.x.values, transpose(l.merged())), l.factors));

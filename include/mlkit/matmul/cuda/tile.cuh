@@ -10,6 +10,7 @@ namespace MLKIT_NAMESPACE::detail::tile {
 // of shared memory are 80 bytes apart, so that the eight rows of a matrix lie in different banks.
 inline constexpr int lines = 128, depth = 32, threads = 256, stages = 3;
 inline constexpr int pitch = depth + 8;
+inline constexpr int sum_pitch = lines + 8;
 inline constexpr int run_length = 16;  // elements that a thread decodes at a time
 
 /// Sources that are decoded in registers have a `run<Source>` of theirs: load(source, row, col, count) reads elements
@@ -145,17 +146,31 @@ __global__ __launch_bounds__(threads, 2) void product_kernel(const Product p) {
   }
   ptx::cp_async_wait<0>();
 
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  // The sums of 64 rows at a time go through shared memory, so that a warp stores runs of c, and the stage stands here
+  // once and not for each sum.
+  static_assert(lines / 2 * sum_pitch * sizeof(float) <= stages * 2 * lines * pitch * sizeof(E));
+  float* const rows = reinterpret_cast<float*>(memory);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  for (int upper = 0; upper < 2; ++upper) {
+    __syncthreads();
+    if (warp / 4 == upper) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < 4; ++i)
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const index_t r = row + warp / 4 * 64 + i * 16 + lane / 4 + e / 2 * 8;
-        const index_t c = col + warp % 4 * 32 + j * 8 + lane % 4 * 2 + e % 2;
-        if (r < p.c.extent(0) && c < p.c.extent(1)) p.store(sums[i][j][e], r, c);
-      }
+          for (int e = 0; e < 4; ++e)
+            rows[(i * 16 + lane / 4 + e / 2 * 8) * sum_pitch + warp % 4 * 32 + j * 8 + lane % 4 * 2 + e % 2] =
+                sums[i][j][e];
+    }
+    __syncthreads();
+    const index_t c = col + thread % lines;
+    if (c >= p.c.extent(1)) continue;
+#pragma unroll 4
+    for (int i = thread / lines; i < lines / 2; i += threads / lines)
+      if (const index_t r = row + upper * (lines / 2) + i; r < p.c.extent(0))
+        p.store(rows[i * sum_pitch + thread % lines], r, c);
+  }
 }
 
 template <class E, class Product>
