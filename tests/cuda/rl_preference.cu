@@ -171,6 +171,25 @@ TEST_CASE("cuda: KL divergences and their loss", "[cuda][rl]") {
     }
 }
 
+TEST_CASE("cuda: a token that the reference excludes has an infinite estimate, and k3's gradient of the held exponent",
+          "[cuda][rl]") {
+  const auto exec = test::exec();
+  std::vector<float> r(20, -1.5f);
+  r[2] = r[18] = -INFINITY;
+  auto logp = test::on_device(exec, std::vector<float>(20, -1.0f)), reference = test::on_device(exec, r),
+       d = test::on_device(exec, r), v = test::on_device(exec, r);
+  const rl::kl_batch<float> batch{.log_probs = logp.view(), .reference = reference.view()};
+  const rl::kl_stats all = rl::kl(exec, batch, rl::k3{}, v.view());
+  const rl::kl_loss_stats loss = rl::kl_loss(exec, batch, {.coefficient = 20}, rl::k3{}, d.view());
+  CHECK((std::isinf(all.total) && std::isinf(loss.loss)));
+  const auto gradient = test::to_host(exec, d), values = test::to_host(exec, v);
+  for (index_t i = 0; i < 20; ++i) {
+    const bool excluded = i == 2 || i == 18;
+    CHECK(std::fabs(gradient(i) - (excluded ? 1 : 1 - std::exp(-0.5f))) < 1e-6f);
+    CHECK(std::isinf(values(i)) == excluded);
+  }
+}
+
 TEST_CASE("cuda: KL as a reward, with the score on the last token that counts", "[cuda][rl]") {
   const auto exec = test::exec();
   for (const bool packed : {false, true})

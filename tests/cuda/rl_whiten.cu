@@ -242,6 +242,38 @@ TEST_CASE("cuda: running statistics are those of all rows so far", "[cuda][rl]")
   CHECK((have.count() == 5000 && have.mean() == static_cast<double>(0.1f) && have.variance() == 0));
 }
 
+TEST_CASE("cuda: elements farther from their mean than the largest float, and one value with the least epsilons",
+          "[cuda][rl]") {
+  const auto exec = test::exec();
+  std::vector<float> x(12, -3e38f);
+  for (std::size_t i = 9; i < 12; ++i) x[i] = 3e38f;
+  auto on = test::on_device(exec, x), out = test::on_device(exec, x);
+  const mlkit::matrix_view<const float> v(on.data(), {4, 3});
+  const mlkit::matrix_view<float> to(out.data(), {4, 3});
+  const auto good = [&] {
+    const auto y = test::to_host(exec, out);
+    bool all = true;
+    for (index_t i = 0; i < 12; ++i)
+      all = all && std::fabs(static_cast<double>(y(i)) - (i >= 9 ? std::sqrt(3.0) : -1 / std::sqrt(3.0))) < 1e-6;
+    return all;
+  };
+  (void)rl::whiten(exec, v, {}, {.variance = rl::variance_of::population}, to);
+  CHECK(good());
+  auto stats = make_stats(exec, 3);
+  stats.update(exec, v);
+  stats.normalize(exec, v, {}, to);
+  CHECK(good());
+  on = test::on_device(exec, std::vector<float>(12, 2.5f));
+  const mlkit::matrix_view<const float> one(on.data(), {4, 3});
+  for (const double epsilon : {0.0, 1e-80, 1e-300}) {
+    auto equal = make_stats(exec, 3);
+    equal.update(exec, one);
+    equal.normalize(exec, one, {.epsilon = epsilon}, to);
+    const auto y = test::to_host(exec, out);
+    CHECK(std::count(y.data(), y.data() + 12, 0.0f) == 12);
+  }
+}
+
 TEST_CASE("cuda: rewards are divided by the deviation of discounted returns", "[cuda][rl]") {
   const auto exec = test::exec();
   const index_t environments = 300, time = 20;

@@ -34,15 +34,17 @@ struct kl_tokens_of {
     T now[each], then[each], result[each];
     run.load(log_probs, now);
     run.load(reference, then);
-    const T of_value = static_cast<T>(value_factor),
-            of_derivative = static_cast<T>(!divisor       ? derivative_factor
-                                           : *divisor > 0 ? derivative_factor / *divisor
-                                                          : 0);
+    // One of them, and not their sum: 0 times what is not wanted need not be 0.
+    const bool of_values = value_factor != 0;
+    const T factor = static_cast<T>(of_values      ? value_factor
+                                    : !divisor     ? derivative_factor
+                                    : *divisor > 0 ? derivative_factor / *divisor
+                                                   : 0);
 #pragma unroll
     for (int i = 0; i < each; ++i) {
       const kl_estimate<T> e = estimator(now[i] - then[i]);
       const bool counts = bits >> i & 1;
-      result[i] = counts ? of_value * e.value + of_derivative * e.derivative : T{};
+      result[i] = counts ? factor * (of_values ? e.value : e.derivative) : T{};
       if (counts) x[0] += static_cast<double>(e.value), x[1] += 1;
     }
     if (out) run.store(out, result);

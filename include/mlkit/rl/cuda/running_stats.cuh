@@ -73,15 +73,18 @@ __global__ void __launch_bounds__(sum_threads)
   const index_t c = of.column();
   if (c >= of.columns) return;
   const moments& m = state[c * step];
-  const double square = (m.count == 0 ? 1 : m.m2 / static_cast<double>(m.count)) + epsilon,
-               of_column = center ? m.mean : 0;
+  // Of such a deviation x - mean may be above the largest A.
+  constexpr double most = largest<A>;
+  const double variance = m.count == 0 ? 1 : m.m2 / static_cast<double>(m.count), square = variance + epsilon,
+               scale = ::sqrt(variance) > most / 64 ? 0x1p-4 : 1, of_column = center ? scale * m.mean : 0,
+               inverse = (square == 0 ? 1 : 1 / ::sqrt(square)) / scale;
   const A mean = static_cast<A>(of_column), rest = static_cast<A>(of_column - static_cast<double>(mean)),
-          factor = static_cast<A>(square == 0 ? 1 : 1 / ::sqrt(square));
+          factor = static_cast<A>(inverse > most ? most : inverse), by = static_cast<A>(scale);
 #pragma unroll 4
   for (int k = 0; k < column_rounds; ++k) {
     const index_t r = of.row(k);
     if (r >= of.rows) break;
-    const A z = ((widen_one(x(r, c)) - mean) - rest) * factor;
+    const A z = (fused(widen_one(x(r, c)), by, -mean) - rest) * factor;
     out(r, c) = narrow_one<Out>(static_cast<accumulator_t<Out>>(z < -clip ? -clip : z > clip ? clip : z));
   }
 }

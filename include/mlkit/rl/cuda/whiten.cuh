@@ -110,6 +110,9 @@ __global__ void __launch_bounds__(sum_threads) merge_kernel(const Moments* parts
   if (threadIdx.x == 0) *to = m;
 }
 
+template <class A>
+inline constexpr double largest = sizeof(A) == 8 ? 1.7976931348623157e308 : 0x1.fffffep127;
+
 // What elements are whitened by.
 struct whitening {
   double epsilon, variance_epsilon;
@@ -133,10 +136,12 @@ __global__ void __launch_bounds__(sum_threads)
   constexpr int each = run_tokens<T>;
   const index_t n = rows * cols;
   const whiten_factors w = how(*of);
-  const A mean = static_cast<A>(w.mean), rest = static_cast<A>(w.mean - static_cast<double>(mean)),
-          most = sizeof(A) == 8 ? static_cast<A>(1.7976931348623157e308) : static_cast<A>(3.4028234e38f),
-          factor = w.factor > static_cast<double>(most) ? most : static_cast<A>(w.factor),
-          shift = static_cast<A>(w.shift);
+  // So that no deviation is above the largest A: none is above the root of their squares' sum.
+  constexpr double most = largest<A>;
+  const double scale = ::sqrt(of->m2) > most / 2 ? 0x1p-4 : 1, of_all = scale * w.mean, inverse = w.factor / scale;
+  const A mean = static_cast<A>(of_all), rest = static_cast<A>(of_all - static_cast<double>(mean)),
+          factor = static_cast<A>(inverse > most ? most : inverse), shift = static_cast<A>(w.shift),
+          by = static_cast<A>(scale);
 #pragma unroll 2
   for (int r = 0; r < moment_rounds<T>; ++r) {
     const index_t first = blockIdx.x * moment_elements + (index_t{r} * sum_threads + threadIdx.x) * each;
@@ -148,7 +153,7 @@ __global__ void __launch_bounds__(sum_threads)
     const unsigned bits = run.kept<each>(mask);
 #pragma unroll
     for (int i = 0; i < each; ++i)
-      result[i] = narrow_one<Out>(fused((widen_one(values[i]) - mean) - rest, factor, shift));
+      result[i] = narrow_one<Out>(fused(fused(widen_one(values[i]), by, -mean) - rest, factor, shift));
     run.store_kept(out, result, bits);
   }
 }
