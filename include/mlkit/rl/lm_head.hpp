@@ -472,7 +472,7 @@ void log_probs(const Executor& exec, const Hidden& hidden, const Weight& lm_head
 ///
 /// With a mlkit::cuda logits wait in the workspace: three products. f is a functor that device code can call
 /// (MLKIT_HOST_DEVICE). Of f16, dz is f32, which no tensor core multiplies by f16: its gradients take many times as
-/// long as those of bf16.
+/// long as those of bf16. Of 16 bits, dweight is rounded once for each part of the rows.
 template <executor Executor, detail::logits_like Hidden, viewable<2> Weight, class F>
 void log_probs_and_gradient(const Executor& exec, const Hidden& hidden, const Weight& lm_head,
                             const token_ids<detail::token_rank<const Hidden>>& tokens,
