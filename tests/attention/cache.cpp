@@ -137,11 +137,12 @@ TEST_CASE("append converts, and decode sees what was appended", "[attention][cac
   check_dtype<std::int8_t>(4.5 / 127 / 2);
 }
 
-TEST_CASE("an entry that is zero, or not finite, in int8", "[attention][cache]") {
-  mlkit::tensor<float, 4> k({1, 1, 3, d}), v({1, 1, 3, d_v});
+TEST_CASE("an entry that is zero, or not finite, or next to zero, in int8", "[attention][cache]") {
+  mlkit::tensor<float, 4> k({1, 1, 4, d}), v({1, 1, 4, d_v});
   fill<float>(v, 1);
   k(0, 0, 1, 4) = INFINITY;
   k(0, 0, 2, 0) = -254;
+  k(0, 0, 3, 0) = 1e-38f;  // 127 / 1e-38 is no float
   memory<std::int8_t> m(capacity);
   m.lengths = {0};
   const mlkit::extents_t<3> shape{1, 1, capacity};
@@ -152,6 +153,7 @@ TEST_CASE("an entry that is zero, or not finite, in int8", "[attention][cache]")
   CHECK(std::isnan(ks(0, 0, 1) * static_cast<float>(m.k[d])));
   CHECK(ks(0, 0, 2) == 2);
   CHECK(m.k[2 * d] == -127);
+  CHECK(ks(0, 0, 3) == 0);
 }
 
 TEST_CASE("what cannot be appended is refused, and nothing is written", "[attention][cache][bad input]") {

@@ -219,7 +219,8 @@ paged(K&&, V&&, const Table&, L&&, Scales&&...) -> paged<detail::cached_t<K, V>,
 
 namespace detail {
 
-// x[0, n) in int8 and the scale that gives it back: the largest element becomes 127. What is not finite becomes NaN.
+// x[0, n) in int8 and the scale that gives it back: the largest element becomes 127. What is not finite becomes NaN;
+// entries whose largest element is below 2^-120 become 0, as 127 / max |x| need not be a number.
 template <class T>
 float quantise_entry(const T* x, index_t step, index_t n, std::int8_t* codes) noexcept {
   float largest = 0, finite = 0;
@@ -228,6 +229,7 @@ float quantise_entry(const T* x, index_t step, index_t n, std::int8_t* codes) no
     largest = std::max(largest, size);
     finite += size * 0;
   }
+  if (largest < 0x1p-120f) largest = 0;
   const float inverse = largest > 0 && finite == 0 ? 127 / largest : 0.0f;
   for (index_t c = 0; c < n; ++c)
     codes[c] = inverse == 0 ? std::int8_t{1}
