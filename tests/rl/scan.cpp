@@ -94,6 +94,37 @@ TEST_CASE("affine_scan: a = 0 cuts off what is not finite; a mask passes over it
 }
 
 // LambdaReturnsTest and DiscountedReturnsTest of google-deepmind/rlax, multistep_test.py: discounts of each step.
+TEST_CASE("affine_scan: the product of a part's factors may be above the largest number where no value is",
+          "[rl][scan]") {
+  const index_t time = 900;
+  std::vector<float> factors(at(time), 1.5f);                                   // 1.5^256 is above 1e45
+  for (index_t t = 300; t < 340; ++t) factors[at(t)] = t < 320 ? 1e-5f : 1e5f;  // 1e100 and back
+  for (index_t t = 600; t < time; ++t) factors[at(t)] = 1;
+  for (const index_t batch : {1, 3, 40})  // by parts, and whole
+    for (const layout l : {layout::rows, layout::columns})
+      for (const int threads : {1, 2}) {
+        INFO(batch << " sequences, layout " << static_cast<int>(l) << ", threads " << threads);
+        std::vector<float> a, b(at(batch * time));
+        for (index_t i = 0; i < batch; ++i) a.insert(a.end(), factors.begin(), factors.end());
+        b[at((batch - 1) * time + 100)] = 1;
+        stored<float> of_a(a, batch, time, l), of_b(b, batch, time, l), out(std::vector<float>(), batch, time, l);
+        rl::affine_scan<float>(
+            mlkit::cpu{.threads = threads},
+            [](float x, float y) {
+              return rl::affine<float>{x, y};
+            },
+            {}, out.view(), of_a.view(), of_b.view());
+        double worst = 0;
+        for (index_t i = 0; i < batch; ++i)
+          for (index_t t = 0; t < time; ++t) {
+            const double want = i == batch - 1 && t <= 100 ? std::pow(1.5, 100 - t) : 0,
+                         difference = std::fabs(static_cast<double>(out(i, t)) - want);
+            worst = std::isnan(difference) ? INFINITY : std::max(worst, difference / std::max(1.0, want));
+          }
+        CHECK(worst < 1e-5);
+      }
+}
+
 TEST_CASE("affine_scan gives rlax's returns with discounts of each step", "[rl][scan][published]") {
   const mlkit::extents_t<2> shape{2, 5};
   const auto r = mlkit::matrix<double>(shape), out = mlkit::matrix<double>(shape);

@@ -5,7 +5,9 @@
 //
 // A sequence is cut into parts of scan_part steps, counted from its start. What a part makes of the value behind it is
 // composed to one map, and the value behind the part before is this map of it: so parts may be scanned one after
-// another or all at once, and the bits are those of the sequence alone, wherever and beside whatever it lies.
+// another or all at once, and the bits are those of the sequence alone, wherever and beside whatever it lies. A map
+// that is not finite says nothing, since the values may be (their factors' product is above the largest number): then
+// it is the part's own first value, scanned step by step.
 
 // How far ahead what is read is asked for, beyond the caches of a core, in lanes beside each other. Where storage runs
 // along time, each step asks for a line of what is scanned next, row after row, as memory has it: what the steps
@@ -99,6 +101,16 @@ struct no_dones {
 template <class T>
 MLKIT_ALWAYS_INLINE vec<T> apply_map(vec<T> a, vec<T> b, vec<T> x) noexcept {
   return fma(a, vec<T>::select(a == vec<T>::zero(), vec<T>::zero(), x), b);
+}
+
+template <class T>
+MLKIT_ALWAYS_INLINE bool is_finite(T x) noexcept {
+  return x - x == T(0);
+}
+// What a part makes of the value behind it: by its map, or where that is not finite `stepwise`.
+template <class T>
+MLKIT_ALWAYS_INLINE vec<T> front_of_part(vec<T> a, vec<T> b, vec<T> behind, vec<T> stepwise) noexcept {
+  return vec<T>::select((a - a) + (b - b) == vec<T>::zero(), apply_map(a, b, behind), stepwise);
 }
 
 // Elements of 16 bytes: what shuffles within parts of registers move.
@@ -986,7 +998,7 @@ struct scan_kernel {
         run_lanes<scan_pass::both>(p, g, ahead, state, w);
       else
         run_lanes<scan_pass::emit>(p, g, ahead, state, w);
-      if (part > 0) state.x = apply_map(state.a, state.b, behind);
+      if (part > 0) state.x = front_of_part(state.a, state.b, behind, state.x);
       at_end = part == 0;
       s = next, part = part_of_next;
     }
@@ -1116,7 +1128,7 @@ struct scan_kernel {
         }
         for (index_t j = 0; j < groups && part > 0; ++j) {
           lanes_state& state = strip.of[j];
-          state.x = apply_map(state.a, state.b, strip.behind[j]);
+          state.x = front_of_part(state.a, state.b, strip.behind[j], state.x);
         }
       }
     }
@@ -1125,18 +1137,18 @@ struct scan_kernel {
 
   // The map of each of units [first, end), to a and b.
   static void compose_units(const Problem& p, const unit* units, index_t first, index_t end, T* a, T* b) noexcept {
-    run_units<scan_pass::compose>(p, units, first, end, nullptr, a, b);
+    run_units<scan_pass::compose>(p, units, first, end, nullptr, a, b, nullptr);
   }
 
   // The outputs of units [first, end), behind which the scan has the values x.
   static void emit_units(const Problem& p, const unit* units, index_t first, index_t end, const T* x) noexcept {
-    run_units<scan_pass::emit>(p, units, first, end, x, nullptr, nullptr);
+    run_units<scan_pass::emit>(p, units, first, end, x, nullptr, nullptr, nullptr);
     finish_stores(p);
   }
 
   template <scan_pass Pass>
-  static void run_units(const Problem& p, const unit* units, index_t first, index_t end, const T* x, T* a,
-                        T* b) noexcept {
+  static void run_units(const Problem& p, const unit* units, index_t first, index_t end, const T* x, T* a, T* b,
+                        T* front) noexcept {
     scratch w;
     clear(w);
     lanes of[2];  // what is scanned, and what is next
@@ -1162,6 +1174,7 @@ struct scan_kernel {
         state.a.store(a + u, g.count);
         state.b.store(b + u, g.count);
       }
+      if (front) state.x.store(front + (u - first), g.count);
     }
   }
 
@@ -1174,7 +1187,10 @@ struct scan_kernel {
         recurrence_t::seed(p.rule, V(p.ends ? p.ends[units[u].sequence] : T{})).store(x + u, 1);
       } else {
         --maps;
-        apply_map(V(a[maps]), V(b[maps]), V(x[u + 1])).store(x + u, 1);
+        if (is_finite(a[maps]) && is_finite(b[maps]))
+          apply_map(V(a[maps]), V(b[maps]), V(x[u + 1])).store(x + u, 1);
+        else
+          run_units<scan_pass::emit>(p, units, u + 1, u + 2, x, nullptr, nullptr, x + u);
       }
     }
   }
