@@ -127,6 +127,16 @@ struct dual_clip {
   }
 };
 
+namespace detail {
+
+// With an infinite bound it is its term, which costs less.
+template <class P>
+inline constexpr bool is_dual_clip = false;
+template <class Term>
+inline constexpr bool is_dual_clip<dual_clip<Term>> = true;
+
+}  // namespace detail
+
 /// Another term with the ratio of the sequence, s = exp(mean over the sequence's tokens of logp - logp_old), in place
 /// of each token's. The gradient is that of the whole: each token's is the sum of the sequence's weighted slopes over
 /// its number of tokens.

@@ -293,6 +293,13 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
 
   static void run_policy(const Problem& p, const std::uint8_t* mask, index_t begin, index_t n,
                          rl::detail::loss_sums& sums, scratch& s) noexcept {
+    if constexpr (rl::detail::is_dual_clip<Policy>)
+      if (std::isinf(p.policy.bound)) return run_term(p, p.policy.term, mask, begin, n, sums, s);
+    run_term(p, p.policy, mask, begin, n, sums, s);
+  }
+  template <class Term>
+  static void run_term(const Problem& p, const Term& term, const std::uint8_t* mask, index_t begin, index_t n,
+                       rl::detail::loss_sums& sums, scratch& s) noexcept {
     const T* log_probs = in_order(p.log_probs, p.shape, begin, n, s.in[0]);
     const T* advantages = in_order(p.advantages, p.shape, begin, n, s.in[1]);
     const T* old = p.old_log_probs.data ? in_order(p.old_log_probs, p.shape, begin, n, s.in[2]) : nullptr;
@@ -302,7 +309,7 @@ struct policy_loss_kernel : loss_block<typename Problem::value_type> {
     if constexpr (mean_slope) spread(p.sequences, p.sequence_slopes, begin, n, s.slope);
     const typename block::gradient to(p.dlog_probs, p.shape, begin, n, s.out);
     typename block::reduction total(p, A(1), s, to.buffer);
-    const Policy policy = p.policy;  // its own copy, which no store can change
+    const Term policy = term;  // its own copy, which no store can change
     V k1 = V::zero(), k3 = V::zero(), low(math_table<A>::infinity), high(-math_table<A>::infinity);
     each_vector<V>(n, [&](index_t i, int m) MLKIT_RL_LOOP_BODY {
       const auto keep = kept(mask, i, m);
