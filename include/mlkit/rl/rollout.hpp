@@ -119,7 +119,8 @@ struct scan_options {
 /// cache where there are few long sequences) and writes out once. Blelloch, Prefix sums and their applications, 1990.
 ///
 /// With a mlkit::cuda f is a functor that device code can call (MLKIT_HOST_DEVICE); parts are of 1024 steps, or of 96
-/// where sequences lie side by side.
+/// where sequences lie side by side, and where the product of a part's factors a is above the largest number, out is
+/// NaN or infinite from there to the front, also where the recurrence itself would be finite.
 template <class T = float, executor Executor, class F, class... Inputs>
   requires(sizeof...(Inputs) > 0 && ((viewable<const Inputs, 1> || viewable<const Inputs, 2>)&&...))
 void affine_scan(const Executor& exec, const F& f, const scan_options<std::type_identity_t<T>>& options,

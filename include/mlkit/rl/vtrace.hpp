@@ -64,7 +64,8 @@ namespace MLKIT_NAMESPACE::rl {
 ///
 /// Layouts, masks, packed sequences, `done_begins{}`, types, errors and bits are gae's; value_error also for clips that
 /// are negative or NaN. A log-ratio of NaN makes its own and earlier steps of the episode so. A step reads three
-/// numbers and two flags and writes two numbers. Espeholt et al., arXiv 1802.01561, sections 4.1 and 4.2.
+/// numbers and two flags and writes two numbers. On a GPU products of c_t above 1 may overflow: see affine_scan.
+/// Espeholt et al., arXiv 1802.01561, sections 4.1 and 4.2.
 template <class T = float, executor Executor, class Done = done_ends>
 void vtrace(const Executor& exec, const off_policy_rollout<std::type_identity_t<T>>& in, const vtrace_options& options,
             const vtrace_outputs<std::type_identity_t<T>>& out, Done = {}) {
