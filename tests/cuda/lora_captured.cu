@@ -71,7 +71,8 @@ TEMPLATE_TEST_CASE("lora on a GPU: dora in a graph", "[lora][cuda]", float, bf16
     const layer<TestType> l(s);
     linear_cases::gradients_of<TestType> d(l);
     const auto magnitude = test::on_device(l.exec, normal_vector<TestType>(s.out, 8, 0.2f, 1.5f));
-    auto y = l.result(s.tokens, s.out), dm = l.template result<float>(1, s.out);
+    auto y = l.result(s.tokens, s.out);
+    auto dm = l.template result<float>(1, s.out);
     const mlkit::vector_view<float> dm_row(dm.data(), {s.out});
     const auto both = [&](const mlkit::cuda& exec) {
       const lora::dora adapter{l.adapter(), magnitude};
