@@ -1,4 +1,6 @@
-// LoRA at its edges: strides, bits, and the error of low precision.
+// LoRA on a GPU at its edges: strides, bits, and the error of low precision. For the CPU tests/lora has them.
+#if !defined(MLKIT_TEST_ON_CPU)
+
 #include "lora/linear_cases.hpp"
 
 namespace {
@@ -72,7 +74,7 @@ void check_layouts(const shape& s, layout x_how, layout w_how, layout half_how, 
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("operands of any strides, on every executor", "[lora][cuda]", float, bf16) {
+TEMPLATE_TEST_CASE("operands of any strides on a GPU", "[lora][cuda]", float, bf16) {
   constexpr auto plain = layout::plain, gaps = layout::gaps, turned = layout::turned;
   for (const shape& s : {shape{3, 64, 40, 8}, shape{40, 64, 48, 5}})
     for (const index_t gap : {8, 3}) {
@@ -85,18 +87,16 @@ TEMPLATE_TEST_CASE("operands of any strides, on every executor", "[lora][cuda]",
   check_layouts<TestType>({70, 136, 120, 8}, turned, turned, plain, turned, 8);
 }
 
-#if !defined(MLKIT_TEST_ON_CPU)  // for which tests/lora has them
-
-TEMPLATE_TEST_CASE("a scale of 0 gives the bits of the base, on every executor", "[lora][cuda]", float, bf16) {
+TEMPLATE_TEST_CASE("a scale of 0 gives the bits of the base on a GPU", "[lora][cuda]", float, bf16) {
   for (const shape& s : {shape{3, 128, 40, 8}, shape{70, 136, 120, 8}}) linear_cases::check_no_scale<TestType>(s);
 }
 
-TEMPLATE_TEST_CASE("in low precision, at most twice the error of the plain algorithm, on every executor",
-                   "[lora][cuda]", bf16, f16) {
+TEMPLATE_TEST_CASE("in low precision, at most twice the error of the plain algorithm on a GPU", "[lora][cuda]", bf16,
+                   f16) {
   for (const index_t tokens : {4, 40, 130}) linear_cases::check_low_precision<TestType>({tokens, 304, 88, 12});
 }
 
-TEMPLATE_TEST_CASE("every call gives the same bits, on every executor", "[lora][cuda]", float, bf16) {
+TEMPLATE_TEST_CASE("every call gives the same bits on a GPU", "[lora][cuda]", float, bf16) {
   for (const shape& s : {shape{3, 128, 40, 8}, shape{40, 64, 48, 5}, shape{70, 136, 120, 8}}) {
     INFO(s);
     const layer<TestType> l(s);
