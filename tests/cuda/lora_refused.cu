@@ -72,6 +72,30 @@ TEST_CASE("what forward and backward refuse leaves outputs as they were, on ever
   CHECK(difference(l.read(y), l.y()) < 3e-6);
 }
 
+TEST_CASE("what DoRA and merging refuse leaves outputs as they were, on every executor", "[lora][cuda]") {
+  using mlkit::shape_error;
+  const layer<float> l(5, 16, 12, 2);
+  auto y = l.result(5, 12), short_w = l.result(12, 15), low_w = l.result(11, 16), w = l.result(12, 16);
+  linear_cases::gradients_of<float> d(l);
+  auto dm = l.result(1, 12);
+  const auto magnitude = test::on_device(l.exec, normal_vector<float>(12, 8, 0.2f, 1.5f));
+  const lora::dora whole{l.adapter(), magnitude};
+  const lora::dora torn{l.adapter(), mlkit::vector_view<const float>(magnitude.data(), {11})};
+  refused<shape_error>(
+      l, "lora::linear: magnitude has 11 elements, but the output has 12",
+      [&] { lora::linear(l.exec, l.x, l.base(), torn, y); }, y);
+  const lora::gradients grads{d.da, d.db, mlkit::vector_view<float>(dm.data(), {11})};
+  refused<shape_error>(
+      l, "lora::linear_backward: dmagnitude has 11 elements, but base has 12 outputs",
+      [&] { lora::linear_backward(l.exec, l.x, l.base(), whole, l.dy, grads, d.dx); }, d.da, d.db, d.dx, dm);
+  refused<shape_error>(
+      l, "adapter.a has 16 columns, but w has 15", [&] { lora::merge(l.exec, short_w, l.adapter()); }, short_w);
+  refused<shape_error>(
+      l, "adapter.b has 12 rows, but w has 11", [&] { lora::unmerge(l.exec, low_w, l.adapter()); }, low_w);
+  refused<mlkit::value_error>(
+      l, "weight = inf is not finite", [&] { lora::merge(l.exec, w, l.adapter(), {.weight = HUGE_VAL}); }, w);
+}
+
 #if !defined(MLKIT_TEST_ON_CPU)
 
 TEST_CASE("lora on a GPU: memory of the host is refused", "[lora][cuda]") {
