@@ -103,14 +103,11 @@ MLKIT_ALWAYS_INLINE vec<T> apply_map(vec<T> a, vec<T> b, vec<T> x) noexcept {
   return fma(a, vec<T>::select(a == vec<T>::zero(), vec<T>::zero(), x), b);
 }
 
-template <class T>
-MLKIT_ALWAYS_INLINE bool is_finite(T x) noexcept {
-  return x - x == T(0);
-}
 // What a part makes of the value behind it: by its map, or where that is not finite `stepwise`.
 template <class T>
 MLKIT_ALWAYS_INLINE vec<T> front_of_part(vec<T> a, vec<T> b, vec<T> behind, vec<T> stepwise) noexcept {
-  return vec<T>::select((a - a) + (b - b) == vec<T>::zero(), apply_map(a, b, behind), stepwise);
+  const vec<T> zero = vec<T>::zero(), zero_if_finite = fma(zero, a, zero * b);
+  return vec<T>::select(zero_if_finite == zero, apply_map(a, b, behind), stepwise);
 }
 
 // Elements of 16 bytes: what shuffles within parts of registers move.
@@ -1187,7 +1184,7 @@ struct scan_kernel {
         recurrence_t::seed(p.rule, V(p.ends ? p.ends[units[u].sequence] : T{})).store(x + u, 1);
       } else {
         --maps;
-        if (is_finite(a[maps]) && is_finite(b[maps]))
+        if (__builtin_isfinite(a[maps]) && __builtin_isfinite(b[maps]))
           apply_map(V(a[maps]), V(b[maps]), V(x[u + 1])).store(x + u, 1);
         else
           run_units<scan_pass::emit>(p, units, u + 1, u + 2, x, nullptr, nullptr, x + u);
