@@ -32,8 +32,9 @@ struct k2 {
   }
 };
 
-/// e^-d - 1 + d: unbiased, of small variance, never negative; GRPO's. The exponent is held within +-20, in the value
-/// and in the derivative 1 - e^-d, which so stays bounded and points back to the reference however far away it is.
+/// e^-d - 1 + d: unbiased, of small variance, never negative for d above -4.8e8; GRPO's. The exponent is held within
+/// +-20, in the value and in the derivative 1 - e^-d, which so stays bounded and points back to the reference however
+/// far away it is.
 struct k3 {
   template <std::floating_point T>
   MLKIT_RL_INLINE kl_estimate<T> operator()(T d) const noexcept {

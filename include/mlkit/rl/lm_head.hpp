@@ -424,8 +424,8 @@ void head_log_probs(std::string_view function, const Executor& exec, const tenso
 /// cache: 2 rows d vocabulary flops, the weights read once for every 512 rows, and a workspace that the vocabulary does
 /// not decide: about 1 MiB of logits beside that of matmul. f32, f64, bf16 and f16, hidden and lm_head of one type;
 /// logits are f32 (f64 for f64), never rounded. The same bits for any number of threads.
-/// Throws shape_error where shapes do not fit or memory overlaps, value_error for a temperature that is not above 0 and
-/// finite and for a token outside the vocabulary, named by its index, before anything is written.
+/// Throws shape_error where shapes do not fit or memory overlaps, value_error for a temperature outside
+/// [1e-30, 1e30] and for a token outside the vocabulary, named by its index, before anything is written.
 ///
 /// With a mlkit::cuda the products are cuBLASLt's, of some hundred rows at a time, whose logits lie in a workspace: of
 /// 256 rows, or a twenty-fourth of all logits where that is more, 512 MiB at most. Rows that the mask leaves out are

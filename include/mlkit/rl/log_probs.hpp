@@ -32,7 +32,7 @@ namespace MLKIT_NAMESPACE::rl {
 /// vocabulary].
 template <int Rank>
 struct log_prob_options {
-  double temperature = 1;     ///< logits are divided by it; > 0
+  double temperature = 1;     ///< logits are divided by it; in [1e-30, 1e30]
   mask_view<Rank> mask = {};  ///< rows to leave out
 };
 
