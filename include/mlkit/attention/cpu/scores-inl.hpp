@@ -187,10 +187,11 @@ MLKIT_ALWAYS_INLINE V exp2_bounded(V x) noexcept {
     // Minimax fit of (2^f - 1) / f for |f| <= 1/2, of the error relative to 2^f.
     constexpr float fit[] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba16p-10f};
 #if MLKIT_SET_AVX512
-    x = at_least(x, -200.0f);
+    // Subnormal factors would cost a product on Intel a hundred times its time.
+    const __mmask16 normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.5f), _CMP_NLE_UQ);
     const V n = typename V::native(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     const V f = x - n;
-    return typename V::native(_mm512_scalef_ps(fma(horner(f, fit), f, V(1.0f)).v, n.v));
+    return typename V::native(_mm512_maskz_scalef_ps(normal, fma(horner(f, fit), f, V(1.0f)).v, n.v));
 #else
     x = at_least(x, -127.0f);
     const V n = round_to_integer(x), f = x - n;
