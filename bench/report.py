@@ -729,7 +729,7 @@ def page(out, tables, targets):
     total = score.met + len(score.missed)
     intro = ["# Performance\n",
              "Made by `./benchmark --peers`; the raw data is in the CSV files beside this page, the targets are in "
-             "[bench/targets.csv](../../bench/targets.csv).\n",
+             f"[bench/targets.csv]({os.path.relpath(os.path.join(HERE, 'targets.csv'), out)}).\n",
              f"**{score.met} of {total} targets are met.**" + (f" {len(score.missed)} are missed:\n" if score.missed else "\n")]
     for table, row, target, value in score.missed:
         name = row["by"] if row["case"].startswith("compile") else title(row["case"], row["dtype"], row["shape"])

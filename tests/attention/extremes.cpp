@@ -301,6 +301,25 @@ TEST_CASE("scores that are no numbers where a mask hides them", "[attention][ext
               m) < tight);
 }
 
+TEST_CASE("probabilities that fade out, and the caller's own subnormal numbers", "[attention][decode][extremes]") {
+  const volatile float least = std::numeric_limits<float>::min();
+  const auto halves = [&] { return static_cast<float>(least * 0.5f) > 0; };
+  REQUIRE(halves());
+  problem<float> p(1, 2, 1, 40, 300, 8, 8);
+  stages s;
+  s.lengths = {300};
+  s.bias = mlkit::tensor<float, 4>({1, 1, 40, 300});
+  for (index_t i = 0; i < 40; ++i)  // through all that f32 holds, up and down
+    for (index_t j = 0; j < 300; ++j)
+      s.bias(0, 0, i, j) = static_cast<float>(-std::fabs(static_cast<double>(7 * i - j)) * 0.7);
+  check_errors<float>(p, s, 8);
+  CHECK(halves());
+  mlkit::tensor<float, 3> q({1, 2, 8}), out({1, 2, 8});
+  const std::vector<int> lengths{300};
+  attention::decode(mlkit::cpu{}, q, attention::contiguous(p.k, p.v, lengths), out);
+  CHECK(halves());
+}
+
 TEST_CASE("decode over nothing, one entry and scores of 10,000", "[attention][decode][extremes]") {
   const mlkit::cpu exec;
   for (const auto& [batch, heads, d, d_v, n] :

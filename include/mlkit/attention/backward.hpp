@@ -142,6 +142,7 @@ void run_backward(const cpu& exec, const Problem& p) {
   // Whole heads, as many to each thread; then those that are left, by parts.
   const index_t whole = units / threads * threads;
   parallel_ranges(limited, whole, [&](index_t begin, index_t end) {
+    const subnormals_flushed flushed;
     const workspace<std::byte> scratch(kernels.scratch_bytes(p));
     for (index_t unit = begin; unit < end; ++unit) {
       const span s = span_of(unit);
@@ -167,6 +168,7 @@ void run_backward(const cpu& exec, const Problem& p) {
   const workspace<A> sums(size);
   const index_t count = static_cast<index_t>(tasks.size());
   parallel_ranges(limited, count, [&](index_t begin, index_t end) {
+    const subnormals_flushed flushed;
     const workspace<std::byte> scratch(kernels.scratch_bytes(p));
     for (index_t i = begin; i < end; ++i) {
       const task& t = tasks[static_cast<std::size_t>(i % 2 == 0 ? i / 2 : count - 1 - i / 2)];
@@ -174,6 +176,7 @@ void run_backward(const cpu& exec, const Problem& p) {
     }
   });
   parallel_ranges(limited, units - whole, [&](index_t begin, index_t end) {
+    const subnormals_flushed flushed;
     for (const task& t : tasks) {
       const index_t unit = t.s.b * heads + t.s.kv - whole;
       if (unit < begin || unit >= end) continue;
@@ -202,6 +205,7 @@ void run_shared_bias(const cpu& exec, const Problem& p) {
   const index_t rows = have[2] == 1 ? std::max<index_t>(queries, 1) : kernels.block_queries;
   const index_t blocks = have[2] == 1 ? 1 : ceil_div(queries, rows);
   parallel_ranges(exec, have[0] * have[1] * blocks, [&](index_t begin, index_t end) {
+    const subnormals_flushed flushed;
     const workspace<std::byte> scratch(kernels.scratch_bytes(p));
     const workspace<A> totals((have[2] == 1 ? 1 : rows) * have[3]);
     for (index_t at = begin; at < end; ++at) {

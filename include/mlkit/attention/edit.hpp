@@ -348,7 +348,7 @@ class edited_attention {
     }
 
     const auto kernels = select_forward<T, edited>();
-    const index_t rows = rows_of_task(queries(), heads, kernels.sliver, concurrency(exec_));
+    const index_t rows = rows_of_task(queries(), queries_at_once, heads, kernels.sliver, concurrency(exec_));
     const index_t parts = ceil_div(queries(), rows);
     index_t bytes = 0;
     for (const edited& r : runs) bytes = std::max(bytes, kernels.scratch_bytes(r, rows));

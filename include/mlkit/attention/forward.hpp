@@ -31,15 +31,17 @@ forward_kernels<Problem> select_forward() {
 // Queries that share the packed keys and values, at most.
 inline constexpr index_t queries_at_once = 512;
 
-// Rows of a task: alike, whole groups, and enough tasks that every thread has some.
-inline index_t rows_of_task(index_t queries, index_t heads, index_t sliver, index_t threads) noexcept {
+// Rows of a task: alike, whole groups, no more than `most`, and enough tasks that every thread has some.
+inline index_t rows_of_task(index_t queries, index_t most, index_t heads, index_t sliver, index_t threads) noexcept {
   constexpr index_t tasks_of_thread = 4;
   const index_t wanted = ceil_div(threads == 1 ? 1 : threads * tasks_of_thread, std::max<index_t>(1, heads));
-  const index_t parts = std::max(ceil_div(queries, queries_at_once), std::min(wanted, ceil_div(queries, sliver)));
-  return std::max(sliver, round_up(ceil_div(queries, std::max<index_t>(1, parts)), sliver));
+  const index_t parts = std::max(ceil_div(queries, most), std::min(wanted, ceil_div(queries, sliver)));
+  const index_t rows = round_up(ceil_div(queries, std::max<index_t>(1, parts)), sliver);
+  return std::max(sliver, std::min(rows, most / sliver * sliver));
 }
 
-// A task has one head, or all of them where a map is their mean, and no more queries than the map's memory allows.
+// A task has one head, or all of them where a map is their mean; twice the queries where a query needs little memory,
+// and no more than a map's memory allows.
 struct task_shape {
   bool all_heads = false;
   index_t most_queries = queries_at_once;
@@ -49,7 +51,8 @@ task_shape shape_of_tasks(const Problem& p) noexcept {
   if constexpr (requires { p.map; })
     return p.map.tasks(p.k.extents[2]);
   else
-    return {};
+    return {false,
+            any_bias<typename Problem::scores_type> || p.d + p.d_v > 128 ? queries_at_once : 2 * queries_at_once};
 }
 
 template <class Problem>
@@ -66,10 +69,11 @@ void run_forward(const cpu& exec, const Problem& p) {
   const cpu limited = limit_threads(exec, work * static_cast<double>(heads) * static_cast<double>(p.d + p.d_v + 16));
   const task_shape wanted = shape_of_tasks(p);
   const index_t heads_of_task = wanted.all_heads ? heads : 1, task_heads = heads / heads_of_task;
-  const index_t rows = std::min(rows_of_task(most, task_heads * p.sequences, kernels.sliver, concurrency(limited)),
-                                std::max(kernels.sliver, wanted.most_queries / kernels.sliver * kernels.sliver));
+  const index_t rows = rows_of_task(most, std::max<index_t>(1, wanted.most_queries), task_heads * p.sequences,
+                                    kernels.sliver, concurrency(limited));
   const index_t parts = ceil_div(most, rows), tasks = parts * task_heads * p.sequences;
   parallel_ranges(limited, tasks, [&](index_t begin, index_t end) {
+    const subnormals_flushed flushed;
     const workspace<std::byte> scratch(kernels.scratch_bytes(p, rows));
     for (index_t at = begin; at < end; ++at) {
       // Later queries see more keys under a causal mask: each thread gets them from both ends.
@@ -124,8 +128,8 @@ void forward(std::string_view function, const cpu& exec, const tensor_view<const
 /// `scores` are stages in declared order; without a scale among them S starts as q . k / sqrt(d). Blocks of keys that
 /// masks leave empty are skipped. Beyond key_lengths nothing is read; what other masks hide must be finite numbers.
 /// f32, f64, bf16 and f16; sums are f32 (f64 for f64), and bf16 probabilities are rounded to bf16 before they meet v,
-/// where the instruction set multiplies bf16. Nothing of queries x keys is ever stored: scratch memory depends on d and
-/// d_v alone. The same bits for any number of threads.
+/// where the instruction set multiplies bf16. What would be subnormal may become 0. Nothing of queries x keys is ever
+/// stored: scratch memory depends on d and d_v alone. The same bits for any number of threads.
 ///
 /// Throws shape_error where extents do not fit or out overlaps what is read, and value_error for null data or a stage's
 /// options out of range, before out is touched. 2 queries keys (d + d_v) flops a head. Dao: "FlashAttention-2", 2023;

@@ -8,6 +8,7 @@
 #include "../core/starts.hpp"
 #include "../matmul/run.hpp"
 #include "../simd/random.hpp"
+#include "../simd/subnormals.hpp"
 #include "scores.hpp"
 
 namespace MLKIT_NAMESPACE::attention {

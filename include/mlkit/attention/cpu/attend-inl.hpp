@@ -16,7 +16,7 @@ struct attend {
   static constexpr index_t sliver = sliver_lines<Element>;  // queries worked on together
   static constexpr index_t stride = panel_stride<Element>;  // words between rows of left panels
   static constexpr int group = tile_registers;  // keys that are masked together; any tile's height divides it
-  static constexpr int groups_at_once = 240 / group;
+  static constexpr int groups_at_once = 144 / group;
   static constexpr index_t keys_at_once = index_t{groups_at_once} * group;
   static constexpr sum log2_e = static_cast<sum>(1.44269504088896340736);
   static constexpr sum infinity = math_table<sum>::infinity;
