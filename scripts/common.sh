@@ -1,14 +1,18 @@
 # Sourced by ./test, ./demo, ./benchmark and .ci/run: set-up, and a build that uses every core it has memory for.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# Compilations of the larger kernels take up to about 1.2 GB each.
-job_count() {
-  local cores memory_gb
+# jobs_of <GB>: how many compilations that take so much fit this machine.
+jobs_of() {
+  local cores fit
   cores=$(nproc)
-  memory_gb=$(awk '/MemAvailable/ { print int($2 / 1.2e6) }' /proc/meminfo 2>/dev/null || echo 2)
-  ((memory_gb > 0)) || memory_gb=1
-  echo $((cores < memory_gb ? cores : memory_gb))
+  fit=$(awk -v gb="$1" '/MemAvailable/ { print int($2 / (gb * 1e6)) }' /proc/meminfo 2>/dev/null || echo 2)
+  ((fit > 0)) || fit=1
+  echo $((cores < fit ? cores : fit))
 }
+# Compilations of the larger kernels take up to about 1.2 GB each.
+job_count() { jobs_of 1.2; }
+# Whether tests are compiled several files at a time, up to about 4 GB each: not where many cores share the files.
+unity() { if (($(nproc) <= 4 && $(jobs_of 4) == $(nproc))); then echo ON; else echo OFF; fi; }
 
 say() { printf '\n==> %s\n' "$*"; }
 
@@ -42,7 +46,7 @@ build() {
   mkdir -p "$directory"
   log=$directory/configure.log
   if ! cmake -S "$root" -B "$directory" -G Ninja -DCMAKE_CXX_COMPILER_LAUNCHER=ccache \
-    ${MLKIT_PYTHON:+-DMLKIT_PYTHON="$MLKIT_PYTHON"} "${options[@]}" >"$log" 2>&1; then
+    -DMLKIT_UNITY_TESTS="$(unity)" ${MLKIT_PYTHON:+-DMLKIT_PYTHON="$MLKIT_PYTHON"} "${options[@]}" >"$log" 2>&1; then
     cat "$log"
     return 1
   fi

@@ -1,5 +1,3 @@
-#define MLKIT_TEST_ON_CPU
-
 #include <catch2/catch.hpp>
 #include <mlkit/io/safetensors.hpp>
 #include <string>
