@@ -11,8 +11,8 @@ jobs_of() {
 }
 # Compilations of the larger kernels take up to about 1.2 GB each.
 job_count() { jobs_of 1.2; }
-# Whether tests are compiled several files at a time, up to about 4 GB each: not where many cores share the files.
-unity() { if (($(nproc) <= 4 && $(jobs_of 4) == $(nproc))); then echo ON; else echo OFF; fi; }
+# Whether tests are compiled several files at a time, up to about 6 GB each: not where many cores share the files.
+unity() { if (($(nproc) <= 4 && $(jobs_of 6) == $(nproc))); then echo ON; else echo OFF; fi; }
 
 say() { printf '\n==> %s\n' "$*"; }
 
