@@ -1,18 +1,18 @@
 # Sourced by ./test, ./demo, ./benchmark and .ci/run: set-up, and a build that uses every core it has memory for.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# jobs_of <GB>: how many compilations that take so much fit this machine.
-jobs_of() {
-  local cores fit
-  cores=$(nproc)
-  fit=$(awk -v gb="$1" '/MemAvailable/ { print int($2 / (gb * 1e6)) }' /proc/meminfo 2>/dev/null || echo 2)
-  ((fit > 0)) || fit=1
-  echo $((cores < fit ? cores : fit))
-}
 # Compilations of the larger kernels take up to about 1.2 GB each.
-job_count() { jobs_of 1.2; }
-# Whether tests are compiled several files at a time, up to about 6 GB each: not where many cores share the files.
-unity() { if (($(nproc) <= 4 && $(jobs_of 6) == $(nproc))); then echo ON; else echo OFF; fi; }
+job_count() {
+  local cores memory_gb
+  cores=$(nproc)
+  memory_gb=$(awk '/MemAvailable/ { print int($2 / 1.2e6) }' /proc/meminfo 2>/dev/null || echo 2)
+  ((memory_gb > 0)) || memory_gb=1
+  echo $((cores < memory_gb ? cores : memory_gb))
+}
+# Whether tests are compiled several files at a time: where few cores share them, with the 6 GB that each may then take.
+unity() {
+  awk -v cores="$(nproc)" '/MemTotal/ { print cores <= 4 && $2 >= cores * 6e6 ? "ON" : "OFF" }' /proc/meminfo
+}
 
 say() { printf '\n==> %s\n' "$*"; }
 
