@@ -11,7 +11,7 @@ job_count() {
 }
 # Whether tests are compiled several files at a time: where few cores share them, with the 6 GB that each may then take.
 unity() {
-  awk -v cores="$(nproc)" '/MemTotal/ { print cores <= 4 && $2 >= cores * 6e6 ? "ON" : "OFF" }' /proc/meminfo
+  awk -v cores="$(nproc)" '/MemTotal/ { print ((cores <= 4 && $2 >= cores * 6e6) ? "ON" : "OFF") }' /proc/meminfo
 }
 
 say() { printf '\n==> %s\n' "$*"; }
