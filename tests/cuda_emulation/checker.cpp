@@ -18,6 +18,8 @@ thread_local constinit bool watching = false;
 
 namespace {
 
+thread_local constinit traffic asked_for;
+
 constexpr std::size_t line_bytes = 64;
 
 // Who touched a byte of shared memory last, and when. Of readers the last two different ones.
@@ -223,6 +225,8 @@ void check_shared(space& s, fiber& who, std::size_t offset, std::size_t bytes, a
 }
 
 void check_device(const void* p, std::size_t bytes, access_kind how) {
+  if (how != access_kind::write) asked_for.read += bytes;
+  if (how != access_kind::read) asked_for.written += bytes;
   unsigned char* const states = arena_state + (reinterpret_cast<std::uintptr_t>(p) - arena_begin);
   bool good = true;
   for (std::size_t i = 0; i < bytes; ++i) good &= states[i] == set;
@@ -283,6 +287,7 @@ void check_any(fiber& who, const void* p, std::size_t bytes, access_kind how) {
 }  // namespace
 
 bool watches_memory() { return instrumented; }
+traffic device_traffic() { return asked_for; }
 
 void begin_grid_of_memory() {
   if (!here) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -34,6 +35,13 @@ inline constexpr std::size_t device_memory_bytes = std::size_t{1} << 30;
 /// Whether the program tells of each access to memory, so that all faults are found, or only those of the named
 /// instructions: compiled with -fsanitize=thread or not.
 bool watches_memory();
+
+/// Bytes of device memory that kernels launched by this thread have asked for, each access counted; all of them only
+/// where memory is watched.
+struct traffic {
+  std::uint64_t read = 0, written = 0;
+};
+traffic device_traffic();
 
 /// In which order blocks, and the threads of a block, take their turns. What a kernel computes must not depend on it.
 /// MLKIT_EMULATED_TURNS=backward in the environment begins backward.
