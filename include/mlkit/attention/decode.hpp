@@ -106,7 +106,6 @@ void decode(const Executor& exec, const Q& query, const Cache& cache, Out&& outp
   const auto kernels = MLKIT_SELECT_WITHOUT_BF16(decode_entry<Problem>)();
   const cpu limited = detail::limit_threads(exec, 4 * work);
   detail::parallel_ranges(limited, static_cast<index_t>(parts.size()), [&](index_t begin, index_t end) {
-    const detail::subnormals_flushed flushed;
     const detail::workspace<A> scratch(kernels.scratch_size(p));
     for (index_t i = begin; i < end; ++i) {
       const part& s = parts[static_cast<std::size_t>(i)];

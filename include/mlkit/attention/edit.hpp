@@ -353,6 +353,7 @@ class edited_attention {
     index_t bytes = 0;
     for (const edited& r : runs) bytes = std::max(bytes, kernels.scratch_bytes(r, rows));
     parallel_ranges(exec_, parts * heads, [&](index_t begin, index_t end) {
+      const subnormals_flushed flushed;
       const workspace<std::byte> scratch(bytes);
       for (index_t task = begin; task < end; ++task) {
         const index_t first = task % parts * rows, count = std::min(rows, queries() - first);

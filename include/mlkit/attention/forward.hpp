@@ -128,8 +128,9 @@ void forward(std::string_view function, const cpu& exec, const tensor_view<const
 /// `scores` are stages in declared order; without a scale among them S starts as q . k / sqrt(d). Blocks of keys that
 /// masks leave empty are skipped. Beyond key_lengths nothing is read; what other masks hide must be finite numbers.
 /// f32, f64, bf16 and f16; sums are f32 (f64 for f64), and bf16 probabilities are rounded to bf16 before they meet v,
-/// where the instruction set multiplies bf16. What would be subnormal may become 0. Nothing of queries x keys is ever
-/// stored: scratch memory depends on d and d_v alone. The same bits for any number of threads.
+/// where the instruction set multiplies bf16. What would be subnormal may become 0, be it a scale, a product or a
+/// result, and what stages of the user's own make of such numbers. Nothing of queries x keys is ever stored: scratch
+/// memory depends on d and d_v alone. The same bits for any number of threads.
 ///
 /// Throws shape_error where extents do not fit or out overlaps what is read, and value_error for null data or a stage's
 /// options out of range, before out is touched. 2 queries keys (d + d_v) flops a head. Dao: "FlashAttention-2", 2023;

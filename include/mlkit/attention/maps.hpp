@@ -145,7 +145,7 @@ inline constexpr bool is_map<averaged_map<M>> = true;
 /// that out = P v in each head: what a mask hides is 0, a row without keys is 0, sinks have taken their part, and
 /// dropout's factors are in it. out has the same bits as without a map. Maps are of any type that out may have.
 ///
-/// Of queries x keys there is no more than the map itself and, in each thread, some rows of it: as many as half a MiB
+/// Of queries x keys there is no more than the map itself and, in each thread, some rows of it: as many as 2 MiB
 /// has room for, and at least as many as are worked on together (64 of f32 under AVX-512). The same bits for any number
 /// of threads. Throws as forward does, and value_error for chosen keys that are not there.
 template <executor Executor, viewable<4> Q, viewable<4> K, viewable<4> V, class... Stages, viewable<4> Out, class Map>

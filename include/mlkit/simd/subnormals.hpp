@@ -15,7 +15,7 @@ class subnormals_flushed {
  public:
 #if MLKIT_X86
   subnormals_flushed() noexcept : before_(_mm_getcsr()) { _mm_setcsr(before_ | flush_to_zero); }
-  ~subnormals_flushed() { _mm_setcsr(before_); }
+  ~subnormals_flushed() { _mm_setcsr((_mm_getcsr() & ~flush_to_zero) | (before_ & flush_to_zero)); }
 #else
   subnormals_flushed() noexcept {}
   ~subnormals_flushed() {}
