@@ -345,8 +345,8 @@ void backward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vi
 /// row's scores are all so large that lse cannot hold the logarithm of a sum beside them (1e7 in f32; a row hidden as a
 /// whole by a bias of -1e30 rather than -inf), so large are the errors of its gradients.
 ///
-/// Types, errors, subnormal numbers and determinism as for forward. Five products where forward has two: 2 queries keys (3 d + 2 d_v)
-/// flops a head. Scratch memory grows with keys (d + d_v), never with queries x keys.
+/// Types, errors, subnormal numbers and determinism as for forward. Five products where forward has two: 2 queries keys
+/// (3 d + 2 d_v) flops a head. Scratch memory grows with keys (d + d_v), never with queries x keys.
 template <executor Executor, viewable<4> Q, viewable<4> K, viewable<4> V, class... Stages, viewable<4> Out,
           viewable<3> Lse, viewable<4> D, class G, class B>
 void backward(const Executor& exec, const Q& q, const K& k, const V& v, const scores<Stages...>& s, const Out& out,
