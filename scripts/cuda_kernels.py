@@ -3,10 +3,11 @@
 that a multiprocessor holds of it, and the instructions that it is meant to be made of.
 
     cuda_kernels.py            writes the table
-    cuda_kernels.py --check    fails for a kernel that spills, or lacks an instruction that its family's kernels are made of, and, with the
-                               compiler that the table names, for numbers that have grown
+    cuda_kernels.py --check    fails for a kernel that spills, or lacks an instruction that it is meant to be made of, and, with the
+                               compiler that the table names, for numbers that have changed
 
-Without nvcc it says so and does nothing. No GPU is needed.
+Without nvcc it says so and does nothing; without nvdisasm, which PyPI has as nvidia-cuda-nvdisasm, it looks at no instruction. No GPU is
+needed.
 """
 
 import concurrent.futures
@@ -22,9 +23,14 @@ TABLE = ROOT / "docs" / "cuda_kernels.md"
 ARCHITECTURES = ["sm_80", "sm_90a"]
 # Of a multiprocessor: threads, by architecture; registers and the unit in which a warp gets them.
 THREADS, REGISTERS, UNIT = {"sm_80": 2048, "sm_90a": 2048}, 65536, 256
-# In PTX: tensor cores, copies past registers, 16 bytes at once.
-INSTRUCTIONS = {"mma": r"\bmma\.sync|\bwgmma\.mma", "cp.async": r"\bcp\.async\.(?:cg|ca|bulk)", "128-bit loads": r"\bld\.global[.\w]*\.v4\.(?:[bfu]32)|\bld\.global[.\w]*\.v2\.(?:[bfu]64)|\bld\.global[.\w]*\.v8\.(?:[bu]16)",
-                "128-bit stores": r"\bst\.global[.\w]*\.v4\.(?:[bfu]32)|\bst\.global[.\w]*\.v2\.(?:[bfu]64)"}
+# In SASS: tensor cores, copies past registers, 16 bytes at once.
+INSTRUCTIONS = {"HMMA": r"\bHMMA\.", "HGMMA": r"\bHGMMA\.", "LDGSTS": r"\bLDGSTS\.", "TMA": r"\bUTMALDG\.", "LDG.128": r"\bLDG\.E\.(?:\w+\.)*128\b",
+                "STG.128": r"\bSTG\.E\.(?:\w+\.)*128\b"}
+# Those that kernels are there for, by the beginning of their names; on Hopper alone for the last.
+MEANT = {"tile::product_kernel": ["HMMA", "LDGSTS"], "thin::product_kernel": ["HMMA", "LDG.128"], "project_tiles_kernel": ["HMMA"],
+         "add_tiles_kernel": ["HMMA"], "scan_short_rows": ["LDG.128", "STG.128"], "moments_kernel": ["LDG.128"],
+         "whiten_kernel": ["LDG.128", "STG.128"], "sum_kernel<loss_tokens": ["LDG.128", "STG.128"], "sum_kernel<pair_terms": ["LDG.128", "STG.128"],
+         "warpgroup::product_kernel": ["HGMMA", "TMA"]}
 
 
 def demangled(names):
@@ -59,23 +65,38 @@ def resources(text):
     return found
 
 
-def entries(ptx):
-    """Per mangled kernel: the most threads of a block, and how often each kind of instruction stands in it."""
+def most_threads(ptx):
+    """Per mangled kernel: the most threads of a block, where it says."""
     found = {}
-    for name, head, body in re.findall(r"\.entry (\w+)\((.*?)\n\{(.*?)\n\}", ptx, re.S):
+    for name, head in re.findall(r"\.entry (\w+)\((.*?)\n\{", ptx, re.S):
         threads = re.search(r"\.maxntid (\d+)", head)
-        found[name] = (int(threads.group(1)) if threads else 0, {kind: len(re.findall(p, body)) for kind, p in INSTRUCTIONS.items()})
+        found[name] = int(threads.group(1)) if threads else 0
     return found
+
+
+def disassembler():
+    """nvdisasm of the toolkit, or of .venv."""
+    return shutil.which("nvdisasm") or next(map(str, (ROOT / ".venv").glob("lib/python*/site-packages/nvidia/*/bin/nvdisasm")), None)
+
+
+def instructions(cubin):
+    """Per mangled kernel, how often each kind stands in it; nothing without nvdisasm."""
+    if not disassembler():
+        return {}
+    sass = subprocess.run([disassembler(), "-c", str(cubin)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    bodies = re.split(r"\.section\s+\.text\.(\w+)", sass)[1:]
+    return {name: {kind: len(re.findall(p, body)) for kind, p in INSTRUCTIONS.items()} for name, body in zip(bodies[::2], bodies[1::2])}
 
 
 def compiled(source, architecture):
     flags = ["nvcc", "-std=c++20", "-O2", "-I", str(ROOT / "include"), "-I", str(source.parent), f"-arch={architecture}", str(source)]
     with tempfile.TemporaryDirectory() as folder:
         ptx = pathlib.Path(folder) / "kernels.ptx"
+        cubin = ptx.with_suffix(".cubin")
         subprocess.run([*flags, "-ptx", "-o", str(ptx)], check=True, stdout=subprocess.DEVNULL)
-        done = subprocess.run(["ptxas", "-v", f"-arch={architecture}", str(ptx), "-o", str(ptx.with_suffix(".cubin"))], check=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return resources(done.stdout), entries(ptx.read_text())
+        done = subprocess.run(["ptxas", "-v", f"-arch={architecture}", str(ptx), "-o", str(cubin)], check=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True)
+        return resources(done.stdout), most_threads(ptx.read_text()), instructions(cubin)
 
 
 def warps(architecture, registers, threads):
@@ -94,10 +115,10 @@ def table():
     lines, faults = [], []
     for source in sorted({s for s, _ in jobs}):
         by_kernel = {}
-        for (s, architecture), (used, ptx) in zip(jobs, results):
+        for (s, architecture), (used, threads, kinds) in zip(jobs, results):
             if s == source:
                 for name, numbers in used.items():
-                    by_kernel.setdefault(name, {})[architecture] = (*numbers, *ptx.get(name, (0, {})))
+                    by_kernel.setdefault(name, {})[architecture] = (*numbers, threads.get(name, 0), kinds.get(name, {}))
         names = demangled(list(by_kernel))
         lines += [f"## {source.stem}\n", "| kernel | " + " | ".join(f"{a}: registers, warps" for a in ARCHITECTURES) + " | shared | spills | instructions |",
                   "|---|" + "---|" * (len(ARCHITECTURES) + 3)]
@@ -111,12 +132,20 @@ def table():
             lines.append(f"| `{short(names[name])}` | " + " | ".join(cells) + f" | {last[2]} | {spills or ''} | {kinds} |")
             if spills:
                 faults.append(f"{short(names[name])} spills {spills} bytes")
+            for prefix, meant in MEANT.items():
+                if short(names[name]).startswith(prefix) and disassembler():
+                    there = [at["sm_90a"]] if prefix.startswith("warpgroup") else at.values()
+                    faults += [f"{short(names[name])} has no {kind}" for kind in meant if not all(v[4].get(kind) for v in there)]
         lines.append("")
     head = ["# CUDA kernels, as compiled\n",
             f"Made by `scripts/cuda_kernels.py` with nvcc {version}, from the kernels that the CUDA benchmarks run. Warps are those that a "
             "multiprocessor's registers leave room for, of 64; shared is static shared memory in bytes; spills are bytes. Instructions are "
-            "counted in PTX.\n"]
+            "counted in the SASS of sm_90a.\n"]
     return "\n".join(head + lines) + "\n", faults, version
+
+
+def without_instructions(text):
+    return re.sub(r"\|[^|\n]*\|$", "|", text, flags=re.M)
 
 
 def main():
@@ -124,12 +153,19 @@ def main():
         print("nvcc is not on the PATH: the CUDA kernels were not looked at")
         return
     made, faults, version = table()
+    kept = TABLE.read_text(encoding="utf-8")
     if "--check" not in sys.argv:
+        if not disassembler():
+            sys.exit("no nvdisasm: .venv/bin/pip install nvidia-cuda-nvdisasm")
         TABLE.write_text(made, encoding="utf-8")
         print(made)
-    elif f"nvcc {version}" in TABLE.read_text(encoding="utf-8") and TABLE.read_text(encoding="utf-8") != made:
-        print(made)
-        sys.exit("docs/cuda_kernels.md is not what nvcc makes now; run scripts/cuda_kernels.py")
+    elif f"nvcc {version}" in kept:
+        if not disassembler():
+            print("no nvdisasm: no instruction was looked at")
+            made, kept = without_instructions(made), without_instructions(kept)
+        if kept != made:
+            print(made)
+            sys.exit("docs/cuda_kernels.md is not what nvcc makes now; run scripts/cuda_kernels.py")
     if faults:
         sys.exit("\n".join(faults))
 
