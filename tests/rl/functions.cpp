@@ -25,7 +25,7 @@ TEMPLATE_TEST_CASE("functions within two units in the last place", "[rl][functio
       const T x = static_cast<T>(reach * i / 20000);
       const long double w = x, e = std::exp(w);
       worst = std::max(worst, ulps(exp_of(x), e));
-      const log_sigmoid<T> s(x);
+      const mlkit::rl::detail::log_sigmoid<T> s(x);
       worst = std::max(worst, ulps(s.value, w < 0 ? w - std::log1p(e) : -std::log1p(1 / e)));
       worst = std::max(worst, ulps(s.derivative, 1 / (1 + e)));
       worst = std::max(worst, ulps(expm1_of(x), std::expm1(w)));
