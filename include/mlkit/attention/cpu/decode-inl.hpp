@@ -4,32 +4,51 @@
 // Keys whose scores are held at once: so many that these keys, their values and those that follow stay in L1.
 inline constexpr index_t decode_keys = 64, decode_bytes = 8192;
 
-// Lane l: a[l] + a[l ^ Distance] where l has no bit of Distance, the same of b where it has.
-template <int Distance, class V, std::size_t... Lane>
-MLKIT_ALWAYS_INLINE V fold(V a, V b, std::index_sequence<Lane...>) noexcept {
-  constexpr int w = V::width;
-  const V near = __builtin_shufflevector(a.v, b.v, (int{Lane} & Distance ? w + int{Lane} : int{Lane})...);
-  const V far = __builtin_shufflevector(
-      a.v, b.v, (int{Lane} & Distance ? w + (int{Lane} ^ Distance) : (int{Lane} ^ Distance))...);
-  return near + far;
+// Lane l: that of a and b, which are counted as one, which From::at says.
+template <class From, class V, std::size_t... Lane>
+MLKIT_ALWAYS_INLINE V shuffled(V a, V b, std::index_sequence<Lane...>) noexcept {
+#if defined(__clang__)
+  return V(__builtin_shufflevector(a.v, b.v, From::at(static_cast<int>(Lane))...));
+#else
+  typename V::native_int from{};  // the other builtin's list of lanes is too much for nvcc
+  MLKIT_UNROLL
+  for (int l = 0; l < V::width; ++l) from[l] = From::at(l);
+  return V(__builtin_shuffle(a.v, b.v, from));
+#endif
 }
+template <class From, class V>
+MLKIT_ALWAYS_INLINE V shuffled(V a, V b) noexcept {
+  return shuffled<From>(a, b, std::make_index_sequence<static_cast<std::size_t>(V::width)>{});
+}
+// l of a where l has no bit of Distance, else of b; the same of l ^ Distance.
+template <int Width, int Distance>
+struct near_lane {
+  static constexpr int at(int l) noexcept { return l & Distance ? Width + l : l; }
+};
+template <int Width, int Distance>
+struct far_lane {
+  static constexpr int at(int l) noexcept { return (l & Distance ? Width : 0) + (l ^ Distance); }
+};
+
 // Lane l: the sum of x[l], whose halves are added until one lane is left.
 template <class V, int Distance = V::width / 2>
 MLKIT_ALWAYS_INLINE V sums_of(V* x) noexcept {
   MLKIT_UNROLL
-  for (int i = 0; i < Distance; ++i) x[i] = fold<Distance>(x[i], x[i + Distance], std::make_index_sequence<V::width>{});
-  if constexpr (Distance > 1) return sums_of<V, Distance / 2>(x);
-  return x[0];
+  for (int i = 0; i < Distance; ++i)
+    x[i] = shuffled<near_lane<V::width, Distance>>(x[i], x[i + Distance]) +
+           shuffled<far_lane<V::width, Distance>>(x[i], x[i + Distance]);
+  if constexpr (Distance > 1)
+    return sums_of<V, Distance / 2>(x);
+  else
+    return x[0];
 }
 // Lane l: the largest of the `Lanes` lanes that l is among.
-template <int Lanes, class V, std::size_t... Lane>
-MLKIT_ALWAYS_INLINE V largest_of(V x, std::index_sequence<Lane...> all) noexcept {
-  if constexpr (Lanes == 1) {
+template <int Lanes, class V>
+MLKIT_ALWAYS_INLINE V largest_of(V x) noexcept {
+  if constexpr (Lanes == 1)
     return x;
-  } else {
-    const V across = __builtin_shufflevector(x.v, x.v, (int{Lane} ^ (Lanes / 2))...);
-    return largest_of<Lanes / 2>(max(x, across), all);
-  }
+  else
+    return largest_of<Lanes / 2>(max(x, shuffled<far_lane<0, Lanes / 2>>(x, x)));
 }
 
 // A cache's elements as registers: `count` of them from one load of `size` elements. Words of two bf16 become their
@@ -149,7 +168,6 @@ struct attend_decode {
                     const rows_state& s) noexcept {
     constexpr int of_register = static_cast<int>(width) / Rows, at_once = std::min(of_register, 4);
     static_assert(decode_keys % of_register == 0);
-    constexpr auto lanes = std::make_index_sequence<static_cast<std::size_t>(width)>{};
     alignas(64) A scores[Rows * decode_keys];
     const A* const q = s.q + row * padded(p.d);
     A* const out = s.out + row * padded(p.d_v);
@@ -182,7 +200,7 @@ struct attend_decode {
       top = max(top, x);
     }
 
-    const V before = V::load(s.level + row * width), now = max(before, largest_of<of_register>(top, lanes));
+    const V before = V::load(s.level + row * width), now = max(before, largest_of<of_register>(top));
     const V level = V::select(now == V(-infinity), V::zero(), now);
     const V factor = exp2_bounded((before - level) * log2_e);
     V total = V::load(s.total + row * width) * factor;
