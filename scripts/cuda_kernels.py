@@ -32,6 +32,9 @@ MEANT = {"tile::product_kernel": ["HMMA", "LDGSTS"], "thin::product_kernel": ["H
          "whiten_kernel": ["LDG.128", "STG.128"], "sum_kernel<loss_tokens": ["LDG.128", "STG.128"], "sum_kernel<pair_terms": ["LDG.128", "STG.128"],
          "warpgroup::product_kernel": ["HGMMA", "TMA"]}
 
+# The toolkit's, or that of .venv.
+NVDISASM = shutil.which("nvdisasm") or next(map(str, (ROOT / ".venv").glob("lib/python*/site-packages/nvidia/*/bin/nvdisasm")), None)
+
 
 def demangled(names):
     if not names:
@@ -74,16 +77,11 @@ def most_threads(ptx):
     return found
 
 
-def disassembler():
-    """nvdisasm of the toolkit, or of .venv."""
-    return shutil.which("nvdisasm") or next(map(str, (ROOT / ".venv").glob("lib/python*/site-packages/nvidia/*/bin/nvdisasm")), None)
-
-
 def instructions(cubin):
     """Per mangled kernel, how often each kind stands in it; nothing without nvdisasm."""
-    if not disassembler():
+    if not NVDISASM:
         return {}
-    sass = subprocess.run([disassembler(), "-c", str(cubin)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    sass = subprocess.run([NVDISASM, "-c", str(cubin)], check=True, stdout=subprocess.PIPE, text=True).stdout
     bodies = re.split(r"\.section\s+\.text\.(\w+)", sass)[1:]
     return {name: {kind: len(re.findall(p, body)) for kind, p in INSTRUCTIONS.items()} for name, body in zip(bodies[::2], bodies[1::2])}
 
@@ -133,7 +131,7 @@ def table():
             if spills:
                 faults.append(f"{short(names[name])} spills {spills} bytes")
             for prefix, meant in MEANT.items():
-                if short(names[name]).startswith(prefix) and disassembler():
+                if short(names[name]).startswith(prefix) and NVDISASM:
                     there = [at["sm_90a"]] if prefix.startswith("warpgroup") else at.values()
                     faults += [f"{short(names[name])} has no {kind}" for kind in meant if not all(v[4].get(kind) for v in there)]
         lines.append("")
@@ -155,12 +153,12 @@ def main():
     made, faults, version = table()
     kept = TABLE.read_text(encoding="utf-8")
     if "--check" not in sys.argv:
-        if not disassembler():
+        if not NVDISASM:
             sys.exit("no nvdisasm: .venv/bin/pip install nvidia-cuda-nvdisasm")
         TABLE.write_text(made, encoding="utf-8")
         print(made)
     elif f"nvcc {version}" in kept:
-        if not disassembler():
+        if not NVDISASM:
             print("no nvdisasm: no instruction was looked at")
             made, kept = without_instructions(made), without_instructions(kept)
         if kept != made:
