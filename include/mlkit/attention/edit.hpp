@@ -265,13 +265,20 @@ namespace detail {
 template <class Problem>
 struct edit_problem : Problem {
   using sum = accumulator_t<typename Problem::value_type>;
+  // Of what edits have of their own, and what is the source's besides: the first column, if there is such.
+  static constexpr index_t none = -1;
   struct target {
     index_t item;  // 0 is the source, 1 its first edit
-    bool of_words, add;
+    bool of_words;
+    index_t part = none;
+    bool keep = false;  // it is for the part that this is computed
   };
   index_t source = 0;  // where in the batch it is
   std::vector<target> targets{};
   tensor_view<sum, 3> attention{};  // [items, heads, queries]
+  // The parts of a task's queries, transposed, [columns][part_rows]: each thread has its own.
+  sum* parts = nullptr;
+  index_t part_rows = 0;
   // Keys [begin, end) whose values are not all zeros, in order, if not all are such; between multiples of
   // `values_step`.
   struct key_span {
@@ -290,12 +297,17 @@ struct edit_problem : Problem {
   }
 
   template <class F>
-  void each_out(index_t, index_t h, F&& f) const noexcept {
-    for (const target& t : targets)
-      if (t.of_words)
-        f(head_rows<sum>{&attention(t.item, h, 0), attention.extent(2), 1, 1, 1}, t.add);
+  void each_out(index_t, index_t h, index_t i, index_t at, F&& f) const noexcept {
+    for (const target& t : targets) {
+      sum* const part = t.part == none ? nullptr : parts + t.part * part_rows;
+      const sum* const more = part && !t.keep ? part + at : nullptr;
+      if (t.keep)
+        f(head_rows<sum>{part, part_rows, t.of_words ? 1 : this->out.extents[3], 1, part_rows}, at, more, part_rows);
+      else if (t.of_words)
+        f(head_rows<sum>{&attention(t.item, h, 0), attention.extent(2), 1, 1, 1}, i, more, part_rows);
       else
-        f(head(this->out, source + t.item, h), t.add);
+        f(head(this->out, source + t.item, h), i, more, part_rows);
+    }
   }
 };
 
@@ -323,12 +335,12 @@ class edited_attention {
     const workspace<sum> attention(blend_ ? items() * heads * queries() : 0);
     if (blend_) attention_ = {attention.data(), {items(), heads, queries()}};
 
-    // The source's probabilities meet the values of all that they are taken for; what an edit has of its own is added.
-    std::vector<edited> runs{source()};
-    std::vector<index_t> of{source_};
-    const workspace<T> values(kv_heads() * keys() * runs[0].d_v);
-    fill_source(runs[0], values.data());
-    std::deque<workspace<T>> own;
+    // What edits have of their own comes first: where they take something of the source's, that is added to it, as the
+    // source's probabilities meet the values of all that they are taken for.
+    std::vector<edited> runs;
+    std::vector<index_t> of;
+    std::deque<workspace<T>> values;
+    const auto values_of = [&](const edited& r) { return values.emplace_back(kv_heads() * keys() * r.d_v).data(); };
     for (std::size_t e = 0; e < recipes_.size(); ++e) {
       if (recipes_[e].own.empty()) continue;
       const auto item = static_cast<index_t>(e) + 1;
@@ -336,29 +348,33 @@ class edited_attention {
       of.push_back(source_ + item);
       const bool as_it_is =
           !blend_ && std::all_of(recipes_[e].own.begin(), recipes_[e].own.end(), [](double x) { return x == 1; });
-      if (as_it_is) continue;
-      own.emplace_back(kv_heads() * keys() * runs.back().d_v);
-      fill_own(runs.back(), item, own.back().data());
+      if (!as_it_is) fill_own(runs.back(), item, values_of(runs.back()));
     }
-
+    runs.push_back(source());
+    of.push_back(source_);
+    fill_source(runs.back(), values_of(runs.back()));
     for (index_t b = 0; b < source_; ++b) {
-      runs.push_back(over({{b - source_, false, false}}));
+      runs.push_back(over({{b - source_, false}}));
       runs.back().v = p_.v;
       of.push_back(b);
     }
 
     const auto kernels = select_forward<T, edited>();
-    const index_t rows = rows_of_task(queries(), queries_at_once, heads, kernels.sliver, concurrency(exec_));
-    const index_t parts = ceil_div(queries(), rows);
+    const index_t rows = rows_of_task<typename Problem::scores_type>(queries(), shape_of_tasks(p_).most_queries, heads,
+                                                                     kernels.sliver, concurrency(exec_));
+    const index_t task_parts = ceil_div(queries(), rows), part_columns = first_part(items());
     index_t bytes = 0;
     for (const edited& r : runs) bytes = std::max(bytes, kernels.scratch_bytes(r, rows));
-    parallel_ranges(exec_, parts * heads, [&](index_t begin, index_t end) {
+    parallel_ranges(exec_, task_parts * heads, [&](index_t begin, index_t end) {
       const subnormals_flushed flushed;
       const workspace<std::byte> scratch(bytes);
+      const workspace<sum> parts(part_columns * rows);
+      std::vector<edited> own = runs;
+      for (edited& r : own) r.parts = parts.data(), r.part_rows = rows;
       for (index_t task = begin; task < end; ++task) {
-        const index_t first = task % parts * rows, count = std::min(rows, queries() - first);
-        for (std::size_t r = 0; r < runs.size() && count > 0; ++r)
-          kernels.run(runs[r], of[r], task / parts, first, count, scratch.data());
+        const index_t first = task % task_parts * rows, count = std::min(rows, queries() - first);
+        for (std::size_t r = 0; r < own.size() && count > 0; ++r)
+          kernels.run(own[r], of[r], task / task_parts, first, count, scratch.data());
       }
     });
     if (blend_) add_to_blend();
@@ -378,20 +394,36 @@ class edited_attention {
     for (const auto& t : targets) r.d_v += t.of_words ? 1 : p_.d_v;
     return r;
   }
+  // Whether an edit has something of its own besides what is the source's, and the first of such columns.
+  bool has_part(index_t item) const noexcept {
+    if (item == 0) return false;
+    const edit_recipe& recipe = recipes_[static_cast<std::size_t>(item - 1)];
+    return recipe.takes() && !recipe.own.empty();
+  }
+  index_t first_part(index_t item) const noexcept {
+    index_t columns = 0;
+    for (index_t before = 0; before < item; ++before)
+      if (has_part(before)) columns += p_.d_v + (blend_ ? 1 : 0);
+    return columns;
+  }
+  typename edited::target target_of(index_t item, bool of_words, bool keep) const noexcept {
+    if (!has_part(item)) return {item, of_words};
+    return {item, of_words, first_part(item) + (of_words ? p_.d_v : 0), keep};
+  }
   void use(edited& r, const T* values) const noexcept {
     r.v = {values, {p_.v.extents[0], kv_heads(), keys(), r.d_v}, {0, keys() * r.d_v, r.d_v, 1}};
   }
   edited source() const {
-    std::vector<typename edited::target> targets{{0, false, false}};
+    std::vector<typename edited::target> targets;
     for (const bool of_words : {false, true})
-      for (std::size_t e = 0; e <= recipes_.size() && (blend_ || !of_words); ++e)
-        if (e == 0 ? of_words : recipes_[e - 1].takes()) targets.push_back({static_cast<index_t>(e), of_words, false});
+      for (index_t item = 0; item < items() && (blend_ || !of_words); ++item)
+        if (item == 0 || recipes_[static_cast<std::size_t>(item - 1)].takes())
+          targets.push_back(target_of(item, of_words, false));
     return over(targets);
   }
   edited of_its_own(index_t item) const {
-    const bool add = recipes_[static_cast<std::size_t>(item - 1)].takes();
-    std::vector<typename edited::target> targets{{item, false, add}};
-    if (blend_) targets.push_back({item, true, add});
+    std::vector<typename edited::target> targets{target_of(item, false, true)};
+    if (blend_) targets.push_back(target_of(item, true, true));
     edited r = over(targets);
     if (!blend_) r.v = p_.v;
     return r;

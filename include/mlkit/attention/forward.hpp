@@ -31,11 +31,17 @@ forward_kernels<Problem> select_forward() {
 // Queries that share the packed keys and values, at most.
 inline constexpr index_t queries_at_once = 512;
 
-// Rows of a task: alike, whole groups, no more than `most`, and enough tasks that every thread has some.
-inline index_t rows_of_task(index_t queries, index_t most, index_t heads, index_t sliver, index_t threads) noexcept {
+// Rows of a task: alike, whole groups, no more than `most`, and as few tasks as threads can share evenly; where masks
+// make tasks unequal, several for each thread.
+template <class Scores>
+index_t rows_of_task(index_t queries, index_t most, index_t heads, index_t sliver, index_t threads) noexcept {
   constexpr index_t tasks_of_thread = 4;
-  const index_t wanted = ceil_div(threads == 1 ? 1 : threads * tasks_of_thread, std::max<index_t>(1, heads));
-  const index_t parts = std::max(ceil_div(queries, most), std::min(wanted, ceil_div(queries, sliver)));
+  const index_t slivers = ceil_div(queries, sliver);
+  const auto shared = [&](index_t tasks) {
+    return tasks >= threads * tasks_of_thread || (tasks % threads == 0 && (threads == 1 || !any_mask<Scores>));
+  };
+  index_t parts = ceil_div(queries, most);
+  while (parts < slivers && !shared(parts * std::max<index_t>(1, heads))) ++parts;
   const index_t rows = round_up(ceil_div(queries, std::max<index_t>(1, parts)), sliver);
   return std::max(sliver, std::min(rows, most / sliver * sliver));
 }
@@ -48,11 +54,12 @@ struct task_shape {
 };
 template <class Problem>
 task_shape shape_of_tasks(const Problem& p) noexcept {
+  const index_t most =
+      any_bias<typename Problem::scores_type> || p.d + p.d_v > 128 ? queries_at_once : 2 * queries_at_once;
   if constexpr (requires { p.map; })
-    return p.map.tasks(p.k.extents[2]);
+    return p.map.tasks(p.k.extents[2], most);
   else
-    return {false,
-            any_bias<typename Problem::scores_type> || p.d + p.d_v > 128 ? queries_at_once : 2 * queries_at_once};
+    return {false, most};
 }
 
 template <class Problem>
@@ -69,8 +76,8 @@ void run_forward(const cpu& exec, const Problem& p) {
   const cpu limited = limit_threads(exec, work * static_cast<double>(heads) * static_cast<double>(p.d + p.d_v + 16));
   const task_shape wanted = shape_of_tasks(p);
   const index_t heads_of_task = wanted.all_heads ? heads : 1, task_heads = heads / heads_of_task;
-  const index_t rows = rows_of_task(most, std::max<index_t>(1, wanted.most_queries), task_heads * p.sequences,
-                                    kernels.sliver, concurrency(limited));
+  const index_t rows = rows_of_task<typename Problem::scores_type>(
+      most, std::max<index_t>(1, wanted.most_queries), task_heads * p.sequences, kernels.sliver, concurrency(limited));
   const index_t parts = ceil_div(most, rows), tasks = parts * task_heads * p.sequences;
   parallel_ranges(limited, tasks, [&](index_t begin, index_t end) {
     const subnormals_flushed flushed;

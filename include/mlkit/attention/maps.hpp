@@ -32,11 +32,11 @@ struct kept_probabilities {
   matrix_view<const std::int32_t> keys;
   bool every_key, averaged;
 
-  // The map's memory is to stay in a core's cache: that of a mean twice, with the head that is added to it.
-  task_shape tasks(index_t m) const noexcept {
-    constexpr index_t bytes = index_t{1} << 21;
+  // The rows of a mean, or of chosen keys, take some cache.
+  task_shape tasks(index_t m, index_t most) const noexcept {
+    constexpr index_t bytes = index_t{1} << 23;
     const index_t columns = std::max<index_t>(1, every_key ? m : values.extents[3]);
-    return {averaged, std::min(queries_at_once, bytes / (columns * index_t{sizeof(float)} * (averaged ? 2 : 1)))};
+    return {averaged, averaged || !every_key ? std::min(most, bytes / (columns * index_t{sizeof(float)})) : most};
   }
 
   template <class Problem>
@@ -145,9 +145,10 @@ inline constexpr bool is_map<averaged_map<M>> = true;
 /// that out = P v in each head: what a mask hides is 0, a row without keys is 0, sinks have taken their part, and
 /// dropout's factors are in it. out has the same bits as without a map. Maps are of any type that out may have.
 ///
-/// Of queries x keys there is no more than the map itself and, in each thread, some rows of it: as many as 2 MiB
-/// has room for, and at least as many as are worked on together (64 of f32 under AVX-512). The same bits for any number
-/// of threads. Throws as forward does, and value_error for chosen keys that are not there.
+/// Of queries x keys there is no more than the map itself and, in each thread, some rows of it: of a mean as many as
+/// 8 MiB have room for, and at least as many as are worked on together (64 of f32 under AVX-512); and keys and values
+/// of a head. The same bits for any number of threads. Throws as forward does, and value_error for chosen keys that are
+/// not there.
 template <executor Executor, viewable<4> Q, viewable<4> K, viewable<4> V, class... Stages, viewable<4> Out, class Map>
   requires(detail::is_map<Map>)
 void forward(const Executor& exec, const Q& q, const K& k, const V& v, const scores<Stages...>& s, Out&& out,

@@ -81,10 +81,11 @@ struct attention_problem {
   head_rows<const T> key_rows(index_t b, index_t h) const noexcept { return sequence(k, key_starts, b, h / group); }
   head_rows<const T> value_rows(index_t b, index_t h) const noexcept { return sequence(v, key_starts, b, h / group); }
   head_rows<Out> out_rows(index_t b, index_t h) const noexcept { return sequence(out, query_starts, b, h); }
-  // Calls f with the rows that columns of the result go to, in order, and whether they are added to what is there.
+  // Calls f(to, row, more, stride) with the rows that columns of the result go to, in order, and which of them query i
+  // has, the task's query `at`; and with what is added before, rows of columns `stride` apart, or null.
   template <class F>
-  void each_out(index_t b, index_t h, F&& f) const noexcept {
-    f(out_rows(b, h), std::false_type{});
+  void each_out(index_t b, index_t h, index_t i, index_t, F&& f) const noexcept {
+    f(out_rows(b, h), i, static_cast<const A*>(nullptr), index_t{0});
   }
   A& lse_at(index_t b, index_t h, index_t i) const noexcept {
     return lse(query_starts ? 0 : b, h, first(query_starts, b) + i);

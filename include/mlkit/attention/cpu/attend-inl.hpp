@@ -41,18 +41,36 @@ struct attend {
 
   static index_t depth_blocks(index_t d) noexcept { return ceil_div(d, depth_step<Element>(d)); }
 
+  struct nothing {
+    void operator()(index_t, index_t, index_t) const noexcept {}
+  };
   // c[rows][lanes] (+)= left[rows][depth] right[depth][lanes], at most a sliver of lanes; all in words, with rows of
-  // right and c so many words apart.
+  // right and c so many words apart. meanwhile(i, i_end, rows) is called before the rows [i, i_end) are made.
+  template <class Meanwhile = nothing>
   static void multiply(index_t depth, const word* left, index_t rows, const word* right, index_t right_stride,
-                       index_t lanes, sum* c, index_t c_stride, bool accumulate) noexcept {
+                       index_t lanes, sum* c, index_t c_stride, bool accumulate,
+                       const Meanwhile& meanwhile = {}) noexcept {
     const int vectors = static_cast<int>(lanes / width), height = tile_rows(vectors);
     for (index_t i = 0; i < rows; i += height) {
+      meanwhile(i, std::min(rows, i + height), rows);
       const char* next = reinterpret_cast<const char*>(left + (i + height) * stride);
       const fetch_ahead ahead{reinterpret_cast<const char*>(right), next, stride * index_t{sizeof(word)},
                               depth * index_t{sizeof(word)}};
       select_tile<Element>(vectors, static_cast<int>(std::min<index_t>(height, rows - i)))(
           depth, left + i * stride, right, right_stride, c + i * c_stride, c_stride, accumulate, ahead);
     }
+  }
+
+  // While a product of `of` rows is about to make rows [i, i_end), brings as large a share closer of the rows [first,
+  // first + count) that a result will be written to: all at once they would wait for each other, as the stores do.
+  template <class Out>
+  static MLKIT_ALWAYS_INLINE void fetch_share(const attention::detail::head_rows<Out>& to, index_t first, index_t count,
+                                              index_t i, index_t i_end, index_t of) noexcept {
+    constexpr index_t line = 64 / index_t{sizeof(Out)};
+    if (to.col_stride != 1) return;
+    asm volatile("");  // or compilers leave out calls of what only fetches
+    for (index_t r = count * i / of; r < count * i_end / of; ++r)
+      for (index_t c = 0; c < to.cols; c += line) __builtin_prefetch(to.data + (first + r) * to.row_stride + c, 0, 2);
   }
 
   // What the groups of a block of keys are to some queries.
@@ -157,34 +175,27 @@ struct attend {
     return result;
   }
 
-  // Rows [first, first + count) of to = turned^T, or are added to it; where turned is [to.cols][lanes]; `memory` holds
+  // Rows [first, first + count) of to = turned^T, where turned is [to.cols][lanes]; `memory` holds
   // [keys_at_once][lanes].
-  template <class Out, class Add = std::false_type>
+  template <class Out>
   static void write_turned(const sum* turned, index_t lanes, index_t count, const attention::detail::head_rows<Out>& to,
-                           index_t first, sum* memory, Add add = {}) noexcept {
-    if (to.cols == 1) {
-      for (index_t i = 0; i < count; ++i) {
-        Out& y = to.data[(first + i) * to.row_stride];
-        y = static_cast<Out>(add ? static_cast<sum>(y) + turned[i] : turned[i]);
+                           index_t first, sum* memory) noexcept {
+    if constexpr (std::is_same_v<Out, sum>)
+      if (to.row_stride == 1) {
+        for (index_t c = 0; c < to.cols; ++c)
+          copy_run(turned + c * lanes, count * index_t{sizeof(sum)}, to.data + first + c * to.col_stride);
+        return;
       }
-      return;
-    }
     for (index_t c = 0; c < to.cols; c += keys_at_once) {
       const index_t n = std::min(keys_at_once, to.cols - c);
       if constexpr (std::is_same_v<Out, sum>)
-        if (to.col_stride == 1 && !add) {
+        if (to.col_stride == 1) {
           transpose(turned + c * lanes, lanes, n, count, to.data + first * to.row_stride + c, to.row_stride);
           continue;
         }
       transpose(turned + c * lanes, lanes, n, lanes, memory, n);
       for (index_t i = 0; i < count; ++i) {
         Out* y = to.data + (first + i) * to.row_stride + c * to.col_stride;
-        if (add) {
-          sum there[keys_at_once];
-          decode_run(set_tag{}, dense_source<Out>{y, 1, n, n, to.col_stride}, 0, 0, n, there);
-          MLKIT_SIMD
-          for (index_t l = 0; l < n; ++l) memory[i * n + l] += there[l];
-        }
         if (to.col_stride == 1)
           decode_run(set_tag{}, dense_source<sum>{memory + i * n, 1, n, n, 1}, 0, 0, n, y);
         else

@@ -158,24 +158,23 @@ struct attend_backward : attend<Element> {
     }
   }
 
-  // Packs lines [first, first + count) as right panels for S^T and dP^T.
+  // Packs the lines of a sliver, the block's lines [at, at + n), as a right panel for S^T or dP^T.
   template <class Source>
-  static void pack_over_queries(const operand<Source>& op, index_t first, index_t count, index_t depth, word* panels,
-                                Element* pack) noexcept {
-    each_sliver(count, [&](index_t at, index_t n, index_t lanes) {
-      word* panel = panels + at / sliver * right_words(depth);
-      each_depth_block(depth, depth_step<Element>(depth), [&](index_t c, index_t deep) {
-        pack_right<Element>(op, first + at, n, lanes, c, deep, panel, pack);
-        panel += words<Element>(deep) * lanes;
-      });
+  static void pack_over_queries(const operand<Source>& op, index_t first, index_t at, index_t n, index_t depth,
+                                word* panels, Element* pack) noexcept {
+    word* panel = panels + at / sliver * right_words(depth);
+    each_depth_block(depth, depth_step<Element>(depth), [&](index_t c, index_t deep) {
+      pack_right<Element>(op, first + at, n, padded(n), c, deep, panel, pack);
+      panel += words<Element>(deep) * padded(n);
     });
   }
-  // Packs the same rows as right panels whose depth they are.
+  // Packs the same rows as parts of right panels whose depth is the queries.
   template <class Source>
-  static void pack_rows(const operand<Source>& op, index_t first, index_t count, index_t lines, word* panels,
+  static void pack_rows(const operand<Source>& op, index_t first, index_t at, index_t n, index_t lines, word* panels,
                         Element* pack) noexcept {
-    each_sliver(lines, [&](index_t at, index_t n, index_t lanes) {
-      pack_right<Element>(op, at, n, lanes, first, count, panels + at * words<Element>(block_queries), pack);
+    each_sliver(lines, [&](index_t line, index_t count, index_t lanes) {
+      pack_right<Element>(op, line, count, lanes, first + at, n,
+                          panels + line * words<Element>(block_queries) + words<Element>(at) * lanes, pack);
     });
   }
 
@@ -188,14 +187,15 @@ struct attend_backward : attend<Element> {
     using Source = std::remove_cvref_t<decltype(q)>;
     using Gradient = std::remove_cvref_t<decltype(dout)>;
     const index_t d = p.d, d_v = p.d_v, keys = attention::detail::key_limit(*p.forward.scores, b, shape.keys);
-    pack_over_queries(operand<Source>{q, true}, first, count, d, s.queries, s.pack);
-    pack_over_queries(operand<Gradient>{dout, true}, first, count, d_v, s.output_gradients, s.pack);
-    find_deltas(p, b, h, first, count, s);
-    if constexpr (!BiasOnly) {
-      pack_rows(operand<Source>{q, false}, first, count, d, s.query_rows, s.pack);
-      pack_rows(operand<Gradient>{dout, false}, first, count, d_v, s.output_rows, s.pack);
-      std::fill_n(s.dq, slivers_of_block * dq_size(p), sum{});
-    }
+    // Sliver by sliver, so that what is read twice or thrice is near.
+    each_sliver(count, [&](index_t at, index_t n, index_t) {
+      pack_over_queries(operand<Source>{q, true}, first, at, n, d, s.queries, s.pack);
+      if constexpr (!BiasOnly) pack_rows(operand<Source>{q, false}, first, at, n, d, s.query_rows, s.pack);
+      pack_over_queries(operand<Gradient>{dout, true}, first, at, n, d_v, s.output_gradients, s.pack);
+      if constexpr (!BiasOnly) pack_rows(operand<Gradient>{dout, false}, first, at, n, d_v, s.output_rows, s.pack);
+      find_deltas(p, b, h, first, at, n, s);
+    });
+    if constexpr (!BiasOnly) std::fill_n(s.dq, slivers_of_block * dq_size(p), sum{});
 
     for (index_t j = 0; j < keys; j += block_keys) {
       const index_t n = std::min(block_keys, keys - j);
@@ -227,7 +227,10 @@ struct attend_backward : attend<Element> {
           plan.each_run(n, [&](index_t from, index_t to) {
             const word* right = s.ds_right + at + from / compute<Element>::elements_per_word * right_stride;
             base::multiply(words<Element>(to - from), s.key_columns + from / compute<Element>::elements_per_word, d,
-                           right, right_stride, lanes, s.dq + at / sliver * dq_size(p), lanes, true);
+                           right, right_stride, lanes, s.dq + at / sliver * dq_size(p), lanes, true,
+                           [&](index_t i, index_t i_end, index_t of) {
+                             if (j + n == keys) base::fetch_share(p.dq_rows(b, h), first + at, m, i, i_end, of);
+                           });
           });
       });
       if constexpr (!BiasOnly) {
@@ -276,7 +279,7 @@ struct attend_backward : attend<Element> {
   }
 
   // D = sum over d_v of dO * O, less dlse, and the lse that probabilities are taken against.
-  static void find_deltas(const Problem& p, index_t b, index_t h, index_t first, index_t count,
+  static void find_deltas(const Problem& p, index_t b, index_t h, index_t first, index_t at, index_t count,
                           const parts& s) noexcept {
     const auto out = p.forward.out_rows(b, h);
     const auto dout = p.dout_rows(b, h);
@@ -285,8 +288,8 @@ struct attend_backward : attend<Element> {
     for (index_t i = 0; i < count; i += at_once) {
       sum sums[at_once] = {};
       const index_t some = std::min(at_once, count - i);
-      const auto* x = out.data + (first + i) * out.row_stride;
-      const auto* y = dout.data + (first + i) * dout.row_stride;
+      const auto* x = out.data + (first + at + i) * out.row_stride;
+      const auto* y = dout.data + (first + at + i) * dout.row_stride;
       if (runs && some == at_once) {
         V partial[at_once];
         MLKIT_UNROLL
@@ -311,16 +314,16 @@ struct attend_backward : attend<Element> {
                        static_cast<sum>(y[r * dout.row_stride + c * dout.col_stride]);
       }
       for (index_t r = 0; r < some; ++r) {
-        const index_t query = first + i + r;
+        const index_t query = first + at + i + r;
         const sum lse = p.forward.lse_at(b, h, query);
         const bool sees = lse != -infinity;  // else it has no gradient, whatever dlse (0 / 0 in merges of nothing)
-        s.delta[i + r] = sees ? sums[r] - (p.dlse.data ? p.dlse_at(b, h, query) : sum{}) : sum{};
-        s.level[i + r] = sees ? lse : infinity;
+        s.delta[at + i + r] = sees ? sums[r] - (p.dlse.data ? p.dlse_at(b, h, query) : sum{}) : sum{};
+        s.level[at + i + r] = sees ? lse : infinity;
       }
     }
     for (index_t i = count; i < round_up(count, width); ++i) {  // lanes that are no queries
-      s.level[i] = infinity;
-      s.delta[i] = 0;
+      s.level[at + i] = infinity;
+      s.delta[at + i] = 0;
     }
   }
 

@@ -202,10 +202,10 @@ struct attend_decode {
 
     const V before = V::load(s.level + row * width), now = max(before, largest_of<of_register>(top));
     const V level = V::select(now == V(-infinity), V::zero(), now);
-    const V factor = exp2_bounded((before - level) * log2_e);
+    const V factor = exp2_bounded<false>((before - level) * log2_e);
     V total = V::load(s.total + row * width) * factor;
     for (index_t g = 0; g < count; ++g) {
-      V x = exp2_bounded((V::load(scores + g * width) - level) * log2_e);
+      V x = exp2_bounded<false>((V::load(scores + g * width) - level) * log2_e);
       total += x;
       if constexpr (quantised) x = x * spread(keys.v_scales, keys.v_scale_stride, g * of_register);
       x.store(scores + g * width);

@@ -27,14 +27,14 @@ struct attend_forward : attend<Element> {
 
   struct parts {
     word* queries;        // right panels [slivers][words of d][lanes]
-    word *keys, *values;  // left panels [depth blocks of d][keys][stride], [d_v][stride]
+    word *keys, *values;  // left panels of a block, or of each: [depth blocks of d][keys][stride], [d_v][stride]
     sum* scores;          // [keys][lanes]
     word* probabilities;  // right panel [words of keys][lanes]; the scores' memory where the types agree
     sum* out;             // [slivers][d_v][lanes]
     sum *level, *total;   // of each query: the score that its exponents are relative to, and their sum so far
     sum* bias;            // of a sliver, [keys][lanes]
     Element* pack;
-    sum scale;  // what scores are yet to be multiplied by
+    sum scale_first, scale;  // what scores are multiplied by, and what they are yet to be
     kept_map<Element, Problem> map;
   };
   static constexpr bool own_probabilities = !std::is_same_v<Element, sum>;
@@ -49,12 +49,38 @@ struct attend_forward : attend<Element> {
   }
   static index_t out_size(const Problem& p) noexcept { return sliver * round_up(p.d_v, index_t{group}); }
 
+  // The head that is worked on; where all its keys are packed at once, a sliver of queries is worked on from these to
+  // its outputs, and the next one has its memory. For few keys that stays in the nearest cache, and of maps it keeps
+  // the probabilities of one sliver alone. Else each block of keys meets all slivers.
+  struct head_place {
+    index_t b, h;
+    shape_type shape;
+    index_t keys;
+    bool packed_at_once;
+  };
+  static bool packs_at_once(const Problem& p, index_t keys) noexcept {
+    if constexpr (captures)
+      if (p.map.every_key) return true;
+    return keys <= keys_at_once;
+  }
+  // A sliver: its first query, where that is in the task, and where what is kept of it is.
+  struct sliver_place {
+    index_t first, at, home, count, lanes;
+  };
+
+  static index_t key_words(const Problem& p) noexcept {
+    return base::depth_blocks(p.d) * (keys_at_once + group) * stride;
+  }
+  static index_t value_words(const Problem& p) noexcept { return round_up(p.d_v + group, index_t{group}) * stride; }
+
   static index_t lay_out(const Problem& p, index_t rows, std::byte* memory, parts& s) noexcept {
     typename base::pieces all(memory);
-    const index_t slivers = ceil_div(rows, sliver);
+    const bool at_once = packs_at_once(p, p.k.extents[2]);
+    const index_t all_slivers = ceil_div(rows, sliver), slivers = at_once ? 1 : all_slivers;
+    const index_t blocks = at_once ? ceil_div(p.k.extents[2], keys_at_once) : 1;
     all.take(s.queries, slivers * query_words(p));
-    all.take(s.keys, base::depth_blocks(p.d) * (keys_at_once + group) * stride);
-    all.take(s.values, round_up(p.d_v + group, index_t{group}) * stride);
+    all.take(s.keys, blocks * key_words(p));
+    all.take(s.values, blocks * value_words(p));
     all.take(s.scores, (keys_at_once + group) * sliver);
     if constexpr (own_probabilities)
       all.take(s.probabilities, (keys_at_once / 2 + 1) * sliver);
@@ -65,7 +91,7 @@ struct attend_forward : attend<Element> {
     all.take(s.total, slivers * sliver);
     all.take(s.bias, has_bias ? base::bias_size : 0);
     all.take(s.pack, pack_scratch<Element>);
-    s.map.lay_out(p, rows, all);
+    s.map.lay_out(p, slivers, all_slivers, all);
     return all.bytes();
   }
   static index_t scratch_bytes(const Problem& p, index_t rows) noexcept {
@@ -76,100 +102,127 @@ struct attend_forward : attend<Element> {
   static void run(const Problem& p, index_t b, index_t h, index_t first, index_t rows, std::byte* memory) noexcept {
     parts s;
     lay_out(p, rows, memory, s);
-    const auto q = head_of(p.query_rows(b, h)), k = head_of(p.key_rows(b, h)), v = head_of(p.value_rows(b, h));
-    const shape_type shape = p.shape(b);
-    const index_t keys = attention::detail::key_limit(*p.scores, b, k.rows());
-    const index_t d = p.d, step = depth_step<Element>(d);
+    const index_t keys = attention::detail::key_limit(*p.scores, b, p.keys(b));
+    const head_place head{b, h, p.shape(b), keys, packs_at_once(p, keys)};
     // Where at most a positive scale happens to scores, it is left to the exponents.
     const sum scale = only_scaled ? base::scale_of(*p.scores) : sum{1};
-    const bool scale_first = !(scale > 0);
-    s.scale = scale_first ? sum{1} : scale;
-    const operand<std::remove_cvref_t<decltype(q)>> query_lines{q, true}, key_lines{k, true}, value_lines{v, false};
-    each_sliver(rows, [&](index_t at, index_t count, index_t lanes) {
-      word* panel = s.queries + at / sliver * query_words(p);
-      each_depth_block(d, step, [&](index_t c, index_t depth) {
-        pack_right<Element>(query_lines, first + at, count, lanes, c, depth, panel, s.pack);
-        panel += words<Element>(depth) * lanes;
+    s.scale = scale > 0 ? scale : sum{1};
+    s.scale_first = scale > 0 ? sum{1} : scale;
+    const auto each_block = [&](auto&& f) {
+      for (index_t j = 0; j < keys; j += keys_at_once) f(j, std::min(keys_at_once, keys - j));
+    };
+    const auto pack = [&](index_t j, index_t n) {
+      const bool any = base::plan_block(p, head.shape, b, h, first, first + rows, j, j + n).any;
+      if (any) pack_block(p, head, j, n, s);
+      return any;
+    };
+    const auto each_sliver = [&](auto&& f) {
+      for (index_t at = 0; at < rows; at += sliver) {
+        const index_t count = std::min(sliver, rows - at);
+        f(sliver_place{first + at, at, head.packed_at_once ? 0 : at, count, base::padded(count)});
+      }
+    };
+    if (head.packed_at_once) {
+      each_block(pack);
+      each_sliver([&](const sliver_place& place) {
+        start(p, head, place, s);
+        each_block([&](index_t j, index_t n) { add_block(p, head, place, j, n, s); });
+        finish(p, head, place, s);
       });
-    });
-    std::fill_n(s.out, ceil_div(rows, sliver) * out_size(p), sum{});
-    start(p, h, rows, s);
-    if constexpr (captures) s.map.start(rows);
-    sum* const block_scores = s.scores;
-
-    for (index_t j = 0; j < keys; j += keys_at_once) {
-      const index_t n = std::min(keys_at_once, keys - j);
-      if (!base::plan_block(p, shape, b, h, first, first + rows, j, j + n).any) continue;
-      word* panel = s.keys;
-      each_depth_block(d, step, [&](index_t c, index_t depth) {
-        pack_left<Element>(key_lines, j, n, c, depth, reinterpret_cast<Element*>(panel), s.pack, 0);
-        panel += (keys_at_once + group) * stride;
-      });
-      pack_left<Element>(value_lines, 0, p.d_v, j, n, reinterpret_cast<Element*>(s.values), s.pack, 0);
-      each_sliver(rows, [&](index_t at, index_t count, index_t lanes) {
-        const block_plan plan = base::plan_block(p, shape, b, h, first + at, first + at + count, j, j + n);
-        if (!plan.any) return;
-        if constexpr (captures) {
-          s.scores = s.map.scores(at, j, lanes, block_scores);
-          if constexpr (!own_probabilities) s.probabilities = reinterpret_cast<word*>(s.scores);
-        }
-        const word* queries = s.queries + at / sliver * query_words(p);
-        plan.each_run(n, [&](index_t from, index_t to) {
-          const word *left = s.keys, *right = queries;
-          if (d == 0) std::fill_n(s.scores + from * lanes, (to - from) * lanes, sum{});
-          each_depth_block(d, step, [&](index_t c, index_t depth) {
-            base::multiply(words<Element>(depth), left + from * stride, to - from, right, lanes, lanes,
-                           s.scores + from * lanes, lanes, c > 0);
-            left += (keys_at_once + group) * stride;
-            right += words<Element>(depth) * lanes;
-          });
-        });
-        if (scale_first)
-          for (index_t i = 0; i < n * lanes; ++i) s.scores[i] *= scale;
-        const sum* bias = base::turn_bias(p, b, h, first + at, count, lanes, j, n, s.bias);
-        const score_run place{b, h, first + at, j, 0, bias};
-        sum* out = s.out + at / sliver * out_size(p);
-        for (index_t l = 0; l < lanes; l += 4 * width) softmax(p, shape, place, at, l, count, lanes, n, plan, out, s);
-        if constexpr (captures) s.map.keep(p, b, at, j, n, lanes, plan, s.scores, s.level + at);
-        const auto add_values = [&](index_t from, index_t to) {
-          constexpr index_t per_word = compute<Element>::elements_per_word;
-          base::multiply(words<Element>(to - from), s.values + from / per_word, p.d_v,
-                         s.probabilities + from / per_word * lanes, lanes, lanes, out, lanes, true);
-        };
-        plan.each_run(n, [&](index_t from, index_t to) {
-          if constexpr (requires { p.each_valued(from, to, add_values); })
-            p.each_valued(j + from, j + to, [&](index_t begin, index_t end) { add_values(begin - j, end - j); });
-          else
-            add_values(from, to);
-        });
-      });
+      return;
     }
-    s.scores = block_scores;
-    each_sliver(rows, [&](index_t at, index_t count, index_t lanes) {
-      if constexpr (captures)
-        s.map.finish(p, b, h, first, at, count, lanes, keys, s.scale, s.level + at, s.total + at, s.scores);
-      finish(p, b, h, first, at, count, lanes, s.out + at / sliver * out_size(p), s);
+    each_sliver([&](const sliver_place& place) { start(p, head, place, s); });
+    each_block([&](index_t j, index_t n) {
+      if (pack(j, n)) each_sliver([&](const sliver_place& place) { add_block(p, head, place, j, n, s); });
     });
+    each_sliver([&](const sliver_place& place) { finish(p, head, place, s); });
   }
 
  private:
-  template <class F>
-  static void each_sliver(index_t rows, F&& f) noexcept {
-    for (index_t at = 0; at < rows; at += sliver) {
-      const index_t count = std::min(sliver, rows - at);
-      f(at, count, base::padded(count));
-    }
+  // Packs the keys and values [j, j + n).
+  static void pack_block(const Problem& p, const head_place& head, index_t j, index_t n, const parts& s) noexcept {
+    const auto k = head_of(p.key_rows(head.b, head.h)), v = head_of(p.value_rows(head.b, head.h));
+    const operand<std::remove_cvref_t<decltype(k)>> key_lines{k, true}, value_lines{v, false};
+    const index_t block = head.packed_at_once ? j / keys_at_once : 0;
+    word* panel = s.keys + block * key_words(p);
+    each_depth_block(p.d, depth_step<Element>(p.d), [&](index_t c, index_t depth) {
+      pack_left<Element>(key_lines, j, n, c, depth, reinterpret_cast<Element*>(panel), s.pack, 0);
+      panel += (keys_at_once + group) * stride;
+    });
+    pack_left<Element>(value_lines, 0, p.d_v, j, n, reinterpret_cast<Element*>(s.values + block * value_words(p)),
+                       s.pack, 0);
   }
 
-  // Level and sum of nothing, or of a sink.
-  static void start(const Problem& p, index_t h, index_t rows, const parts& s) noexcept {
+  // Adds the attention of a sliver to the keys [j, j + n).
+  static void add_block(const Problem& p, const head_place& head, const sliver_place& place, index_t j, index_t n,
+                        parts& s) noexcept {
+    const index_t b = head.b, h = head.h, count = place.count, lanes = place.lanes, d = p.d;
+    const block_plan plan = base::plan_block(p, head.shape, b, h, place.first, place.first + count, j, j + n);
+    if (!plan.any) return;
+    const index_t block = head.packed_at_once ? j / keys_at_once : 0;
+    const word *keys = s.keys + block * key_words(p), *values = s.values + block * value_words(p);
+    sum* const block_scores = s.scores;
+    if constexpr (captures) {
+      s.scores = s.map.scores(place.home, j, lanes, block_scores);
+      if constexpr (!own_probabilities) s.probabilities = reinterpret_cast<word*>(s.scores);
+    }
+    plan.each_run(n, [&](index_t from, index_t to) {
+      const word *left = keys, *right = s.queries + place.home / sliver * query_words(p);
+      if (d == 0) std::fill_n(s.scores + from * lanes, (to - from) * lanes, sum{});
+      each_depth_block(d, depth_step<Element>(d), [&](index_t c, index_t depth) {
+        base::multiply(words<Element>(depth), left + from * stride, to - from, right, lanes, lanes,
+                       s.scores + from * lanes, lanes, c > 0);
+        left += (keys_at_once + group) * stride;
+        right += words<Element>(depth) * lanes;
+      });
+    });
+    if (s.scale_first != sum{1})
+      for (index_t i = 0; i < n * lanes; ++i) s.scores[i] *= s.scale_first;
+    const sum* bias = base::turn_bias(p, b, h, place.first, count, lanes, j, n, s.bias);
+    const score_run run{b, h, place.first, j, 0, bias};
+    sum* out = s.out + place.home / sliver * out_size(p);
+    for (index_t l = 0; l < lanes; l += 4 * width)
+      softmax(p, head.shape, run, place.home, l, count, lanes, n, plan, out, s);
+    if constexpr (captures) s.map.keep(p, b, place.home, j, n, lanes, plan, s.scores, s.level + place.home);
+    const bool last = head.packed_at_once && j + n == head.keys;
+    const auto fetch_out = [&](index_t i, index_t i_end, index_t of) {
+      if (!last) return;
+      p.each_out(b, h, place.first, place.at, [&](const auto& to, index_t row, const sum*, index_t) {
+        base::fetch_share(to, row, count, i, i_end, of);
+      });
+    };
+    const auto add_values = [&](index_t from, index_t to) {
+      constexpr index_t per_word = compute<Element>::elements_per_word;
+      base::multiply(words<Element>(to - from), values + from / per_word, p.d_v,
+                     s.probabilities + from / per_word * lanes, lanes, lanes, out, lanes, true, fetch_out);
+    };
+    plan.each_run(n, [&](index_t from, index_t to) {
+      if constexpr (requires { p.each_valued(from, to, add_values); })
+        p.each_valued(j + from, j + to, [&](index_t begin, index_t end) { add_values(begin - j, end - j); });
+      else
+        add_values(from, to);
+    });
+    s.scores = block_scores;
+  }
+
+  // Packs the queries of a sliver; there is nothing of its output, and level and sum are those of nothing or of a sink.
+  static void start(const Problem& p, const head_place& head, const sliver_place& place, parts& s) noexcept {
+    const auto q = head_of(p.query_rows(head.b, head.h));
+    const operand<std::remove_cvref_t<decltype(q)>> query_lines{q, true};
+    word* panel = s.queries + place.home / sliver * query_words(p);
+    each_depth_block(p.d, depth_step<Element>(p.d), [&](index_t c, index_t depth) {
+      pack_right<Element>(query_lines, place.first, place.count, place.lanes, c, depth, panel, s.pack);
+      panel += words<Element>(depth) * place.lanes;
+    });
+    std::fill_n(s.out + place.home / sliver * out_size(p), out_size(p), sum{});
     sum level = -infinity;
     attention::detail::each_stage(*p.scores, [&](const auto& stage) {
       if constexpr (attention::detail::is_sinks<std::remove_cvref_t<decltype(stage)>>)
-        level = static_cast<sum>(stage.logits.data[h * stage.logits.strides[0]]);
+        level = static_cast<sum>(stage.logits.data[head.h * stage.logits.strides[0]]);
     });
-    std::fill_n(s.level, round_up(rows, sliver), level);
-    std::fill_n(s.total, round_up(rows, sliver), level == -infinity ? sum{} : sum{1});
+    std::fill_n(s.level + place.home, sliver, level);
+    std::fill_n(s.total + place.home, sliver, level == -infinity ? sum{} : sum{1});
+    if constexpr (captures) s.map.start(place.home);
   }
 
   // By how many powers of two a score may exceed the level of its query before the level, and with it what is there of
@@ -297,29 +350,34 @@ struct attend_forward : attend<Element> {
     }
   }
 
-  // O = O^T transposed, over the sums.
-  static void finish(const Problem& p, index_t b, index_t h, index_t first, index_t at, index_t count, index_t lanes,
-                     sum* out, const parts& s) noexcept {
+  // O = O^T transposed, over the sums; and the map's part.
+  static void finish(const Problem& p, const head_place& head, const sliver_place& place, const parts& s) noexcept {
+    const index_t b = head.b, h = head.h, home = place.home, lanes = place.lanes;
+    if constexpr (captures) s.map.finish(p, b, h, place, head.keys, s.scale, s.level + home, s.total + home, s.scores);
+    sum* out = s.out + home / sliver * out_size(p);
     for (index_t l = 0; l < lanes; l += width) {
-      const V total = V::load(s.total + at + l);
+      const V total = V::load(s.total + home + l);
       const V inverse = V::select(total == V::zero(), V::zero(), V(sum{1}) / total);
       for (index_t c = 0; c < p.d_v; ++c) {
         sum* x = out + c * lanes + l;
         (V::load(x) * inverse).store(x);
       }
     }
-    p.each_out(b, h, [&](const auto& to, const auto add) {
-      base::write_turned(out, lanes, count, to, first + at, s.scores, add);
+    p.each_out(b, h, place.first, place.at, [&](const auto& to, index_t row, const sum* more, index_t more_stride) {
+      for (index_t c = 0; more && c < to.cols; ++c)
+        for (index_t l = 0; l < lanes; l += width)
+          (V::load(out + c * lanes + l) + V::load(more + c * more_stride + l)).store(out + c * lanes + l);
+      base::write_turned(out, lanes, place.count, to, row, s.scores);
       out += to.cols * lanes;
     });
     if (!p.lse.data) return;
     // In f64, as exponents of backward are relative to what this rounds to. log(0) = -inf.
     using wide = vec<double>;
     double level[sliver], total[sliver];
-    std::copy_n(s.level + at, lanes, level), std::copy_n(s.total + at, lanes, total);
-    for (index_t l = 0; l < count; l += wide::width)
+    std::copy_n(s.level + home, lanes, level), std::copy_n(s.total + home, lanes, total);
+    for (index_t l = 0; l < place.count; l += wide::width)
       fma(wide::load(level + l), wide(static_cast<double>(s.scale)), log(wide::load(total + l))).store(total + l);
-    for (index_t i = 0; i < count; ++i) p.lse_at(b, h, first + at + i) = static_cast<sum>(total[i]);
+    for (index_t i = 0; i < place.count; ++i) p.lse_at(b, h, place.first + i) = static_cast<sum>(total[i]);
   }
 };
 

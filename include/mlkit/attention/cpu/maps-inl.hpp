@@ -21,23 +21,23 @@ struct kept_map<Element, Problem> : attend<Element> {
   index_t height, blocks;
   bool every_key;
 
-  void lay_out(const Problem& p, index_t rows, typename base::pieces& all) noexcept {
-    const index_t slivers = ceil_div(rows, sliver), keys = p.k.extents[2];
+  // For so many slivers at a time, of a task with so many.
+  void lay_out(const Problem& p, index_t slivers, index_t all_slivers, typename base::pieces& all) noexcept {
+    const index_t keys = p.k.extents[2];
     every_key = p.map.every_key;
     // The last tile of scores may be written beyond the last key.
     height = every_key ? round_up(keys + group, index_t{group}) : p.map.values.extents[3];
     blocks = ceil_div(keys, keys_at_once);
     all.take(kept, slivers * height * sliver);
-    all.take(mean, p.map.averaged ? slivers * height * sliver : 0);
+    all.take(mean, p.map.averaged ? all_slivers * height * sliver : 0);
     all.take(levels, slivers * blocks * sliver);
     all.take(plans, slivers * blocks);
   }
 
-  void start(index_t rows) noexcept {
-    const index_t slivers = ceil_div(rows, sliver);
-    for (index_t i = 0; i < slivers * blocks; ++i) plans[i].any = false;
-    std::fill_n(levels, slivers * blocks * sliver, -base::infinity);
-    if (!every_key) std::fill_n(kept, slivers * height * sliver, sum{});
+  void start(index_t at) noexcept {
+    for (index_t i = 0; i < blocks; ++i) plans[at / sliver * blocks + i].any = false;
+    std::fill_n(levels + at * blocks, blocks * sliver, -base::infinity);
+    if (!every_key) std::fill_n(kept + at * height, height * sliver, sum{});
   }
 
   // Where the scores of a sliver against the keys from j on are made, to stay there as probabilities.
@@ -59,11 +59,12 @@ struct kept_map<Element, Problem> : attend<Element> {
   }
 
   // The map of a sliver from what was kept: into its rows of the map, or on top of those of the heads before.
-  void finish(const Problem& p, index_t b, index_t h, index_t first, index_t at, index_t count, index_t lanes,
-              index_t keys, sum scale, const sum* level, const sum* total, sum* memory) noexcept {
-    const index_t heads = p.q.extents[1], sliver_blocks = at / sliver * blocks;
+  template <class Place>
+  void finish(const Problem& p, index_t b, index_t h, const Place& place, index_t keys, sum scale, const sum* level,
+              const sum* total, sum* memory) const noexcept {
+    const index_t heads = p.q.extents[1], sliver_blocks = place.home / sliver * blocks, lanes = place.lanes;
     const bool averaged = p.map.averaged;
-    sum *from = kept + at * height, *to = averaged ? mean + at * height : from;
+    sum *from = kept + place.home * height, *to = averaged ? mean + place.at * height : from;
     sum factors[sliver];
     const sum share = averaged ? 1 / static_cast<sum>(heads) : sum{1};
     const auto find_factors = [&](index_t block) {
@@ -107,7 +108,7 @@ struct kept_map<Element, Problem> : attend<Element> {
       }
     }
     if (!averaged || h + 1 == heads)
-      base::write_turned(to, lanes, count, attention::detail::head(p.map.values, b, averaged ? 0 : h), first + at,
-                         memory);
+      base::write_turned(to, lanes, place.count, attention::detail::head(p.map.values, b, averaged ? 0 : h),
+                         place.first, memory);
   }
 };

@@ -178,8 +178,9 @@ MLKIT_ALWAYS_INLINE V all_gradients(const attention::scores<Stages...>& pipeline
   }
 }
 
-// 2^x within 1.5 units in the last place for x <= 8; 0 from where the result is no longer normal. f64: simd/math.hpp's.
-template <class V>
+// 2^x within 1.5 units in the last place for x <= 8; 0 from where the result is no longer normal, be it that subnormals
+// are flushed anyhow. f64: simd/math.hpp's.
+template <bool Flushed = true, class V>
 MLKIT_ALWAYS_INLINE V exp2_bounded(V x) noexcept {
   if constexpr (sizeof(typename V::value_type) == 8) {
     return exp2(x);
@@ -187,16 +188,17 @@ MLKIT_ALWAYS_INLINE V exp2_bounded(V x) noexcept {
     // Minimax fit of (2^f - 1) / f for |f| <= 1/2, of the error relative to 2^f.
     constexpr float fit[] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba16p-10f};
 #if MLKIT_SET_AVX512
-    // Subnormal factors would cost a product on Intel a hundred times its time.
-    const __mmask16 normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.5f), _CMP_NLE_UQ);
     const V n = typename V::native(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     const V f = x - n;
-    return typename V::native(_mm512_maskz_scalef_ps(normal, fma(horner(f, fit), f, V(1.0f)).v, n.v));
+    const V y = fma(horner(f, fit), f, V(1.0f));
+    // Subnormal factors would cost a product on Intel a hundred times its time.
+    const __mmask16 normal = Flushed ? 0xffff : _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.5f), _CMP_NLE_UQ);
+    return typename V::native(_mm512_maskz_scalef_ps(normal, y.v, n.v));
 #else
     x = at_least(x, -127.0f);
     const V n = round_to_integer(x), f = x - n;
     const V y = fma(horner(f, fit), f, V(1.0f)) * power_of_two(n);
-    return V::select(x <= V(-126.5f), V::zero(), y);
+    return Flushed ? y : V::select(x <= V(-126.5f), V::zero(), y);
 #endif
   }
 }
