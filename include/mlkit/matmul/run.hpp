@@ -160,7 +160,8 @@ template <class E, class Product>
 void run_oriented(const cpu& exec, const Product& p) {
   const auto kernels = select_kernels<E, Product>();
   constexpr auto all_left = [](const Product& q, bool depth_first) {
-    return std::apply([&](const auto&... s) { return ((s.left.depth_first == depth_first) && ...); }, q.segments);
+    return std::apply([&](const auto&... s) { return ((s.left.depth_first == depth_first || s.depth() == 0) && ...); },
+                      q.segments);
   };
   const bool thin = p.right_lines <= thin_lines && p.right_lines <= p.left_lines &&
                     std::apply([](const auto&... s) { return ((s.packed_right == nullptr) && ...); }, p.segments);
