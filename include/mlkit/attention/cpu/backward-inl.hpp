@@ -26,13 +26,26 @@ struct attend_backward : attend<Element> {
   static constexpr bool paired = !std::is_same_v<Element, sum>;
   static_assert(block_queries <= compute<Element>::depth_block);
 
+  // Left panels of blocks of keys, side by side in rows that are longer than one needs.
+  struct shelf {
+    word* data;
+    index_t rows, width;
+    index_t room(index_t blocks) const noexcept { return ceil_div(blocks, stride / width) * rows * stride; }
+    word* at(index_t block) const noexcept {
+      const index_t beside = stride / width;
+      return data + block / beside * rows * stride + block % beside * width;
+    }
+  };
+
   struct parts {
     // Right panels over queries: [slivers][words of d or d_v][lanes].
     word *queries, *output_gradients;
     // Right panels whose depth is the queries: [slivers of d or d_v][words of queries][lanes].
     word *query_rows, *output_rows;
-    // Left panels: [depth blocks][keys][stride], and with the keys along k, [d][stride].
-    word *keys, *values, *key_columns;
+    // [depth blocks][keys][stride], and with the keys along k, [d][stride]; of all blocks, where these are kept.
+    shelf keys, values, key_columns;
+    index_t kept;             // blocks
+    bool* packed;             // of each that is kept
     sum *scores, *gradients;  // [keys][stride]: S and P, dP and dS
     word *p_left, *ds_left;   // the same as left panels; the same memory where the types agree
     word* ds_right;           // right panel [words of keys][block_queries]
@@ -61,13 +74,20 @@ struct attend_backward : attend<Element> {
   static index_t lay_out(const Problem& p, std::byte* memory, parts& s) noexcept {
     typename base::pieces all(memory);
     const index_t panel = (block_keys + group) * stride;
+    s.kept = blocks_kept(p);
+    const auto take_shelf = [&](shelf& x, index_t rows, index_t columns, index_t depth_blocks) {
+      x = {nullptr, rows,
+           std::min(stride, round_up(std::max<index_t>(1, columns), index_t{64} / index_t{sizeof(word)}))};
+      all.take(x.data, std::max(x.room(s.kept), depth_blocks * rows * stride));
+    };
     all.take(s.queries, slivers_of_block * right_words(p.d));
     all.take(s.output_gradients, slivers_of_block * right_words(p.d_v));
     all.take(s.query_rows, rows_words(p.d));
     all.take(s.output_rows, rows_words(p.d_v));
-    all.take(s.keys, base::depth_blocks(p.d) * panel);
-    all.take(s.values, base::depth_blocks(p.d_v) * panel);
-    all.take(s.key_columns, round_up(p.d + group, index_t{group}) * stride);
+    take_shelf(s.keys, block_keys + group, words<Element>(p.d), base::depth_blocks(p.d));
+    take_shelf(s.values, block_keys + group, words<Element>(p.d_v), base::depth_blocks(p.d_v));
+    take_shelf(s.key_columns, round_up(p.d + group, index_t{group}), words<Element>(block_keys), 1);
+    all.take(s.packed, s.kept);
     all.take(s.scores, panel);
     all.take(s.gradients, panel);
     if constexpr (paired) {
@@ -87,6 +107,14 @@ struct attend_backward : attend<Element> {
     all.take(s.pack, pack_scratch<Element>);
     return all.bytes();
   }
+  // Blocks of keys that stay packed from one block of queries to the next: all or none.
+  static index_t blocks_kept(const Problem& p) noexcept {
+    const index_t keys = p.forward.k.extents[2], bytes = keys * (2 * p.d + p.d_v) * index_t{sizeof(Element)};
+    const bool keeps = bytes <= kept_bytes && base::depth_blocks(p.d) <= 1 && base::depth_blocks(p.d_v) <= 1;
+    return keeps ? std::max<index_t>(1, ceil_div(keys, block_keys)) : 1;
+  }
+  static constexpr index_t kept_bytes = index_t{4} << 20;
+
   static index_t scratch_bytes(const Problem& p) noexcept {
     parts unused;
     return lay_out(p, nullptr, unused);
@@ -103,6 +131,7 @@ struct attend_backward : attend<Element> {
     const index_t blocks = ceil_div(shape.queries, block_queries);
     sum* dk = sums;
     sum* dv = sums + round_up(shape.keys + group, index_t{group}) * padded(p.d);
+    std::fill_n(s.packed, s.kept, false);
     for (index_t at = begin; at < end; ++at) {
       const index_t first = at % blocks * block_queries;
       run_block<false>(p, shape, b, kv * p.forward.group + at / blocks, first,
@@ -121,10 +150,12 @@ struct attend_backward : attend<Element> {
     const index_t rows = step[2] == 0 ? 1 : last - first, columns = p.dbias.extents[3];
     std::fill_n(totals, rows * columns, sum{});
     for (index_t batch = b; batch < b_end; ++batch)
-      for (index_t head = h; head < h_end; ++head)
+      for (index_t head = h; head < h_end; ++head) {
+        std::fill_n(s.packed, s.kept, false);
         for (index_t i = first; i < last; i += block_queries)
           run_block<true>(p, p.forward.shape(batch), batch, head, i, std::min(block_queries, last - i), nullptr,
                           nullptr, totals + (step[2] == 0 ? 0 : (i - first) * columns), s);
+      }
     for (index_t r = 0; r < rows; ++r) {
       auto* to = p.dbias.data + b * step[0] + h * step[1] + (first + r) * step[2];
       for (index_t c = 0; c < columns; ++c)
@@ -207,16 +238,22 @@ struct attend_backward : attend<Element> {
         any = any || plan.any;
       });
       if (!any) continue;
-      pack_keys(operand<Source>{k, true}, j, n, d, s.keys, s.pack);
-      pack_keys(operand<Source>{v, true}, j, n, d_v, s.values, s.pack);
-      pack_left<Element>(operand<Source>{k, false}, 0, d, j, n, reinterpret_cast<Element*>(s.key_columns), s.pack, 0);
+      const index_t block = s.kept > 1 ? j / block_keys : 0;
+      word *const keys_left = s.keys.at(block), *const values_left = s.values.at(block),
+                  *const columns_left = s.key_columns.at(block);
+      if (s.kept == 1 || !s.packed[block]) {
+        pack_keys(operand<Source>{k, true}, j, n, d, keys_left, s.pack);
+        pack_keys(operand<Source>{v, true}, j, n, d_v, values_left, s.pack);
+        pack_left<Element>(operand<Source>{k, false}, 0, d, j, n, reinterpret_cast<Element*>(columns_left), s.pack, 0);
+        s.packed[block] = true;
+      }
       each_sliver(count, [&](index_t at, index_t m, index_t lanes) {
         const block_plan& plan = plans[at / sliver];
         clear_empty(plan, n, at, lanes, s);
         if (!plan.any) return;
         plan.each_run(n, [&](index_t from, index_t to) {
-          multiply_over_depth(d, s.keys, from, to, s.queries + at / sliver * right_words(d), lanes, s.scores + at);
-          multiply_over_depth(d_v, s.values, from, to, s.output_gradients + at / sliver * right_words(d_v), lanes,
+          multiply_over_depth(d, keys_left, from, to, s.queries + at / sliver * right_words(d), lanes, s.scores + at);
+          multiply_over_depth(d_v, values_left, from, to, s.output_gradients + at / sliver * right_words(d_v), lanes,
                               s.gradients + at);
         });
         const sum* bias = base::turn_bias(p.forward, b, h, first + at, m, lanes, j, n, s.bias);
@@ -226,7 +263,7 @@ struct attend_backward : attend<Element> {
         if constexpr (!BiasOnly)
           plan.each_run(n, [&](index_t from, index_t to) {
             const word* right = s.ds_right + at + from / compute<Element>::elements_per_word * right_stride;
-            base::multiply(words<Element>(to - from), s.key_columns + from / compute<Element>::elements_per_word, d,
+            base::multiply(words<Element>(to - from), columns_left + from / compute<Element>::elements_per_word, d,
                            right, right_stride, lanes, s.dq + at / sliver * dq_size(p), lanes, true,
                            [&](index_t i, index_t i_end, index_t of) {
                              if (j + n == keys) base::fetch_share(p.dq_rows(b, h), first + at, m, i, i_end, of);
