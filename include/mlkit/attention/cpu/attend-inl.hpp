@@ -62,7 +62,7 @@ struct attend {
   }
 
   // While a product of `of` rows is about to make rows [i, i_end), brings as large a share closer of the rows [first,
-  // first + count) that a result will be written to: all at once they would wait for each other, as the stores do.
+  // first + count) that are soon read or written: all at once they would wait for each other.
   template <class Out>
   static MLKIT_ALWAYS_INLINE void fetch_share(const attention::detail::head_rows<Out>& to, index_t first, index_t count,
                                               index_t i, index_t i_end, index_t of) noexcept {
@@ -71,6 +71,16 @@ struct attend {
     asm volatile("");  // or compilers leave out calls of what only fetches
     for (index_t r = count * i / of; r < count * i_end / of; ++r)
       for (index_t c = 0; c < to.cols; c += line) __builtin_prefetch(to.data + (first + r) * to.row_stride + c, 0, 2);
+  }
+
+  // The same for what `count` queries from i on have of a bias [batch, heads, queries, keys], for n keys from j on.
+  template <class T>
+  static MLKIT_ALWAYS_INLINE void fetch_bias(const tensor_view<T, 4>& bias, index_t b, index_t h, index_t i,
+                                             index_t count, index_t j, index_t n, index_t row, index_t row_end,
+                                             index_t of) noexcept {
+    const auto& step = bias.strides;
+    T* const data = bias.data + b * step[0] + h * step[1] + j * step[3];
+    fetch_share(attention::detail::head_rows<T>{data, i + count, n, step[2], step[3]}, i, count, row, row_end, of);
   }
 
   // What the groups of a block of keys are to some queries.

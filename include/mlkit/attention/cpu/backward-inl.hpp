@@ -16,13 +16,13 @@ struct attend_backward : attend<Element> {
   using typename base::word;
   using shape_type = attention::detail::score_shape;
 
-  static constexpr int groups_of_block = 120 / group;
+  static constexpr bool has_bias = attention::detail::any_bias<typename Problem::scores_type>;
+  static constexpr int groups_of_block = (has_bias ? 96 : 120) / group;  // whole cache lines of a bias
   static constexpr index_t block_keys = index_t{groups_of_block} * group;
   static constexpr index_t slivers_of_block = 256 / sliver;
   static constexpr index_t block_queries = slivers_of_block * sliver;  // which one left panel row holds
   static constexpr bool drops = attention::detail::any_dropout<typename Problem::scores_type>;
   static constexpr bool only_scaled = attention::detail::only_scaled<typename Problem::scores_type>;
-  static constexpr bool has_bias = attention::detail::any_bias<typename Problem::scores_type>;
   static constexpr bool paired = !std::is_same_v<Element, sum>;
   static_assert(block_queries <= compute<Element>::depth_block);
 
@@ -252,9 +252,18 @@ struct attend_backward : attend<Element> {
         clear_empty(plan, n, at, lanes, s);
         if (!plan.any) return;
         plan.each_run(n, [&](index_t from, index_t to) {
-          multiply_over_depth(d, keys_left, from, to, s.queries + at / sliver * right_words(d), lanes, s.scores + at);
+          multiply_over_depth(d, keys_left, from, to, s.queries + at / sliver * right_words(d), lanes, s.scores + at,
+                              [&](index_t row, index_t row_end, index_t of) {
+                                with_bias_rows(*p.forward.scores, [&](const auto& bias) {
+                                  base::fetch_bias(bias, b, h, first + at, m, j, n, row, row_end, of);
+                                });
+                              });
           multiply_over_depth(d_v, values_left, from, to, s.output_gradients + at / sliver * right_words(d_v), lanes,
-                              s.gradients + at);
+                              s.gradients + at, [&](index_t row, index_t row_end, index_t of) {
+                                if constexpr (has_bias && !BiasOnly)
+                                  if (p.dbias.data)
+                                    base::fetch_bias(p.dbias, b, h, first + at, m, j, n, row, row_end, of);
+                              });
         });
         const sum* bias = base::turn_bias(p.forward, b, h, first + at, m, lanes, j, n, s.bias);
         find_gradients(p, shape, {b, h, first + at, j, 0, bias}, at, m, lanes, n, plan, s);
@@ -291,12 +300,13 @@ struct attend_backward : attend<Element> {
 
   // c[keys from, to)[lanes] = left right over all of a depth.
   static void multiply_over_depth(index_t depth, const word* left, index_t from, index_t to, const word* right,
-                                  index_t lanes, sum* c) noexcept {
+                                  index_t lanes, sum* c, const auto& meanwhile) noexcept {
     c += from * stride;
     if (depth == 0)
       for (index_t j = from; j < to; ++j, c += stride) std::fill_n(c, lanes, sum{});
     each_depth_block(depth, depth_step<Element>(depth), [&](index_t at, index_t deep) {
-      base::multiply(words<Element>(deep), left + from * stride, to - from, right, lanes, lanes, c, stride, at > 0);
+      base::multiply(words<Element>(deep), left + from * stride, to - from, right, lanes, lanes, c, stride, at > 0,
+                     meanwhile);
       left += (block_keys + group) * stride;
       right += words<Element>(deep) * lanes;
     });
