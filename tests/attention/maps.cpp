@@ -266,6 +266,17 @@ TEST_CASE("a thread keeps some rows of a map, not all of it", "[attention][maps]
   CHECK(peak(8192, true) < 3 << 19);
 }
 
+TEST_CASE("a map of every key needs no more besides than a head's keys and values, and a few rows",
+          "[attention][maps]") {
+  constexpr index_t keys = 16384, d = 64, rows_at_once = 64;
+  tensor<float, 4> q({1, 1, 128, d}), k({1, 1, keys, d}), v({1, 1, keys, d}), out({1, 1, 128, d}),
+      map({1, 1, 128, keys});
+  mlkit::reset_workspace_peak();
+  attention::forward(cpu{.threads = 1}, q, k, v, attention::scores<>{}, out, attention::head_maps{map});
+  constexpr index_t floats = 2 * keys * (d + d) + keys * rows_at_once;
+  CHECK(mlkit::workspace_peak_bytes() < floats * index_t{sizeof(float)} + (4 << 20));
+}
+
 TEST_CASE("maps that do not fit are refused, and nothing is written", "[attention][maps][bad input]") {
   const std::vector<float> numbers(4096, 0.5f);
   std::vector<float> written(8192, poison);

@@ -39,6 +39,27 @@ struct attend {
     index_t bytes_ = 0;
   };
 
+  // Left panels of blocks of keys, each [depth blocks][rows][stride]. With one depth block, several stand side by side,
+  // as rows are longer than what one has in them.
+  struct shelf {
+    word* data;
+    index_t rows, width, depth_blocks;
+
+    void take(pieces& all, index_t blocks, index_t panel_rows, index_t columns, index_t depths) noexcept {
+      rows = panel_rows;
+      depth_blocks = std::max<index_t>(1, depths);
+      width = depth_blocks > 1 ? stride : std::min(stride, round_up(std::max<index_t>(1, columns), line));
+      all.take(data, ceil_div(blocks, stride / width) * depth_blocks * rows * stride);
+    }
+    word* at(index_t block) const noexcept {
+      const index_t beside = stride / width;
+      return data + block / beside * depth_blocks * rows * stride + block % beside * width;
+    }
+
+   private:
+    static constexpr index_t line = 64 / index_t{sizeof(word)};
+  };
+
   static index_t depth_blocks(index_t d) noexcept { return ceil_div(d, depth_step<Element>(d)); }
 
   struct nothing {

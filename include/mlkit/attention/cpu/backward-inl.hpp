@@ -11,6 +11,7 @@ struct attend_backward : attend<Element> {
   using base::stride;
   using base::width;
   using typename base::block_plan;
+  using typename base::shelf;
   using typename base::sum;
   using typename base::V;
   using typename base::word;
@@ -25,17 +26,6 @@ struct attend_backward : attend<Element> {
   static constexpr bool only_scaled = attention::detail::only_scaled<typename Problem::scores_type>;
   static constexpr bool paired = !std::is_same_v<Element, sum>;
   static_assert(block_queries <= compute<Element>::depth_block);
-
-  // Left panels of blocks of keys, side by side in rows that are longer than one needs.
-  struct shelf {
-    word* data;
-    index_t rows, width;
-    index_t room(index_t blocks) const noexcept { return ceil_div(blocks, stride / width) * rows * stride; }
-    word* at(index_t block) const noexcept {
-      const index_t beside = stride / width;
-      return data + block / beside * rows * stride + block % beside * width;
-    }
-  };
 
   struct parts {
     // Right panels over queries: [slivers][words of d or d_v][lanes].
@@ -75,18 +65,13 @@ struct attend_backward : attend<Element> {
     typename base::pieces all(memory);
     const index_t panel = (block_keys + group) * stride;
     s.kept = blocks_kept(p);
-    const auto take_shelf = [&](shelf& x, index_t rows, index_t columns, index_t depth_blocks) {
-      x = {nullptr, rows,
-           std::min(stride, round_up(std::max<index_t>(1, columns), index_t{64} / index_t{sizeof(word)}))};
-      all.take(x.data, std::max(x.room(s.kept), depth_blocks * rows * stride));
-    };
     all.take(s.queries, slivers_of_block * right_words(p.d));
     all.take(s.output_gradients, slivers_of_block * right_words(p.d_v));
     all.take(s.query_rows, rows_words(p.d));
     all.take(s.output_rows, rows_words(p.d_v));
-    take_shelf(s.keys, block_keys + group, words<Element>(p.d), base::depth_blocks(p.d));
-    take_shelf(s.values, block_keys + group, words<Element>(p.d_v), base::depth_blocks(p.d_v));
-    take_shelf(s.key_columns, round_up(p.d + group, index_t{group}), words<Element>(block_keys), 1);
+    s.keys.take(all, s.kept, block_keys + group, words<Element>(p.d), base::depth_blocks(p.d));
+    s.values.take(all, s.kept, block_keys + group, words<Element>(p.d_v), base::depth_blocks(p.d_v));
+    s.key_columns.take(all, s.kept, round_up(p.d + group, index_t{group}), words<Element>(block_keys), 1);
     all.take(s.packed, s.kept);
     all.take(s.scores, panel);
     all.take(s.gradients, panel);
@@ -107,13 +92,14 @@ struct attend_backward : attend<Element> {
     all.take(s.pack, pack_scratch<Element>);
     return all.bytes();
   }
-  // Blocks of keys that stay packed from one block of queries to the next: all or none.
+  // Blocks of keys that stay packed from one block of queries to the next: all that there are, where the second-level
+  // cache has room for them, or none.
   static index_t blocks_kept(const Problem& p) noexcept {
     const index_t keys = p.forward.k.extents[2], bytes = keys * (2 * p.d + p.d_v) * index_t{sizeof(Element)};
     const bool keeps = bytes <= kept_bytes && base::depth_blocks(p.d) <= 1 && base::depth_blocks(p.d_v) <= 1;
     return keeps ? std::max<index_t>(1, ceil_div(keys, block_keys)) : 1;
   }
-  static constexpr index_t kept_bytes = index_t{4} << 20;
+  static constexpr index_t kept_bytes = index_t{2} << 20;
 
   static index_t scratch_bytes(const Problem& p) noexcept {
     parts unused;

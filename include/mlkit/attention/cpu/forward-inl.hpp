@@ -20,6 +20,7 @@ struct attend_forward : attend<Element> {
   using base::stride;
   using base::width;
   using typename base::block_plan;
+  using typename base::shelf;
   using typename base::sum;
   using typename base::V;
   using typename base::word;
@@ -27,7 +28,7 @@ struct attend_forward : attend<Element> {
 
   struct parts {
     word* queries;        // right panels [slivers][words of d][lanes]
-    word *keys, *values;  // left panels of a block, or of each: [depth blocks of d][keys][stride], [d_v][stride]
+    shelf keys, values;   // left panels of a block, or of each: [depth blocks of d][keys][stride], [d_v][stride]
     sum* scores;          // [keys][lanes]
     word* probabilities;  // right panel [words of keys][lanes]; the scores' memory where the types agree
     sum* out;             // [slivers][d_v][lanes]
@@ -50,17 +51,17 @@ struct attend_forward : attend<Element> {
   static index_t out_size(const Problem& p) noexcept { return sliver * round_up(p.d_v, index_t{group}); }
 
   // The head that is worked on; where all its keys are packed at once, a sliver of queries is worked on from these to
-  // its outputs, and the next one has its memory. For few keys that stays in the nearest cache, and of maps it keeps
-  // the probabilities of one sliver alone. Else each block of keys meets all slivers.
+  // its outputs, and the next one has its memory. For few keys that stays in the nearest cache, and of maps of several
+  // slivers it keeps the probabilities of one alone. Else each block of keys meets all slivers.
   struct head_place {
     index_t b, h;
     shape_type shape;
     index_t keys;
     bool packed_at_once;
   };
-  static bool packs_at_once(const Problem& p, index_t keys) noexcept {
+  static bool packs_at_once(const Problem& p, index_t keys, index_t rows) noexcept {
     if constexpr (captures)
-      if (p.map.every_key) return true;
+      if (p.map.every_key && rows > sliver) return true;
     return keys <= keys_at_once;
   }
   // A sliver: its first query, where that is in the task, and where what is kept of it is.
@@ -68,19 +69,14 @@ struct attend_forward : attend<Element> {
     index_t first, at, home, count, lanes;
   };
 
-  static index_t key_words(const Problem& p) noexcept {
-    return base::depth_blocks(p.d) * (keys_at_once + group) * stride;
-  }
-  static index_t value_words(const Problem& p) noexcept { return round_up(p.d_v + group, index_t{group}) * stride; }
-
   static index_t lay_out(const Problem& p, index_t rows, std::byte* memory, parts& s) noexcept {
     typename base::pieces all(memory);
-    const bool at_once = packs_at_once(p, p.k.extents[2]);
+    const bool at_once = packs_at_once(p, p.k.extents[2], rows);
     const index_t all_slivers = ceil_div(rows, sliver), slivers = at_once ? 1 : all_slivers;
     const index_t blocks = at_once ? ceil_div(p.k.extents[2], keys_at_once) : 1;
     all.take(s.queries, slivers * query_words(p));
-    all.take(s.keys, blocks * key_words(p));
-    all.take(s.values, blocks * value_words(p));
+    s.keys.take(all, blocks, keys_at_once + group, words<Element>(p.d), base::depth_blocks(p.d));
+    s.values.take(all, blocks, round_up(p.d_v + group, index_t{group}), words<Element>(keys_at_once), 1);
     all.take(s.scores, (keys_at_once + group) * sliver);
     if constexpr (own_probabilities)
       all.take(s.probabilities, (keys_at_once / 2 + 1) * sliver);
@@ -103,7 +99,7 @@ struct attend_forward : attend<Element> {
     parts s;
     lay_out(p, rows, memory, s);
     const index_t keys = attention::detail::key_limit(*p.scores, b, p.keys(b));
-    const head_place head{b, h, p.shape(b), keys, packs_at_once(p, keys)};
+    const head_place head{b, h, p.shape(b), keys, packs_at_once(p, keys, rows)};
     // Where at most a positive scale happens to scores, it is left to the exponents.
     const sum scale = only_scaled ? base::scale_of(*p.scores) : sum{1};
     s.scale = scale > 0 ? scale : sum{1};
@@ -144,13 +140,12 @@ struct attend_forward : attend<Element> {
     const auto k = head_of(p.key_rows(head.b, head.h)), v = head_of(p.value_rows(head.b, head.h));
     const operand<std::remove_cvref_t<decltype(k)>> key_lines{k, true}, value_lines{v, false};
     const index_t block = head.packed_at_once ? j / keys_at_once : 0;
-    word* panel = s.keys + block * key_words(p);
+    word* panel = s.keys.at(block);
     each_depth_block(p.d, depth_step<Element>(p.d), [&](index_t c, index_t depth) {
       pack_left<Element>(key_lines, j, n, c, depth, reinterpret_cast<Element*>(panel), s.pack, 0);
       panel += (keys_at_once + group) * stride;
     });
-    pack_left<Element>(value_lines, 0, p.d_v, j, n, reinterpret_cast<Element*>(s.values + block * value_words(p)),
-                       s.pack, 0);
+    pack_left<Element>(value_lines, 0, p.d_v, j, n, reinterpret_cast<Element*>(s.values.at(block)), s.pack, 0);
   }
 
   // Adds the attention of a sliver to the keys [j, j + n).
@@ -160,7 +155,7 @@ struct attend_forward : attend<Element> {
     const block_plan plan = base::plan_block(p, head.shape, b, h, place.first, place.first + count, j, j + n);
     if (!plan.any) return;
     const index_t block = head.packed_at_once ? j / keys_at_once : 0;
-    const word *keys = s.keys + block * key_words(p), *values = s.values + block * value_words(p);
+    const word *keys = s.keys.at(block), *values = s.values.at(block);
     sum* const block_scores = s.scores;
     if constexpr (captures) {
       s.scores = s.map.scores(place.home, j, lanes, block_scores);
