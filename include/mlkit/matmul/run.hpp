@@ -42,8 +42,8 @@ inline cpu limit_threads(const cpu& exec, double multiplications) {
 inline constexpr index_t thin_lines = 16;
 
 /// Dot products (both operands run along k) or axpys (the wide operand runs along lines), few <= thin_lines.
-template <class Product>
-void run_thin(const cpu& exec, const product_kernels<Product>& kernels, const Product& p, bool dots) {
+inline void run_thin(const cpu& exec, const any_product& p, bool dots) {
+  const product_kernels& kernels = *p.kernels;
   workspace<std::byte> few(kernels.few_bytes(p));
   kernels.decode_few(p, dots, few.data());
   const index_t grain = dots ? 24 : 64;  // ranges start at whole tiles and whole cache lines
@@ -58,8 +58,8 @@ void run_thin(const cpu& exec, const product_kernels<Product>& kernels, const Pr
 inline constexpr index_t packed_bytes = index_t{4} << 20;
 
 /// A blocked product over packed panels.
-template <class Product>
-void run_blocked(const cpu& exec, const product_kernels<Product>& kernels, const Product& p) {
+inline void run_blocked(const cpu& exec, const any_product& p) {
+  const product_kernels& kernels = *p.kernels;
   const index_t to_pack = kernels.packed_depth(p) * kernels.word_bytes;
   const index_t threads = concurrency(exec);
   const index_t columns =
@@ -117,62 +117,33 @@ void run_blocked(const cpu& exec, const product_kernels<Product>& kernels, const
 }
 
 /// Cycles, roughly, that it takes to pack the operands of a product and to multiply the lanes that are padding.
-template <class Product>
-double orientation_cost(const Product& p, index_t width) noexcept {
+inline double orientation_cost(const any_product& p) noexcept {
   constexpr double copy = 0.12, transpose = 0.35;
-  double cost = 0;
-  const auto one = [&](const auto& s) {
+  constexpr index_t width = 16;
+  const double left = static_cast<double>(p.left_lines), right = static_cast<double>(p.right_lines);
+  double cost = p.flipped ? 0.5 * left * right : 0;
+  for (const any_segment& s : p) {
     const double k = static_cast<double>(s.depth());
-    const double left = static_cast<double>(p.left_lines), right = static_cast<double>(p.right_lines);
     cost += k * left * (s.left.depth_first ? copy : transpose) + k * right * (s.right.depth_first ? transpose : copy);
-    cost += k * left * static_cast<double>(round_up(p.right_lines, width)) / (2.0 * static_cast<double>(width));
-  };
-  std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
-  if (p.flipped) cost += 0.5 * static_cast<double>(p.left_lines) * static_cast<double>(p.right_lines);
+    cost += k * left * static_cast<double>(round_up(p.right_lines, width)) / (2.0 * width);
+  }
   return cost;
 }
 
-template <class Left, class Right>
-segment<Right, Left> flip(const segment<Left, Right>& s) noexcept {
-  return {s.right, s.left, nullptr};
-}
-
-/// The same product with its operands exchanged: c transposed = right left.
-template <class Out, class Epilogue, class... Segments>
-auto flip(const product<Out, Epilogue, Segments...>& p) {
-  return std::apply(
-      [&](const auto&... s) {
-        return product<Out, Epilogue, decltype(flip(s))...>{{flip(s)...}, p.right_lines, p.left_lines, !p.flipped,
-                                                            p.c,          p.row_stride,  p.col_stride, p.epilogue};
-      },
-      p.segments);
-}
-
-template <class E, class Product>
-product_kernels<Product> select_kernels() {
-  if constexpr (std::is_same_v<E, bf16>)
-    return MLKIT_SELECT(product_entry<E, Product>)();
-  else
-    return MLKIT_SELECT_WITHOUT_BF16(product_entry<E, Product>)();
-}
-
-template <class E, class Product>
-void run_oriented(const cpu& exec, const Product& p) {
-  const auto kernels = select_kernels<E, Product>();
-  constexpr auto all_left = [](const Product& q, bool depth_first) {
-    return std::apply([&](const auto&... s) { return ((s.left.depth_first == depth_first || s.depth() == 0) && ...); },
-                      q.segments);
+inline void run_oriented(const cpu& exec, const any_product& p, bool in_bf16) {
+  const auto all_left = [&](bool depth_first) {
+    return std::all_of(p.begin(), p.end(),
+                       [&](const any_segment& s) { return s.left.depth_first == depth_first || s.depth() == 0; });
   };
   const bool thin = p.right_lines <= thin_lines && p.right_lines <= p.left_lines &&
-                    std::apply([](const auto&... s) { return ((s.packed_right == nullptr) && ...); }, p.segments);
+                    std::none_of(p.begin(), p.end(), [](const any_segment& s) { return s.packed_right != nullptr; });
   // Tiles fetch further ahead than dots do: that decides where the wide operand comes from memory.
   constexpr index_t most_dots = 9, cached_elements = index_t{4} << 20;
-  const bool streamed = !std::is_same_v<E, bf16> && p.right_lines > most_dots &&
-                        p.left_lines * std::get<0>(p.segments).depth() > cached_elements;
-  if (thin && all_left(p, true) && !streamed && (p.right_lines % kernels.width != 0 || p.right_lines < 16))
-    return run_thin(exec, kernels, p, true);
-  if (thin && all_left(p, false) && p.right_lines <= 8) return run_thin(exec, kernels, p, false);
-  run_blocked(exec, kernels, p);
+  const bool streamed = !in_bf16 && p.right_lines > most_dots && p.left_lines * p.segments[0].depth() > cached_elements;
+  if (thin && all_left(true) && !streamed && (p.right_lines % p.kernels->width != 0 || p.right_lines < 16))
+    return run_thin(exec, p, true);
+  if (thin && all_left(false) && p.right_lines <= 8) return run_thin(exec, p, false);
+  run_blocked(exec, p);
 }
 
 // Products of dense operands in the type that they are multiplied in have a kernel for small sizes.
@@ -193,25 +164,33 @@ bool run_small(const cpu& exec, const Product& p) {
     return false;
 }
 
+template <class E, class Product>
+any_product forget_types(const Product& p) {
+  if constexpr (std::is_same_v<E, bf16>)
+    return MLKIT_SELECT(forget_product<E, Product>)(p);
+  else
+    return MLKIT_SELECT_WITHOUT_BF16(forget_product<E, Product>)(p);
+}
+
 /// c = epilogue(sum of left right over the segments). E: the type that operands are multiplied in, before the
 /// instruction set has its say. Nothing is checked here.
 template <class E, class Product>
-void run_product(const cpu& exec, const Product& p) {
-  if (p.left_lines == 0 || p.right_lines == 0) return;
-  const double depth =
-      std::apply([](const auto&... s) { return (static_cast<double>(s.depth()) + ... + 0.0); }, p.segments);
+void run_product(const cpu& exec, const Product& typed) {
+  if (typed.left_lines == 0 || typed.right_lines == 0) return;
+  any_product p = forget_types<E>(typed);
+  double depth = 0;
+  bool packed = false;
+  for (const any_segment& s : p) {
+    depth += static_cast<double>(s.depth());
+    packed = packed || s.packed_right;
+  }
   const cpu limited =
       limit_threads(exec, depth * static_cast<double>(p.left_lines) * static_cast<double>(p.right_lines));
-  const bool packed = std::apply([](const auto&... s) { return ((s.packed_right != nullptr) || ...); }, p.segments);
-  const auto other = flip(p);
   // Few lines belong on the right, where the thin kernels want them; else the cheaper way round.
   const index_t few = std::min(p.left_lines, p.right_lines);
-  const bool turn = !packed && (few <= thin_lines ? p.left_lines < p.right_lines
-                                                  : orientation_cost(other, 16) < orientation_cost(p, 16));
-  if (turn)
-    run_oriented<E>(limited, other);
-  else
-    run_oriented<E>(limited, p);
+  if (!packed && (few <= thin_lines ? p.left_lines < p.right_lines : orientation_cost(flip(p)) < orientation_cost(p)))
+    p = flip(p);
+  run_oriented(limited, p, std::is_same_v<E, bf16>);
 }
 
 }  // namespace MLKIT_NAMESPACE::detail

@@ -62,6 +62,14 @@ struct attend {
 
   static index_t depth_blocks(index_t d) noexcept { return ceil_div(d, depth_step<Element>(d)); }
 
+  // Calls f(vectors, l) for the registers of so many lanes, from lane l on: as many at a time as a sliver has, then
+  // half as many. So are all widths covered by few functions.
+  template <int Vectors = tile_vectors, class F>
+  static MLKIT_ALWAYS_INLINE void each_columns(index_t lanes, F&& f, index_t l = 0) noexcept {
+    for (; l + Vectors * width <= lanes; l += Vectors * width) f(std::integral_constant<int, Vectors>{}, l);
+    if constexpr (Vectors > 1) each_columns<Vectors / 2>(lanes, f, l);
+  }
+
   struct nothing {
     void operator()(index_t, index_t, index_t) const noexcept {}
   };

@@ -454,12 +454,9 @@ struct attend_backward : attend<Element> {
   }
   static void find_gradients(const Problem& p, const shape_type& shape, const score_run& at, index_t from_lane,
                              index_t count, index_t lanes, index_t n, const block_plan& plan, const parts& s) noexcept {
-    for (index_t l = 0; l < lanes; l += 4 * width) switch ((lanes - l) / width) {
-        case 1: gradient_columns<1>(p, shape, at, from_lane, l, count, lanes, n, plan, s); break;
-        case 2: gradient_columns<2>(p, shape, at, from_lane, l, count, lanes, n, plan, s); break;
-        case 3: gradient_columns<3>(p, shape, at, from_lane, l, count, lanes, n, plan, s); break;
-        default: gradient_columns<4>(p, shape, at, from_lane, l, count, lanes, n, plan, s);
-      }
+    base::each_columns(lanes, [&](auto vectors, index_t l) {
+      gradient_columns<vectors>(p, shape, at, from_lane, l, count, lanes, n, plan, s);
+    });
   }
   // A sliver's gradients of the bias: to where they belong, or added to totals.
   static void emit_bias(const Problem& p, index_t b, index_t h, index_t i, index_t count, index_t lanes, index_t j,

@@ -176,8 +176,9 @@ struct attend_forward : attend<Element> {
     const sum* bias = base::turn_bias(p, b, h, place.first, count, lanes, j, n, s.bias);
     const score_run run{b, h, place.first, j, 0, bias};
     sum* out = s.out + place.home / sliver * out_size(p);
-    for (index_t l = 0; l < lanes; l += 4 * width)
-      softmax(p, head.shape, run, place.home, l, count, lanes, n, plan, out, s);
+    base::each_columns(lanes, [&](auto vectors, index_t l) {
+      softmax_columns<vectors>(p, head.shape, run, place.home, l, count, lanes, n, plan, out, s);
+    });
     if constexpr (captures) s.map.keep(p, b, place.home, j, n, lanes, plan, s.scores, s.level + place.home);
     const bool last = head.packed_at_once && j + n == head.keys;
     const auto fetch_out = [&](index_t i, index_t i_end, index_t of) {
@@ -333,16 +334,6 @@ struct attend_forward : attend<Element> {
     });
     MLKIT_UNROLL
     for (int c = 0; c < Vectors; ++c) total[c].store(s.total + row + l + c * width);
-  }
-  static void softmax(const Problem& p, const shape_type& shape, const score_run& at, index_t row, index_t l,
-                      index_t count, index_t lanes, index_t n, const block_plan& plan, sum* out,
-                      const parts& s) noexcept {
-    switch ((lanes - l) / width) {
-      case 1: return softmax_columns<1>(p, shape, at, row, l, count, lanes, n, plan, out, s);
-      case 2: return softmax_columns<2>(p, shape, at, row, l, count, lanes, n, plan, out, s);
-      case 3: return softmax_columns<3>(p, shape, at, row, l, count, lanes, n, plan, out, s);
-      default: return softmax_columns<4>(p, shape, at, row, l, count, lanes, n, plan, out, s);
-    }
   }
 
   // O = O^T transposed, over the sums; and the map's part.

@@ -19,7 +19,7 @@ struct small {
     return padded <= panel_elements && p.left_lines * padded <= most_multiplications && !dots_are_cheaper;
   }
 
-  // All of c, or false if the product is not small. It is not flipped.
+  // All of c, or false if the product is not small.
   template <class Product>
   static bool run(const Product& p) noexcept {
     if (!takes(p)) return false;
@@ -36,23 +36,23 @@ struct small {
     }
     const index_t a_line = left.depth_first ? left.source.row_stride : left.source.col_stride;
     const index_t a_depth = left.depth_first ? left.source.col_stride : left.source.row_stride;
-    using Out = std::remove_reference_t<decltype(*p.c)>;
-    constexpr bool plain = std::is_same_v<Out, Element> && std::is_same_v<decltype(p.epilogue), const epilogue<>*>;
+    const auto& out = p.output;
+    constexpr bool plain = std::is_same_v<std::remove_cvref_t<decltype(out)>, output<Element, epilogue<>>>;
     alignas(64) Element sums[8 * width];
     for (index_t line = 0; line < lines;) {
       const bool two = lines - line > width;
       const index_t height = two ? 4 : 8, columns = two ? 2 * width : width;
-      const bool direct = plain && p.col_stride == 1 && lines - line >= columns;
+      const bool direct = plain && out.col_stride == 1 && lines - line >= columns;
       for (index_t row = 0; row < p.left_lines; row += height) {
         const index_t rows = std::min(height, p.left_lines - row);
         Element* c = sums;
         if constexpr (plain) {
-          if (direct) c = p.c + row * p.row_stride + line;
+          if (direct) c = out.c + row * out.row_stride + line;
         }
         (two ? tile<4, 2> : tile<8, 1>)(depth, left.source.data + row * a_line, a_line, a_depth, rows, b + line,
-                                        b_stride, c, direct ? p.row_stride : columns);
+                                        b_stride, c, direct ? out.row_stride : columns);
         for (index_t i = 0; i < rows && !direct; ++i)
-          gemm<Element>::finish_run(p, row + i, line, std::min(columns, lines - line), sums + i * columns);
+          finish_run(out, row + i, line, std::min(columns, lines - line), sums + i * columns);
       }
       line += columns;
     }

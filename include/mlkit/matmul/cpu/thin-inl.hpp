@@ -139,38 +139,30 @@ struct thin {
   static constexpr int streams = 4;  // rows read at once against a single line
 
   // few[line][k] of all segments, decoded: as elements for dots, as sums for axpys.
-  template <class Product>
-  static index_t few_stride(const Product& p) noexcept {
-    return std::apply([](const auto&... s) { return (round_up(s.depth(), lanes) + ... + index_t{0}); }, p.segments) +
-           lanes;
+  static index_t few_stride(const any_product& p) noexcept {
+    index_t stride = lanes;
+    for (const any_segment& s : p) stride += round_up(s.depth(), lanes);
+    return stride;
   }
-  template <class Product, class T>
-  static void decode_few(const Product& p, T* few) noexcept {
-    const index_t stride = few_stride(p);
-    const auto one = [&](const auto& s) {
-      for (index_t l = 0; l < p.right_lines; ++l) {
-        if (s.right.depth_first)
-          decode_run(set_tag{}, s.right.source, l, 0, s.depth(), few + l * stride);
-        else
-          for (index_t k = 0; k < s.depth(); ++k) decode_run(set_tag{}, s.right.source, k, l, 1, few + l * stride + k);
-      }
-      few += round_up(s.depth(), lanes);
-    };
-    std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
+  static void decode_few(const any_product& p, bool dots, void* few) noexcept {
+    const index_t bytes = dots ? sizeof(Element) : sizeof(sum);
+    char* out = static_cast<char*>(few);
+    for (const any_segment& s : p) {
+      s.right.kernels->decode_few(s.right.op, p.right_lines, dots, out, few_stride(p));
+      out += round_up(s.depth(), lanes) * bytes;
+    }
   }
 
   // Scratch in elements of `sum`.
-  template <class Product>
-  static index_t scratch(const Product& p) noexcept {
+  static index_t scratch(const any_product& p) noexcept {
     return rows_at_once * p.right_lines * V::width + rows_at_once * (chunk + V::width) +
            rows_at_once * (p.right_lines + V::width) + (p.right_lines + V::width) * (rows_at_once + V::width);
   }
 
   // c for left lines [row, row + rows); left operands run along k.
-  template <class Product>
-  static void dot(const Product& p, index_t row, index_t rows, const Element* few, sum* scratch) noexcept {
+  static void dot(const any_product& p, index_t row, index_t rows, const Element* few, sum* scratch) noexcept {
     // Against a single line the other operand streams from memory: rows far apart draw more bandwidth than neighbours.
-    const index_t apart = p.right_lines == 1 && dense_rows(std::get<0>(p.segments).left.source) ? rows / streams : 0;
+    const index_t apart = p.right_lines == 1 && in_rows(p.segments[0].left) ? rows / streams : 0;
     constexpr index_t far = rows_at_once / streams;
     for (index_t r = 0; r < apart; r += far)
       dot_block(p, row + r, std::min(far, apart - r), streams, apart, few, scratch);
@@ -180,8 +172,7 @@ struct thin {
 
   // c for left lines [row, row + rows), for left operands whose runs go along lines: sums stay in cache while source
   // rows stream by, eight at a time.
-  template <class Product>
-  static void axpy(const Product& p, index_t row, index_t rows, const sum* few, sum* scratch) noexcept {
+  static void axpy(const any_product& p, index_t row, index_t rows, const sum* few, sum* scratch) noexcept {
     const index_t lines = p.right_lines, stride = few_stride(p);
     sum* sums = scratch;
     sum* decoded = sums + lines * axpy_block;
@@ -191,43 +182,103 @@ struct thin {
       for (index_t j = 0; j < lines; ++j)
         for (index_t i = 0; i < round_up(n, V::width); ++i) sums[j * axpy_block + i] = 0;
       const sum* right = few;
-      const auto one = [&](const auto& s) {
-        using Source = typename decltype(s.left)::source_type;
-        for (index_t k = 0; k < s.depth(); k += 8) {
-          const index_t depth = std::min<index_t>(8, s.depth() - k);
-          if constexpr (readable<Source, sum>) {
-            if (s.left.source.col_stride == 1) {
-              add_rows(depth, n, s.left.source.data + k * s.left.source.row_stride + row + r, s.left.source.row_stride,
-                       right + k, stride, lines, sums);
-              continue;
-            }
-          }
-          for (index_t i = 0; i < depth; ++i)
-            decode_run(set_tag{}, s.left.source, k + i, row + r, n, decoded + i * axpy_block);
-          add_rows(depth, n, static_cast<const sum*>(decoded), axpy_block, right + k, stride, lines, sums);
-        }
-        right += round_up(s.depth(), thin::lanes);
-      };
-      std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
+      for (const any_segment& s : p) {
+        s.left.kernels->add_rows(s.left.op, row + r, n, right, stride, lines, sums, decoded);
+        right += round_up(s.depth(), lanes);
+      }
       if (p.flipped) {  // right lines are rows of c: the sums already lie along its columns
-        for (index_t j = 0; j < lines; ++j) gemm<Element>::finish_run(p, j, row + r, n, sums + j * axpy_block);
+        p.finish(p.output, 0, lines, row + r, n, sums, axpy_block);
       } else {
         transpose(sums, axpy_block, lines, n, turned, round_up(lines, V::width));
-        for (index_t i = 0; i < n; ++i)
-          gemm<Element>::finish_run(p, row + r + i, 0, lines, turned + i * round_up(lines, V::width));
+        p.finish(p.output, row + r, n, 0, lines, turned, round_up(lines, V::width));
       }
     }
   }
   static constexpr index_t axpy_block = 1024;
-  template <class Product>
-  static index_t axpy_scratch(const Product& p) noexcept {
+  static index_t axpy_scratch(const any_product& p) noexcept {
     return (p.right_lines + 8 + round_up(p.right_lines, V::width)) * axpy_block;
   }
 
+  // What the kernels above ask of an operand.
+
+  template <class Source, class T>
+  static void decode_few(const operand<Source>& op, index_t lines, T* few, index_t stride) noexcept {
+    for (index_t l = 0; l < lines; ++l) {
+      if (op.depth_first)
+        decode_run(set_tag{}, op.source, l, 0, op.depth(), few + l * stride);
+      else
+        for (index_t k = 0; k < op.depth(); ++k) decode_run(set_tag{}, op.source, k, l, 1, few + l * stride + k);
+    }
+  }
+
+  // partial[part][row][line] += dots of the operand's lines row + [0, n) + part * apart with the few, for each part.
+  template <class Source>
+  static void add_dots(const operand<Source>& op, index_t row, index_t n, index_t parts, index_t apart,
+                       const Element* few, index_t stride, index_t lines, V* partial, Element* decoded) noexcept {
+    for (index_t k = 0; k < op.depth();) {
+      index_t depth = std::min(chunk, op.depth() - k);
+      if constexpr (readable<Source, Element>) {
+        if (op.source.col_stride == 1) {
+          if (lines <= 2) depth = op.depth() - k;  // nothing is visited twice: one long run
+          const index_t pitch = op.source.row_stride;
+          const auto* run = op.source.data + row * pitch + k;
+          if (parts == streams)
+            for (index_t i = 0; i < n; ++i)
+              dot_tile<streams, 1>(depth, run + i * pitch, apart * pitch, few + k, stride, partial + i, n, nullptr);
+          else
+            dot_rows<many4, 8>(n, depth, run, pitch, few + k, stride, lines, partial, lines,
+                               k + depth < op.depth() ? run + depth : run - k + n * pitch);
+          k += depth;
+          continue;
+        }
+      }
+      if (!decoded_dots(op.source, row, n, parts, apart, k, depth, few, stride, lines, partial)) {
+        depth = std::min(decoded_chunk, depth);
+        for (index_t part = 0; part < parts; ++part) {
+          for (index_t i = 0; i < n; ++i)
+            decode_run(set_tag{}, op.source, row + part * apart + i, k, depth, decoded + i * (chunk + V::width));
+          dot_rows<many4, 8>(n, depth, static_cast<const Element*>(decoded), chunk + V::width, few + k, stride, lines,
+                             partial + part * n * lines, lines, static_cast<const Element*>(decoded));
+        }
+      }
+      k += depth;
+    }
+  }
+
+  // sums[line][0, n) += the operand's lines first + [0, n) times the few.
+  template <class Source>
+  static void add_rows(const operand<Source>& op, index_t first, index_t n, const sum* few, index_t stride,
+                       index_t lines, sum* sums, sum* decoded) noexcept {
+    for (index_t k = 0; k < op.depth(); k += 8) {
+      const index_t depth = std::min<index_t>(8, op.depth() - k);
+      if constexpr (readable<Source, sum>) {
+        if (op.source.col_stride == 1) {
+          add_rows(depth, n, op.source.data + k * op.source.row_stride + first, op.source.row_stride, few + k, stride,
+                   lines, sums);
+          continue;
+        }
+      }
+      for (index_t i = 0; i < depth; ++i) decode_run(set_tag{}, op.source, k + i, first, n, decoded + i * axpy_block);
+      add_rows(depth, n, static_cast<const sum*>(decoded), axpy_block, few + k, stride, lines, sums);
+    }
+  }
+
+  // Dense sources whose elements a register can be loaded from, to be multiplied as T.
+  template <class Source, class T>
+  static constexpr bool readable = [] {
+    if constexpr (!is_dense<Source>)
+      return false;
+    else if constexpr (std::is_same_v<T, float>)
+      return !std::is_same_v<typename Source::value_type, double>;
+    else
+      return std::is_same_v<typename Source::value_type, T>;
+  }();
+
  private:
+  static bool in_rows(const any_operand& op) noexcept { return op.readable && op.col_stride == 1; }
+
   // Rows at row + [0, n) + part * apart, for each of the parts.
-  template <class Product>
-  static void dot_block(const Product& p, index_t row, index_t n, index_t parts, index_t apart, const Element* few,
+  static void dot_block(const any_product& p, index_t row, index_t n, index_t parts, index_t apart, const Element* few,
                         sum* scratch) noexcept {
     const index_t lines = p.right_lines, stride = few_stride(p);
     const index_t sums_stride = round_up(lines, V::width);
@@ -236,39 +287,10 @@ struct thin {
     sum* sums = scratch + rows_at_once * (lines * V::width + chunk + V::width);
     sum* turned = sums + rows_at_once * sums_stride;
     for (index_t i = 0; i < parts * n * lines; ++i) partial[i] = V::zero();
-    const auto one = [&](const auto& s) {
-      using Source = typename decltype(s.left)::source_type;
-      for (index_t k = 0; k < s.depth();) {
-        index_t depth = std::min(chunk, s.depth() - k);
-        if constexpr (readable<Source, Element>) {
-          if (dense_rows(s.left.source)) {
-            if (lines <= 2) depth = s.depth() - k;  // nothing is visited twice: one long run
-            const index_t pitch = s.left.source.row_stride;
-            const auto* run = s.left.source.data + row * pitch + k;
-            if (parts == streams)
-              for (index_t i = 0; i < n; ++i)
-                dot_tile<streams, 1>(depth, run + i * pitch, apart * pitch, few + k, stride, partial + i, n, nullptr);
-            else
-              dot_rows<many4, 8>(n, depth, run, pitch, few + k, stride, lines, partial, lines,
-                                 k + depth < s.depth() ? run + depth : run - k + n * pitch);
-            k += depth;
-            continue;
-          }
-        }
-        if (!decoded_dots(s.left.source, row, n, parts, apart, k, depth, few, stride, lines, partial)) {
-          depth = std::min(decoded_chunk, depth);
-          for (index_t part = 0; part < parts; ++part) {
-            for (index_t i = 0; i < n; ++i)
-              decode_run(set_tag{}, s.left.source, row + part * apart + i, k, depth, decoded + i * (chunk + V::width));
-            dot_rows<many4, 8>(n, depth, static_cast<const Element*>(decoded), chunk + V::width, few + k, stride, lines,
-                               partial + part * n * lines, lines, static_cast<const Element*>(decoded));
-          }
-        }
-        k += depth;
-      }
-      few += round_up(s.depth(), thin::lanes);
-    };
-    std::apply([&](const auto&... s) { (one(s), ...); }, p.segments);
+    for (const any_segment& s : p) {
+      s.left.kernels->add_dots(s.left.op, row, n, parts, apart, few, stride, lines, partial, decoded);
+      few += round_up(s.depth(), lanes);
+    }
     for (index_t i = 0; i < parts * n; ++i) {
       index_t j = 0;
       for (; j + 4 <= lines; j += 4) sum4(partial + i * lines + j, sums + i * sums_stride + j);
@@ -290,25 +312,6 @@ struct thin {
       return true;
     }
     return false;
-  }
-
-  // Dense sources whose elements a register can be loaded from, to be multiplied as T.
-  template <class Source, class T>
-  static constexpr bool readable = [] {
-    if constexpr (!is_dense<Source>)
-      return false;
-    else if constexpr (std::is_same_v<T, float>)
-      return !std::is_same_v<typename Source::value_type, double>;
-    else
-      return std::is_same_v<typename Source::value_type, T>;
-  }();
-
-  template <class Source>
-  static bool dense_rows(const Source& s) noexcept {
-    if constexpr (readable<Source, Element>)
-      return s.col_stride == 1;
-    else
-      return false;
   }
 
   template <class T>
