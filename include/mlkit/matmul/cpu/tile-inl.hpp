@@ -164,12 +164,12 @@ using tile_function = void (*)(index_t, const typename compute<Element>::word*, 
                                index_t, typename compute<Element>::sum*, index_t, bool, const fetch_ahead&) noexcept;
 
 // Heights of the tiles that exist for a width. Rows that a tile has beyond those asked for are computed on whatever the
-// panel holds and never stored to the output.
+// panel holds and never stored to the output. Of 6 rows there are thirds: 64 and 40 are multiples of 6, and 4.
 template <int Vectors>
 struct tile_heights {
   static constexpr int full = tile_rows(Vectors);
-  static constexpr int half = Vectors == 3 ? 6 : full / 2;
-  static constexpr int low = Vectors == 1 && full == 24 ? 6 : full / 4;
+  static constexpr int half = full == 8 ? 6 : full == 6 ? 4 : full / 2;
+  static constexpr int low = full == 24 ? 6 : full == 6 ? 2 : full / 4;
 };
 
 constexpr int tile_height(int vectors, int rows) noexcept {
