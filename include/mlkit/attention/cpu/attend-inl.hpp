@@ -74,19 +74,25 @@ struct attend {
     void operator()(index_t, index_t, index_t) const noexcept {}
   };
   // c[rows][lanes] (+)= left[rows][depth] right[depth][lanes], at most a sliver of lanes; all in words, with rows of
-  // right and c so many words apart. meanwhile(i, i_end, rows) is called before the rows [i, i_end) are made.
+  // right and c so many words apart. meanwhile(i, i_end, rows) is called before the rows [i, i_end) are made. What it
+  // returns, if not null, is where the largest of their columns go, unless they are fewer than a tile's.
   template <class Meanwhile = nothing>
   static void multiply(index_t depth, const word* left, index_t rows, const word* right, index_t right_stride,
                        index_t lanes, sum* c, index_t c_stride, bool accumulate,
                        const Meanwhile& meanwhile = {}) noexcept {
     const int vectors = static_cast<int>(lanes / width), height = tile_rows(vectors);
     for (index_t i = 0; i < rows; i += height) {
-      meanwhile(i, std::min(rows, i + height), rows);
+      sum* largest = nullptr;
+      if constexpr (std::is_void_v<decltype(meanwhile(i, i, rows))>)
+        meanwhile(i, std::min(rows, i + height), rows);
+      else
+        largest = meanwhile(i, std::min(rows, i + height), rows);
       const char* next = reinterpret_cast<const char*>(left + (i + height) * stride);
       const fetch_ahead ahead{reinterpret_cast<const char*>(right), next, stride * index_t{sizeof(word)},
                               depth * index_t{sizeof(word)}};
       select_tile<Element>(vectors, static_cast<int>(std::min<index_t>(height, rows - i)))(
-          depth, left + i * stride, right, right_stride, c + i * c_stride, c_stride, accumulate, ahead);
+          depth, left + i * stride, right, right_stride, c + i * c_stride, c_stride, accumulate, ahead,
+          i + height <= rows ? largest : nullptr);
     }
   }
 

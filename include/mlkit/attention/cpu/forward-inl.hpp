@@ -161,12 +161,19 @@ struct attend_forward : attend<Element> {
       s.scores = s.map.scores(place.home, j, lanes, block_scores);
       if constexpr (!own_probabilities) s.probabilities = reinterpret_cast<word*>(s.scores);
     }
+    // Of scores that nothing happens to but a positive scale, tiles find the maxima.
+    const bool bare = only_scaled && s.scale_first == sum{1} && d > 0;
+    alignas(64) sum top[sliver];
+    std::fill_n(top, sliver, -infinity);
     plan.each_run(n, [&](index_t from, index_t to) {
       const word *left = keys, *right = s.queries + place.home / sliver * query_words(p);
       if (d == 0) std::fill_n(s.scores + from * lanes, (to - from) * lanes, sum{});
       each_depth_block(d, depth_step<Element>(d), [&](index_t c, index_t depth) {
         base::multiply(words<Element>(depth), left + from * stride, to - from, right, lanes, lanes,
-                       s.scores + from * lanes, lanes, c > 0);
+                       s.scores + from * lanes, lanes, c > 0, [&](index_t i, index_t, index_t) {
+                         const bool full = plan.groups[(from + i) / group] == attention::block::full;
+                         return bare && full && c + depth == d ? top : nullptr;
+                       });
         left += (keys_at_once + group) * stride;
         right += words<Element>(depth) * lanes;
       });
@@ -177,7 +184,8 @@ struct attend_forward : attend<Element> {
     const score_run run{b, h, place.first, j, 0, bias};
     sum* out = s.out + place.home / sliver * out_size(p);
     base::each_columns(lanes, [&](auto vectors, index_t l) {
-      softmax_columns<vectors>(p, head.shape, run, place.home, l, count, lanes, n, plan, out, s);
+      softmax_columns<vectors>(p, head.shape, run, place.home, l, count, lanes, n, plan, top + l,
+                               bare ? n / tile_rows(lanes / width) * tile_rows(lanes / width) : 0, out, s);
     });
     if constexpr (captures) s.map.keep(p, b, place.home, j, n, lanes, plan, s.scores, s.level + place.home);
     const bool last = head.packed_at_once && j + n == head.keys;
@@ -253,20 +261,21 @@ struct attend_forward : attend<Element> {
   }
 
   // Columns [l, l + Vectors width) of S^T become those of P^T; the output so far is brought to their new maxima.
+  // `found` are those of the keys before `found_before` in groups without a mask.
   template <int Vectors>
   static void softmax_columns(const Problem& p, const shape_type& shape, score_run at, index_t row, index_t l,
-                              index_t count, index_t lanes, index_t n, const block_plan& plan, sum* out,
-                              const parts& s) noexcept {
+                              index_t count, index_t lanes, index_t n, const block_plan& plan, const sum* found,
+                              index_t found_before, sum* out, const parts& s) noexcept {
     const typename base::template local<typename Problem::scores_type> pipeline = *p.scores;
     const V unit(s.scale * base::log2_e);
     V top[Vectors], level[Vectors], total[Vectors];
     MLKIT_UNROLL
-    for (int c = 0; c < Vectors; ++c) top[c] = minus_infinity<V>();
+    for (int c = 0; c < Vectors; ++c) top[c] = V::load(found + c * width);
     const index_t first_key = at.j, first_query = at.i + l;
     for (index_t g = 0; g * group < n; ++g) {
       const index_t from = g * group, to = std::min<index_t>(n, from + group);
       if (plan.groups[g] == attention::block::full)
-        score_rows<false, Vectors>(pipeline, shape, at, l, count, lanes, from, to, top, s);
+        score_rows<false, Vectors>(pipeline, shape, at, l, count, lanes, std::max(from, found_before), to, top, s);
       else if (plan.groups[g] == attention::block::partial)
         score_rows<true, Vectors>(pipeline, shape, at, l, count, lanes, from, to, top, s);
     }

@@ -226,7 +226,7 @@ struct gemm {
         }
         if (finished) fetch_output(p, at.row + r, tall, line, lines);
         select_tile<Element>(static_cast<int>(padded / width), tall)(n, left, right, padded, c, c_stride, at.started,
-                                                                     ahead);
+                                                                     ahead, nullptr);
         if (finished) finish(p, at.row + r, tall, line, lines, c, padded, parts.turned);
       }
     }

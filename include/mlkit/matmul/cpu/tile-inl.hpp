@@ -92,12 +92,12 @@ struct fetch_ahead {
 };
 
 // c[Rows][Vectors * width] (+)= a[Rows][depth] b[depth][Vectors * width], all in words. `b_stride` and `c_stride` in
-// words.
+// words. Where `largest` is not null it becomes, of each column, the largest of what it is and of c.
 template <class Element, int Rows, int Vectors>
 void tile(index_t depth, const typename compute<Element>::word* MLKIT_RESTRICT a,
           const typename compute<Element>::word* MLKIT_RESTRICT b, index_t b_stride,
-          typename compute<Element>::sum* MLKIT_RESTRICT c, index_t c_stride, bool accumulate,
-          const fetch_ahead& ahead) noexcept {
+          typename compute<Element>::sum* MLKIT_RESTRICT c, index_t c_stride, bool accumulate, const fetch_ahead& ahead,
+          typename compute<Element>::sum* largest) noexcept {
   using word = typename compute<Element>::word;
   using V = vec<word>;
   V sum[Rows][Vectors];
@@ -157,11 +157,20 @@ void tile(index_t depth, const typename compute<Element>::word* MLKIT_RESTRICT a
     MLKIT_UNROLL
     for (int j = 0; j < Vectors; ++j) sum[i][j].store(c + i * c_stride + j * V::width);
   }
+  if (!largest) return;
+  MLKIT_UNROLL
+  for (int j = 0; j < Vectors; ++j) {
+    V most = V::load(largest + j * V::width);
+    MLKIT_UNROLL
+    for (int i = 0; i < Rows; ++i) most = max(most, sum[i][j]);
+    most.store(largest + j * V::width);
+  }
 }
 
 template <class Element>
 using tile_function = void (*)(index_t, const typename compute<Element>::word*, const typename compute<Element>::word*,
-                               index_t, typename compute<Element>::sum*, index_t, bool, const fetch_ahead&) noexcept;
+                               index_t, typename compute<Element>::sum*, index_t, bool, const fetch_ahead&,
+                               typename compute<Element>::sum*) noexcept;
 
 // Heights of the tiles that exist for a width. Rows that a tile has beyond those asked for are computed on whatever the
 // panel holds and never stored to the output. Of 6 rows there are thirds: 64 and 40 are multiples of 6, and 4.
