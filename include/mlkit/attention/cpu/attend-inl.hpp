@@ -101,11 +101,9 @@ struct attend {
   template <class Out>
   static MLKIT_ALWAYS_INLINE void fetch_share(const attention::detail::head_rows<Out>& to, index_t first, index_t count,
                                               index_t i, index_t i_end, index_t of) noexcept {
-    constexpr index_t line = 64 / index_t{sizeof(Out)};
     if (to.col_stride != 1) return;
-    asm volatile("");  // or compilers leave out calls of what only fetches
-    for (index_t r = count * i / of; r < count * i_end / of; ++r)
-      for (index_t c = 0; c < to.cols; c += line) __builtin_prefetch(to.data + (first + r) * to.row_stride + c, 0, 2);
+    const index_t begin = count * i / of, end = count * i_end / of, bytes = sizeof(Out);
+    fetch_rows<false>(to.data + (first + begin) * to.row_stride, to.row_stride * bytes, end - begin, to.cols * bytes);
   }
 
   // The same for what `count` queries from i on have of a bias [batch, heads, queries, keys], for n keys from j on.
@@ -220,8 +218,8 @@ struct attend {
     return result;
   }
 
-  // Rows [first, first + count) of to = turned^T, where turned is [to.cols][lanes]; `memory` holds
-  // [keys_at_once][lanes].
+  // Rows [first, first + count) of to = turned^T, where turned is [to.cols][lanes]; `memory` holds as many elements as
+  // scores [keys_at_once][lanes].
   template <class Out>
   static void write_turned(const sum* turned, index_t lanes, index_t count, const attention::detail::head_rows<Out>& to,
                            index_t first, sum* memory) noexcept {

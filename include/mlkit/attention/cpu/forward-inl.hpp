@@ -58,6 +58,8 @@ struct attend_forward : attend<Element> {
     shape_type shape;
     index_t keys;
     bool packed_at_once;
+    // Where the block of keys from j on is packed.
+    index_t block(index_t j) const noexcept { return packed_at_once ? j / keys_at_once : 0; }
   };
   static bool packs_at_once(const Problem& p, index_t keys, index_t rows) noexcept {
     if constexpr (captures)
@@ -139,13 +141,12 @@ struct attend_forward : attend<Element> {
   static void pack_block(const Problem& p, const head_place& head, index_t j, index_t n, const parts& s) noexcept {
     const auto k = head_of(p.key_rows(head.b, head.h)), v = head_of(p.value_rows(head.b, head.h));
     const operand<std::remove_cvref_t<decltype(k)>> key_lines{k, true}, value_lines{v, false};
-    const index_t block = head.packed_at_once ? j / keys_at_once : 0;
-    word* panel = s.keys.at(block);
+    word* panel = s.keys.at(head.block(j));
     each_depth_block(p.d, depth_step<Element>(p.d), [&](index_t c, index_t depth) {
       pack_left<Element>(key_lines, j, n, c, depth, reinterpret_cast<Element*>(panel), s.pack, 0);
       panel += (keys_at_once + group) * stride;
     });
-    pack_left<Element>(value_lines, 0, p.d_v, j, n, reinterpret_cast<Element*>(s.values.at(block)), s.pack, 0);
+    pack_left<Element>(value_lines, 0, p.d_v, j, n, reinterpret_cast<Element*>(s.values.at(head.block(j))), s.pack, 0);
   }
 
   // Adds the attention of a sliver to the keys [j, j + n).
@@ -154,8 +155,7 @@ struct attend_forward : attend<Element> {
     const index_t b = head.b, h = head.h, count = place.count, lanes = place.lanes, d = p.d;
     const block_plan plan = base::plan_block(p, head.shape, b, h, place.first, place.first + count, j, j + n);
     if (!plan.any) return;
-    const index_t block = head.packed_at_once ? j / keys_at_once : 0;
-    const word *keys = s.keys.at(block), *values = s.values.at(block);
+    const word *keys = s.keys.at(head.block(j)), *values = s.values.at(head.block(j));
     sum* const block_scores = s.scores;
     if constexpr (captures) {
       s.scores = s.map.scores(place.home, j, lanes, block_scores);

@@ -220,26 +220,17 @@ struct gemm {
           const sum* next = i + 1 < at.end
                                 ? c + sliver
                                 : all + (at.row + r + at.height) * p.row_stride + at.first + at.begin * sliver;
-          for (index_t j = 0; j < tall; ++j)
-            for (index_t l = 0; l < sliver; l += 64 / index_t{sizeof(sum)})
-              __builtin_prefetch(next + j * c_stride + l, 1, 3);
+          fetch_rows<true>(next, c_stride * index_t{sizeof(sum)}, tall, sliver * index_t{sizeof(sum)});
         }
-        if (finished) fetch_output(p, at.row + r, tall, line, lines);
+        if (finished && p.col_stride == 1)
+          fetch_rows<true>(p.c + ((at.row + r) * p.row_stride + line) * p.element_bytes, p.row_stride * p.element_bytes,
+                           tall, lines * p.element_bytes);
         select_tile<Element>(static_cast<int>(padded / width), tall)(n, left, right, padded, c, c_stride, at.started,
                                                                      ahead, nullptr);
         if (finished) finish(p, at.row + r, tall, line, lines, c, padded, parts.turned);
       }
     }
     at.started = true;
-  }
-
-  // Brings the rows of c that a tile is about to finish closer.
-  static MLKIT_ALWAYS_INLINE void fetch_output(const any_product& p, index_t row, index_t rows, index_t line,
-                                               index_t lines) noexcept {
-    if (p.col_stride != 1) return;
-    for (index_t i = 0; i < rows; ++i)
-      for (index_t j = 0; j < lines * p.element_bytes; j += 64)
-        __builtin_prefetch(p.c + ((row + i) * p.row_stride + line) * p.element_bytes + j, 1, 3);
   }
 
  public:

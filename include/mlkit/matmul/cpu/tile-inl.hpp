@@ -77,6 +77,15 @@ constexpr int left_fetches(int rows) noexcept {
   return tiles_copy ? (rows + width - 1) / width : 1;
 }
 
+// Brings rows of `bytes` bytes closer, `stride` bytes apart, to be written, or to be read from the second-level cache.
+template <bool Written>
+MLKIT_ALWAYS_INLINE void fetch_rows(const void* data, index_t stride, index_t rows, index_t bytes) noexcept {
+  asm volatile("");  // or compilers leave out calls of what only fetches
+  const char* row = static_cast<const char*>(data);
+  for (index_t i = 0; i < rows; ++i, row += stride)
+    for (index_t j = 0; j < bytes; j += 64) __builtin_prefetch(row + j, Written ? 1 : 0, Written ? 3 : 2);
+}
+
 // What a tile does for those to come while it multiplies. Each step of k brings one cache line of `right` closer, and
 // `left_fetches` registers of the left operand, whose rows are runs of `left_run` bytes, `left_stride` bytes apart:
 // those at `left` are brought closer, and as long as there are `copies` to make, those at `from` are copied into the
