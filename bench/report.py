@@ -281,7 +281,8 @@ class Score:
 
 def amount(target, value):
     measure = target["measure"]
-    near = 0 < abs(value / float(target["value"]) - 1) < 0.005  # one digit more, so that a near miss is seen to be one
+    # One digit more, so that a near miss is seen to be one.
+    near = 0 < abs(value / float(target["value"]) - 1) < (0.01 if measure == "ceiling" else 0.005)
     if measure == "ceiling":
         return f"{100 * value:.{int(near)}f} %"
     if measure == "seconds":
