@@ -177,7 +177,7 @@ any_product forget_types(const Product& p) {
 template <class E, class Product>
 void run_product(const cpu& exec, const Product& typed) {
   if (typed.left_lines == 0 || typed.right_lines == 0) return;
-  any_product p = forget_types<E>(typed);
+  const any_product p = forget_types<E>(typed), other = flip(p);
   double depth = 0;
   bool packed = false;
   for (const any_segment& s : p) {
@@ -188,9 +188,9 @@ void run_product(const cpu& exec, const Product& typed) {
       limit_threads(exec, depth * static_cast<double>(p.left_lines) * static_cast<double>(p.right_lines));
   // Few lines belong on the right, where the thin kernels want them; else the cheaper way round.
   const index_t few = std::min(p.left_lines, p.right_lines);
-  if (!packed && (few <= thin_lines ? p.left_lines < p.right_lines : orientation_cost(flip(p)) < orientation_cost(p)))
-    p = flip(p);
-  run_oriented(limited, p, std::is_same_v<E, bf16>);
+  const bool turn =
+      !packed && (few <= thin_lines ? p.left_lines < p.right_lines : orientation_cost(other) < orientation_cost(p));
+  run_oriented(limited, turn ? other : p, std::is_same_v<E, bf16>);
 }
 
 }  // namespace MLKIT_NAMESPACE::detail

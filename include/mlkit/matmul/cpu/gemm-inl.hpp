@@ -167,7 +167,7 @@ struct gemm {
                              const any_segment* joined, progress& at) noexcept {
     const scratch_parts& parts = at.parts;
     const index_t own = words<Element>(depth), n = own + (joined ? words<Element>(joined->depth()) : 0);
-    const index_t k_words = k / compute<Element>::elements_per_word;
+    const index_t k_words = k / compute<Element>::elements_per_word, line_words = packed_depth(p);
     const index_t copied = copied_elements<Element>(s.left, depth);
     at.left_depth -= depth + (joined ? joined->depth() : 0);
     const bool final = at.left_depth == 0, only = final && !at.started && !p.flipped;
@@ -182,7 +182,7 @@ struct gemm {
         const index_t line = at.first + i * sliver, lines = std::min(sliver, at.last - line);
         const index_t padded = round_up(lines, width);
         const word* right = s.packed_right ? static_cast<const word*>(s.packed_right) + line * words<Element>(s.depth())
-                                           : at.panels + i * sliver * packed_depth(p) + at.packed_words * padded;
+                                           : at.panels + i * sliver * line_words + at.packed_words * padded;
         right += k_words * padded;
 
         const char* hot = reinterpret_cast<const char*>(right);
