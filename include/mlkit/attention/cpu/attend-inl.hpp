@@ -7,6 +7,14 @@ MLKIT_ALWAYS_INLINE dense_source<std::remove_const_t<T>> head_of(const attention
   return {m.data, m.rows, m.cols, m.row_stride, m.col_stride};
 }
 
+// Calls f(n, at) for runs of n from `at` on: n is Most as often as that fits into `count`, then half of it, down to
+// one. So do few functions serve all counts.
+template <int Most, class F>
+MLKIT_ALWAYS_INLINE void by_halves(index_t count, F&& f, index_t at = 0) noexcept {
+  for (; at + Most <= count; at += Most) f(std::integral_constant<int, Most>{}, at);
+  if constexpr (Most > 1) by_halves<Most / 2>(count, f, at);
+}
+
 template <class Element>
 struct attend {
   using word = typename compute<Element>::word;
@@ -61,14 +69,6 @@ struct attend {
   };
 
   static index_t depth_blocks(index_t d) noexcept { return ceil_div(d, depth_step<Element>(d)); }
-
-  // Calls f(vectors, l) for the registers of so many lanes, from lane l on: as many at a time as a sliver has, then
-  // half as many. So are all widths covered by few functions.
-  template <int Vectors = tile_vectors, class F>
-  static MLKIT_ALWAYS_INLINE void each_columns(index_t lanes, F&& f, index_t l = 0) noexcept {
-    for (; l + Vectors * width <= lanes; l += Vectors * width) f(std::integral_constant<int, Vectors>{}, l);
-    if constexpr (Vectors > 1) each_columns<Vectors / 2>(lanes, f, l);
-  }
 
   struct nothing {
     void operator()(index_t, index_t, index_t) const noexcept {}

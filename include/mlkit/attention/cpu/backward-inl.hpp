@@ -454,8 +454,8 @@ struct attend_backward : attend<Element> {
   }
   static void find_gradients(const Problem& p, const shape_type& shape, const score_run& at, index_t from_lane,
                              index_t count, index_t lanes, index_t n, const block_plan& plan, const parts& s) noexcept {
-    base::each_columns(lanes, [&](auto vectors, index_t l) {
-      gradient_columns<vectors>(p, shape, at, from_lane, l, count, lanes, n, plan, s);
+    by_halves<tile_vectors>(lanes / width, [&](auto vectors, index_t column) {
+      gradient_columns<vectors>(p, shape, at, from_lane, column * width, count, lanes, n, plan, s);
     });
   }
   // A sliver's gradients of the bias: to where they belong, or added to totals.

@@ -105,6 +105,7 @@ struct attend_decode {
   using V = vec<A>;
   using registers = cache_registers<A, C>;
   static constexpr index_t width = V::width;
+  static constexpr int rows_at_once = width >= 4 ? 4 : 2;  // of a group
   static constexpr bool quantised = std::is_same_v<C, std::int8_t>;
   static constexpr A infinity = math_table<A>::infinity, log2_e = static_cast<A>(1.44269504088896340736);
 
@@ -132,10 +133,10 @@ struct attend_decode {
       auto next = keys;
       if (j + n < p.cache.length(b)) next = p.cache.run(b, kv, j + n);
       if (next.count < n) next = keys;  // rows beyond the end of a run are not asked for
-      each_rows(p.group, [&](auto rows, index_t r) { block<rows>(p, keys, next, n, r, s); });
+      by_halves<rows_at_once>(p.group, [&](auto rows, index_t r) { block<rows>(p, keys, next, n, r, s); });
       j += n;
     }
-    each_rows(p.group, [&](auto rows, index_t first) {
+    by_halves<rows_at_once>(p.group, [&](auto rows, index_t first) {
       for (index_t r = first; r < first + rows; ++r, state += p.d_v + 2) {
         const index_t lane = first * width + (r - first) * (width / rows);
         state[0] = s.level[lane];
@@ -152,15 +153,6 @@ struct attend_decode {
   struct rows_state {
     A *q, *out, *level, *total;
   };
-
-  template <class F>
-  static MLKIT_ALWAYS_INLINE void each_rows(index_t group, F&& f) noexcept {
-    index_t r = 0;
-    if constexpr (width >= 4)
-      for (; r + 4 <= group; r += 4) f(std::integral_constant<int, 4>{}, r);
-    for (; r + 2 <= group; r += 2) f(std::integral_constant<int, 2>{}, r);
-    for (; r < group; ++r) f(std::integral_constant<int, 1>{}, r);
-  }
 
   // A register holds the scores of some rows against width / Rows keys: [rows][keys].
   template <int Rows, class Run>

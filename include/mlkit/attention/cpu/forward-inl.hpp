@@ -183,9 +183,10 @@ struct attend_forward : attend<Element> {
     const sum* bias = base::turn_bias(p, b, h, place.first, count, lanes, j, n, s.bias);
     const score_run run{b, h, place.first, j, 0, bias};
     sum* out = s.out + place.home / sliver * out_size(p);
-    base::each_columns(lanes, [&](auto vectors, index_t l) {
-      softmax_columns<vectors>(p, head.shape, run, place.home, l, count, lanes, n, plan, top + l,
-                               bare ? n / tile_rows(lanes / width) * tile_rows(lanes / width) : 0, out, s);
+    const index_t height = tile_rows(static_cast<int>(lanes / width)), found_before = bare ? n / height * height : 0;
+    by_halves<tile_vectors>(lanes / width, [&](auto vectors, index_t column) {
+      const index_t l = column * width;
+      softmax_columns<vectors>(p, head.shape, run, place.home, l, count, lanes, n, plan, top + l, found_before, out, s);
     });
     if constexpr (captures) s.map.keep(p, b, place.home, j, n, lanes, plan, s.scores, s.level + place.home);
     const bool last = head.packed_at_once && j + n == head.keys;
