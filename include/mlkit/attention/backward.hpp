@@ -48,6 +48,7 @@ struct backward_problem {
   tensor_view<const A, 3> dlse;
   tensor_view<G, 4> dq, dk, dv;
   tensor_view<B, 4> dbias;
+  bool dbias_past_caches = false;  // so are its rows written
   index_t d = 0, d_v = 0;
 
   head_rows<const D> dout_rows(index_t b, index_t h) const noexcept {
@@ -96,6 +97,9 @@ backward_kernels<Problem> select_backward() {
   else
     return MLKIT_SELECT_WITHOUT_BF16(backward_entry<T, Problem>)();
 }
+
+// What a core's own caches hold of a bias's gradient; a larger one would only push out what is worked on.
+inline constexpr index_t cached_bytes = index_t{4} << 20;
 
 // Parts into which the blocks of queries of one kv head are cut, each with sums of its own, which are added in their
 // order: the shape alone decides, so that any number of threads gives the same bits.
@@ -322,7 +326,9 @@ void backward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vi
           for (index_t j = 0; j < extents[3]; ++j) row[j * step[3]] = static_cast<B>(0.0f);
         });
       }
-      if (!bias_is_whole(p)) {
+      if (bias_is_whole(p)) {
+        p.dbias_past_caches = p.dbias.size() * index_t{sizeof(B)} > cached_bytes;
+      } else {
         run_shared_bias(exec, p);
         p.dbias.data = nullptr;
       }

@@ -45,6 +45,29 @@ struct vec {
   }
   MLKIT_ALWAYS_INLINE void store(T* p) const noexcept { __builtin_memcpy(p, &v, sizeof(native)); }
 
+  // To memory that is aligned for a register, past the caches where the machine can: other threads read it after
+  // settle_stores().
+  MLKIT_ALWAYS_INLINE void store_past_caches(T* p) const noexcept {
+#if MLKIT_SET_AVX512
+    if constexpr (sizeof(T) == 4)
+      _mm512_stream_ps(p, v);
+    else
+      _mm512_stream_pd(p, v);
+#elif MLKIT_SET_AVX2
+    if constexpr (sizeof(T) == 4)
+      _mm256_stream_ps(p, v);
+    else
+      _mm256_stream_pd(p, v);
+#elif MLKIT_X86
+    if constexpr (sizeof(T) == 4)
+      _mm_stream_ps(p, v);
+    else
+      _mm_stream_pd(p, v);
+#else
+    store(p);
+#endif
+  }
+
   // The first n of `width` elements, 0 <= n <= width; the rest read as zero and are not touched in memory.
   static MLKIT_ALWAYS_INLINE vec load(const T* p, int n) noexcept {
 #if MLKIT_SET_AVX512
@@ -316,3 +339,10 @@ struct vec {
     return __builtin_convertvector((nan & quiet) | (~nan & rounded), half_bits);
   }
 };
+
+// Orders what was stored past the caches before what follows.
+MLKIT_ALWAYS_INLINE void settle_stores() noexcept {
+#if MLKIT_X86
+  _mm_sfence();
+#endif
+}

@@ -42,7 +42,7 @@ struct attend_backward : attend<Element> {
     sum* dq;                  // [slivers][d][lanes]
     sum *level, *delta;       // of each query: lse, and D = sum of dO * O, less dlse
     sum* turned;              // a sliver's dQ, or its gradient of the bias, transposed
-    sum *bias, *dbias;        // of a sliver, [keys][lanes]
+    sum* bias;                // of a sliver, [keys][lanes], then its gradient
     Element* pack;
     sum scale;  // where it is all that happens to scores
   };
@@ -88,7 +88,6 @@ struct attend_backward : attend<Element> {
     all.take(s.delta, block_queries);
     all.take(s.turned, sliver * std::max(block_keys, base::keys_at_once));
     all.take(s.bias, has_bias ? base::bias_size : 0);
-    all.take(s.dbias, has_bias ? block_keys * sliver : 0);
     all.take(s.pack, pack_scratch<Element>);
     return all.bytes();
   }
@@ -245,25 +244,32 @@ struct attend_backward : attend<Element> {
                                 });
                               });
           multiply_over_depth(d_v, values_left, from, to, s.output_gradients + at / sliver * right_words(d_v), lanes,
-                              s.gradients + at, [&](index_t row, index_t row_end, index_t of) {
-                                if constexpr (has_bias && !BiasOnly)
-                                  if (p.dbias.data)
-                                    base::fetch_bias(p.dbias, b, h, first + at, m, j, n, row, row_end, of);
-                              });
+                              s.gradients + at);
         });
         const sum* bias = base::turn_bias(p.forward, b, h, first + at, m, lanes, j, n, s.bias);
         find_gradients(p, shape, {b, h, first + at, j, 0, bias}, at, m, lanes, n, plan, s);
         if constexpr (has_bias)
-          if (p.dbias.data) emit_bias(p, b, h, first + at, m, lanes, j, n, plan, BiasOnly ? totals : nullptr, at, s);
-        if constexpr (!BiasOnly)
+          if (p.dbias.data) turn_bias_gradient(plan, lanes, n, s);
+        if constexpr (BiasOnly) add_bias_rows(p, at, m, j, n, totals, s);
+        if constexpr (!BiasOnly) {
+          // Rows of the bias's gradient leave a few at a time, so that no tile waits for memory to take all of them.
+          index_t written = 0;
+          const auto write_bias_until = [&](index_t end) {
+            if constexpr (has_bias)
+              if (p.dbias.data)
+                for (; written < end; ++written) write_bias_row(p, b, h, first + at, written, j, n, s);
+          };
           plan.each_run(n, [&](index_t from, index_t to) {
             const word* right = s.ds_right + at + from / compute<Element>::elements_per_word * right_stride;
             base::multiply(words<Element>(to - from), columns_left + from / compute<Element>::elements_per_word, d,
                            right, right_stride, lanes, s.dq + at / sliver * dq_size(p), lanes, true,
                            [&](index_t i, index_t i_end, index_t of) {
                              if (j + n == keys) base::fetch_share(p.dq_rows(b, h), first + at, m, i, i_end, of);
+                             write_bias_until(m * i_end / of);
                            });
           });
+          write_bias_until(m);
+        }
       });
       if constexpr (!BiasOnly) {
         add_key_gradients(plans, n, count, d, s.ds_left, s.query_rows, dk + j * padded(d));
@@ -271,6 +277,7 @@ struct attend_backward : attend<Element> {
       }
     }
     if constexpr (!BiasOnly) write_dq(p, b, h, first, count, s);
+    if (p.dbias_past_caches) settle_stores();
   }
 
   static constexpr index_t right_stride = paired ? block_queries : stride;
@@ -286,13 +293,13 @@ struct attend_backward : attend<Element> {
 
   // c[keys from, to)[lanes] = left right over all of a depth.
   static void multiply_over_depth(index_t depth, const word* left, index_t from, index_t to, const word* right,
-                                  index_t lanes, sum* c, const auto& meanwhile) noexcept {
+                                  index_t lanes, sum* c, const auto&... meanwhile) noexcept {
     c += from * stride;
     if (depth == 0)
       for (index_t j = from; j < to; ++j, c += stride) std::fill_n(c, lanes, sum{});
     each_depth_block(depth, depth_step<Element>(depth), [&](index_t at, index_t deep) {
       base::multiply(words<Element>(deep), left + from * stride, to - from, right, lanes, lanes, c, stride, at > 0,
-                     meanwhile);
+                     meanwhile...);
       left += (block_keys + group) * stride;
       right += words<Element>(deep) * lanes;
     });
@@ -414,7 +421,7 @@ struct attend_backward : attend<Element> {
                               static_cast<int>(std::clamp<index_t>(count - l - lane, 0, width)),
                               base::bias_at(at.bias, in_sliver)};
           gradients_at<Masked>(pipeline, V::load(x + r * stride + lane), V::load(y + r * stride + lane), level[c],
-                               delta[c], scale, shape, run, factor[r] + lane, s.dbias + in_sliver, kept[r], ds[r]);
+                               delta[c], scale, shape, run, factor[r] + lane, s.bias + in_sliver, kept[r], ds[r]);
         }
         if constexpr (paired) {
           for (int r = 0; r < some; ++r) {
@@ -458,27 +465,41 @@ struct attend_backward : attend<Element> {
       gradient_columns<vectors>(p, shape, at, from_lane, column * width, count, lanes, n, plan, s);
     });
   }
-  // A sliver's gradients of the bias: to where they belong, or added to totals.
-  static void emit_bias(const Problem& p, index_t b, index_t h, index_t i, index_t count, index_t lanes, index_t j,
-                        index_t n, const block_plan& plan, sum* totals, index_t row, const parts& s) noexcept {
+  // turned[queries][n] = a sliver's gradients of the bias, which are zero where groups of keys are empty.
+  static void turn_bias_gradient(const block_plan& plan, index_t lanes, index_t n, const parts& s) noexcept {
     for (index_t key = 0; key < n; ++key)
-      if (plan.groups[key / group] == attention::block::empty) std::fill_n(s.dbias + key * lanes, lanes, sum{});
+      if (plan.groups[key / group] == attention::block::empty) std::fill_n(s.bias + key * lanes, lanes, sum{});
+    transpose(s.bias, lanes, n, lanes, s.turned, n);
+  }
+  // Row r of these to where query i + r has its gradients of the keys from j on.
+  static void write_bias_row(const Problem& p, index_t b, index_t h, index_t i, index_t r, index_t j, index_t n,
+                             const parts& s) noexcept {
+    using Out = typename Problem::bias_type;
     const auto& step = p.dbias.strides;
-    auto* whole = p.dbias.data + b * step[0] + h * step[1] + i * step[2] + j * step[3];
-    if constexpr (std::is_same_v<typename Problem::bias_type, sum>)
-      if (!totals && step[3] == 1) return transpose(s.dbias, lanes, n, count, whole, step[2]);
-    transpose(s.dbias, lanes, n, lanes, s.turned, n);
+    const sum* from = s.turned + r * n;
+    Out* to = p.dbias.data + b * step[0] + h * step[1] + (i + r) * step[2] + j * step[3];
+    if (step[3] != 1) {
+      for (index_t c = 0; c < n; ++c) to[c * step[3]] = static_cast<Out>(from[c]);
+      return;
+    }
+    const dense_source<sum> row{from, 1, n, n, 1};
+    if (!p.dbias_past_caches) return decode_run(set_tag{}, row, 0, 0, n, to);
+    if constexpr (std::is_same_v<Out, sum>) {
+      copy_past_caches(from, n * index_t{sizeof(Out)}, to);
+    } else {
+      Out rounded[block_keys];
+      decode_run(set_tag{}, row, 0, 0, n, rounded);
+      copy_past_caches(rounded, n * index_t{sizeof(Out)}, to);
+    }
+  }
+  // The same rows, of the block's queries from `row` on, added to totals.
+  static void add_bias_rows(const Problem& p, index_t row, index_t count, index_t j, index_t n, sum* totals,
+                            const parts& s) noexcept {
+    const auto& step = p.dbias.strides;
     for (index_t r = 0; r < count; ++r) {
       const sum* from = s.turned + r * n;
-      if (totals) {
-        sum* to = totals + (step[2] == 0 ? 0 : (row + r) * p.dbias.extents[3]) + (step[3] == 0 ? 0 : j);
-        for (index_t c = 0; c < n; ++c) to[step[3] == 0 ? 0 : c] += from[c];
-      } else if (step[3] == 1) {
-        decode_run(set_tag{}, dense_source<sum>{from, 1, n, n, 1}, 0, 0, n, whole + r * step[2]);
-      } else {
-        auto* to = whole + r * step[2];
-        for (index_t c = 0; c < n; ++c) to[c * step[3]] = static_cast<typename Problem::bias_type>(from[c]);
-      }
+      sum* to = totals + (step[2] == 0 ? 0 : (row + r) * p.dbias.extents[3]) + (step[3] == 0 ? 0 : j);
+      for (index_t c = 0; c < n; ++c) to[step[3] == 0 ? 0 : c] += from[c];
     }
   }
 

@@ -30,6 +30,25 @@ MLKIT_ALWAYS_INLINE void copy_run(const void* source, index_t bytes, void* out) 
   copy_pieces<size>(from, bytes, to);
 }
 
+// The same past the caches, but for the ends of the run, which fill no line.
+inline void copy_past_caches(const void* source, index_t bytes, void* out) noexcept {
+  using V = vec<float>;
+  constexpr index_t line = 64, registers = line / index_t{sizeof(V)};
+  const char* from = static_cast<const char*>(source);
+  char* to = static_cast<char*>(out);
+  const index_t head =
+      std::min(bytes, (line - static_cast<index_t>(reinterpret_cast<std::uintptr_t>(to) % line)) % line);
+  copy_run(from, head, to);
+  index_t at = head;
+  for (; at + line <= bytes; at += line) {
+    MLKIT_UNROLL
+    for (index_t r = 0; r < registers; ++r)
+      V::load(reinterpret_cast<const float*>(from + at) + r * V::width)
+          .store_past_caches(reinterpret_cast<float*>(to + at) + r * V::width);
+  }
+  copy_run(from + at, bytes - at, to + at);
+}
+
 // out[0, count) = elements [row, col .. col + count) of a source. The overload for sources of the user's own calls
 // their member; other headers add overloads for theirs in this namespace, found through the tag.
 template <class T, class Out>

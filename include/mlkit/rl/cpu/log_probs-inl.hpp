@@ -303,9 +303,7 @@ struct logit_rows {
         for (index_t j = 0; j < n; ++j) to[j * p.gradient_class_stride] = gathered[j];
       }
     }
-#if MLKIT_X86
-    if (p.streams_gradient) _mm_sfence();  // what other threads read after this call has been written
-#endif
+    if (p.streams_gradient) settle_stores();
     const index_t y = p.token(row);
     if (c.nothing || y < begin || y >= end) return;
     out[y * p.gradient_class_stride] = static_cast<T>(token_slope(block, i, g, p.inverse_temperature, p.classes));
@@ -382,31 +380,12 @@ struct logit_rows {
     return {highest, total(sum), Entropy ? total(weighted) : A{}};
   }
 
-  // A register to memory that is aligned for it, past the caches where the machine can.
+  // To memory that is aligned for it; only what is as wide as a register's elements goes past the caches.
   static MLKIT_ALWAYS_INLINE void store_past_caches(V x, T* out) noexcept {
-#if MLKIT_X86
-    if constexpr (sizeof(T) == 4) {
-#if MLKIT_SET_AVX512
-      _mm512_stream_ps(out, x.v);
-#elif MLKIT_SET_AVX2
-      _mm256_stream_ps(out, x.v);
-#else
-      _mm_stream_ps(out, x.v);
-#endif
-    } else if constexpr (sizeof(T) == 8) {
-#if MLKIT_SET_AVX512
-      _mm512_stream_pd(out, x.v);
-#elif MLKIT_SET_AVX2
-      _mm256_stream_pd(out, x.v);
-#else
-      _mm_stream_pd(out, x.v);
-#endif
-    } else {
+    if constexpr (std::is_same_v<T, A>)
+      x.store_past_caches(out);
+    else
       x.store(out);
-    }
-#else
-    x.store(out);
-#endif
   }
 
   static void differentiate_chunk(const problem& p, const T* z, index_t n, const gradient_curve<A>& c, const A* kept,

@@ -263,29 +263,6 @@ MLKIT_ALWAYS_INLINE void transpose_bytes(const code_bytes* rows, std::uint8_t (*
 #endif
 }
 
-// A store past the caches, of a register that lies on its own size.
-template <class T>
-MLKIT_ALWAYS_INLINE void stream_register(T* p, vec<T> x) noexcept {
-#if MLKIT_SET_AVX512
-  if constexpr (sizeof(T) == 4)
-    _mm512_stream_ps(p, x.v);
-  else
-    _mm512_stream_pd(p, x.v);
-#elif MLKIT_SET_AVX2
-  if constexpr (sizeof(T) == 4)
-    _mm256_stream_ps(p, x.v);
-  else
-    _mm256_stream_pd(p, x.v);
-#elif MLKIT_X86
-  if constexpr (sizeof(T) == 4)
-    _mm_stream_ps(p, x.v);
-  else
-    _mm_stream_pd(p, x.v);
-#else
-  x.store(p);
-#endif
-}
-
 // map(rule, inputs, final value, dones, next): the map {a, b} of a step; next, what the step behind it carried, becomes
 // what this one carries. emit(rule, inputs, final value, dones, next, x behind, x, outputs). seed(rule, end value): the
 // x behind the last step; end(rule, end value, next): what is carried there.
@@ -543,7 +520,7 @@ struct scan_kernel {
   __attribute__((noinline)) static void write_rows(const T (*from)[width], T* const* to, index_t first) noexcept {
     transpose_square<T>(spaced_rows<const T>{from[0], width}, 0, [&](int i, V x) {
       if constexpr (PastCaches)
-        stream_register(to[i] + first, x);
+        x.store_past_caches(to[i] + first);
       else
         x.store(to[i] + first);
     });
@@ -779,7 +756,7 @@ struct scan_kernel {
         for (int o = 0; o < outputs; ++o) {
           if (!written[o]) continue;
           if (past_caches)
-            stream_register(g.out[o][i] + first + k, result[o]);
+            result[o].store_past_caches(g.out[o][i] + first + k);
           else
             result[o].store(g.out[o][i] + first + k);
         }
@@ -1050,7 +1027,7 @@ struct scan_kernel {
       if (!Whole)
         result[o].store(row.out[o] + lane, some);
       else if (past_caches)
-        stream_register(row.out[o] + lane, result[o]);
+        result[o].store_past_caches(row.out[o] + lane);
       else
         result[o].store(row.out[o] + lane);
     }
@@ -1193,11 +1170,7 @@ struct scan_kernel {
   }
 
   static void finish_stores(const Problem& p) noexcept {
-#if MLKIT_X86
-    if (p.past_caches) _mm_sfence();
-#else
-    (void)p;
-#endif
+    if (p.past_caches) settle_stores();
   }
 };
 

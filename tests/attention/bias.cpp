@@ -1,0 +1,72 @@
+// The gradient of a bias that is larger than caches, whose rows lie across cache lines.
+#include "reference.hpp"
+
+namespace attention = mlkit::attention;
+using namespace attention_reference;
+
+namespace {
+
+constexpr index_t heads = 3, queries = 257, keys = 2777, far = attention::window::unlimited;
+
+// Rows of dbias with something between them that must stay: NaN, `step` elements from column to column.
+template <class T>
+struct spaced {
+  index_t step;
+  mlkit::vector<T> memory{{heads * queries * (keys * step + 5)}};
+  mlkit::tensor_view<T, 4> view{memory.data() + 1, {1, heads, queries, keys}};
+
+  explicit spaced(index_t column_step) : step(column_step) {
+    const index_t row = keys * step + 5;
+    view.strides = {heads * queries * row, queries * row, row, step};
+    std::fill(memory.begin(), memory.end(), static_cast<T>(std::nanf("")));
+  }
+  bool holds(const mlkit::tensor<T, 4>& want) const {
+    for (index_t h = 0; h < heads; ++h)
+      for (index_t i = 0; i < queries; ++i)
+        for (index_t j = 0; j < keys; ++j)
+          if (view(0, h, i, j) != want(0, h, i, j)) return false;
+    return std::count_if(memory.begin(), memory.end(), [](T x) { return !std::isnan(static_cast<double>(x)); }) ==
+           want.size();
+  }
+};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("the gradient of a bias that caches do not hold", "[attention][bias]", float, double, mlkit::bf16) {
+  using T = TestType;
+  const index_t d = GENERATE(0, 9), d_v = 7;
+  const bool causal = GENERATE(false, true);
+  INFO("d " << d << (causal ? ", causal" : ", all keys"));
+  problem<T> p(1, heads, 1, queries, keys, d, d_v);
+  mlkit::tensor<T, 4> bias({1, heads, queries, keys});
+  fill<T>(bias, 6);
+  const attention::scores scores{attention::scale{0.3}, attention::bias{bias},
+                                 attention::window{far, causal ? 0 : far, attention::align::top_left}};
+  meaning m;
+  m.score = [&](double x, index_t, index_t h, index_t i, index_t j) {
+    return causal && j > i ? -inf : 0.3 * x + static_cast<double>(bias(0, h, i, j));
+  };
+  m.derivative = [](double, index_t, index_t, index_t, index_t) { return 0.3; };
+  p.run(scores, {.threads = 3});
+  REQUIRE(p.dbias.size() * index_t{sizeof(T)} > attention::detail::cached_bytes);
+  const result want = p.template naive<double, double>(m);
+  const errors ours(want, p.written());
+  if constexpr (std::is_same_v<T, double>) {
+    for (std::size_t r = 0; r < 7; ++r) CHECK(ours.relative(r) < tight);
+  } else {
+    const errors loops(want, p.template naive<float, T>(m));
+    constexpr double rounding = std::is_same_v<T, float> ? 0x1p-24 : 0x1p-8;
+    for (std::size_t r = 0; r < 7; ++r) {
+      INFO(result::names[r] << " of size " << ours.size[r]);
+      // Probabilities come from lse, which is between 8 and 16: its last place is 16 roundings of f32.
+      CHECK(ours.error[r] <= 2 * loops.error[r] + (rounding + 16 * 0x1p-24) * ours.size[r]);
+    }
+  }
+
+  for (const index_t step : {1, 2}) {
+    const spaced<T> dbias(step);
+    attention::backward(mlkit::cpu{.threads = 1}, p.q, p.k, p.v, scores, p.out, p.lse, p.dout,
+                        attention::gradients{p.dq, p.dk, p.dv, dbias.view}, p.dlse.view());
+    CHECK(dbias.holds(p.dbias));
+  }
+}
