@@ -32,7 +32,7 @@ struct spaced {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("the gradient of a bias that caches do not hold", "[attention][bias]", float, double, mlkit::bf16) {
+TEMPLATE_TEST_CASE("the gradient of a bias that caches do not hold", "[attention][bias]", float, mlkit::bf16) {
   using T = TestType;
   const index_t d = GENERATE(0, 9), d_v = 7;
   const bool causal = GENERATE(false, true);
@@ -51,16 +51,12 @@ TEMPLATE_TEST_CASE("the gradient of a bias that caches do not hold", "[attention
   REQUIRE(p.dbias.size() * index_t{sizeof(T)} > attention::detail::cached_bytes);
   const result want = p.template naive<double, double>(m);
   const errors ours(want, p.written());
-  if constexpr (std::is_same_v<T, double>) {
-    for (std::size_t r = 0; r < 7; ++r) CHECK(ours.relative(r) < tight);
-  } else {
-    const errors loops(want, p.template naive<float, T>(m));
-    constexpr double rounding = std::is_same_v<T, float> ? 0x1p-24 : 0x1p-8;
-    for (std::size_t r = 0; r < 7; ++r) {
-      INFO(result::names[r] << " of size " << ours.size[r]);
-      // Probabilities come from lse, which is between 8 and 16: its last place is 16 roundings of f32.
-      CHECK(ours.error[r] <= 2 * loops.error[r] + (rounding + 16 * 0x1p-24) * ours.size[r]);
-    }
+  const errors loops(want, p.template naive<float, T>(m));
+  constexpr double rounding = std::is_same_v<T, float> ? 0x1p-24 : 0x1p-8;
+  for (std::size_t r = 0; r < 7; ++r) {
+    INFO(result::names[r] << " of size " << ours.size[r]);
+    // Probabilities come from lse, which is between 8 and 16: its last place is 16 roundings of f32.
+    CHECK(ours.error[r] <= 2 * loops.error[r] + (rounding + 16 * 0x1p-24) * ours.size[r]);
   }
 
   for (const index_t step : {1, 2}) {
