@@ -33,45 +33,6 @@ constexpr double rounding = std::is_same_v<T, float>         ? 0x1p-24
                             : std::is_same_v<T, mlkit::bf16> ? 0x1p-8
                                                              : 0x1p-11;
 
-// A tensor's elements, or room for them, among others that are NaN: rows in `order` of memory, and columns so many
-// elements apart.
-template <class T>
-struct scattered {
-  mlkit::tensor<T, 4> memory;
-  mlkit::tensor_view<T, 4> view;
-
-  // [batch, tokens, heads, columns] where `tokens_first`, else [batch, heads, columns, tokens].
-  scattered(const mlkit::tensor<T, 4>& like, bool tokens_first, bool filled)
-      : memory(tokens_first
-                   ? mlkit::extents_t<4>{like.extent(0), like.extent(2), like.extent(1) + 1, like.extent(3) + 3}
-                   : mlkit::extents_t<4>{like.extent(0), like.extent(1), like.extent(3), like.extent(2) + 3}),
-        view(memory.data(), like.extents()) {
-    const auto& s = memory.view().strides;
-    view.strides =
-        tokens_first ? mlkit::extents_t<4>{s[0], s[2], s[1], s[3]} : mlkit::extents_t<4>{s[0], s[1], s[3], s[2]};
-    std::fill(memory.begin(), memory.end(), static_cast<T>(std::nanf("")));
-    if (filled) each([&](T& x, index_t at) { x = like.data()[at]; });
-  }
-  template <class F>
-  void each(F&& f) const {
-    index_t at = 0;
-    for (index_t b = 0; b < view.extent(0); ++b)
-      for (index_t h = 0; h < view.extent(1); ++h)
-        for (index_t i = 0; i < view.extent(2); ++i)
-          for (index_t c = 0; c < view.extent(3); ++c) f(view(b, h, i, c), at++);
-  }
-  // The largest difference to what should stand here; infinity where anything else was written to.
-  double difference(const mlkit::tensor<T, 4>& want) const {
-    double most = 0;
-    each([&](T& x, index_t at) {
-      most = std::max(most, std::fabs(static_cast<double>(x) - static_cast<double>(want.data()[at])));
-    });
-    const auto numbers =
-        std::count_if(memory.begin(), memory.end(), [](T x) { return !std::isnan(static_cast<float>(x)); });
-    return numbers == want.size() ? most : inf;
-  }
-};
-
 }  // namespace
 
 TEMPLATE_TEST_CASE("the error is at most twice that of loops in the same dtype", "[attention][dtypes]", float,
