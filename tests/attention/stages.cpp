@@ -124,6 +124,12 @@ struct rooted {
   }
 };
 
+// The sign of a score, which zero has none of.
+struct sign {
+  double operator()(double s) const { return s / std::fabs(s); }
+  double derivative(double s) const { return s == 0 ? std::nan("") : 0; }
+};
+
 // log(1 + s) for s > -1, which no masked score needs to be.
 struct logarithm {
   double operator()(double s) const { return std::log1p(s); }
@@ -144,6 +150,22 @@ TEST_CASE("stages of the user's own, and where they are asked", "[attention][sta
       return 0.5 * stage.derivative(0.5 * x, {0, 0, i, 0});
     };
     CHECK(p.error(attention::scores{attention::scale{0.5}, stage}, m) < tight);
+  }
+  SECTION("are asked about none beyond them, and make nothing of what is there, whatever the number and the type") {
+    const auto check = [](auto type, double bound) {
+      for (index_t queries : {1, 8, 15, 16, 17, 32, 33, 40, 63, 65, 70}) {
+        INFO(queries << " queries");
+        problem<decltype(type)> p(1, 1, 1, queries, 20, 16, 16);
+        const std::vector<double> row(static_cast<std::size_t>(queries), 0.25);
+        meaning m;
+        m.score = [](double x, index_t, index_t, index_t, index_t) {
+          return std::pow(std::fabs(sign{}(x) + 0.25), 1.5);
+        };
+        m.derivative = [](double, index_t, index_t, index_t, index_t) { return 0.0; };
+        CHECK(p.error(attention::scores{sign{}, rooted{&row}}, m) < bound);
+      }
+    };
+    check(double{}, tight), check(float{}, 1e-5), check(mlkit::bf16{}, 2e-2);
   }
   SECTION("may have no derivative where a mask hides the score") {
     problem<double> p(1, 1, 1, 40, 40, 5, 7);

@@ -53,6 +53,13 @@ void check_large_shapes() {
   check_product<A, B, C>({2500, 3, 40}, layout::columns, layout::rows, layout::padded_rows);
 }
 
+// Right lines of which the last part that is worked on together is one sliver of 64, and so works on more rows at once
+// than those before it: of 13 slivers where four are worked on together, of 31 where six are.
+template <class A, class B, class C>
+void check_narrow_last_part(index_t slivers) {
+  check_product<A, B, C>({480, slivers * 64, 520}, layout::columns, layout::rows, layout::rows, 1, 1);
+}
+
 // Every layout of every operand.
 template <class A, class B, class C>
 void check_layouts(const shape& s) {

@@ -40,3 +40,10 @@ TEST_CASE("matmul bf16 to f32: thin, deep and large shapes") {
     check_large_shapes<mlkit::bf16, mlkit::bf16, float>();
   });
 }
+
+TEST_CASE("matmul bf16 to f32: a last part of few lines") {
+  for_each_isa([] {
+    check_narrow_last_part<mlkit::bf16, mlkit::bf16, float>(13);
+    check_narrow_last_part<mlkit::bf16, mlkit::bf16, float>(31);
+  });
+}

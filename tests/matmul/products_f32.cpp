@@ -25,3 +25,7 @@ TEST_CASE("matmul f32: every layout of every operand") {
     check_layouts<float, float, float>({50, 2, 19});
   });
 }
+
+TEST_CASE("matmul f32: a last part of few lines") {
+  for_each_isa([] { check_narrow_last_part<float, float, float>(13); });
+}

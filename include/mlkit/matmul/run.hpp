@@ -103,8 +103,14 @@ inline void run_blocked(const cpu& exec, const any_product& p) {
       // As many slivers at once as the second-level cache holds.
       const index_t parts = ceil_div((sliver_end - sliver) * kernels.sliver, kernels.most_lines);
       const index_t step = ceil_div(sliver_end - sliver, parts);
-      workspace<std::byte> scratch(
-          kernels.multiply_scratch(std::min(last - first - sliver * kernels.sliver, step * kernels.sliver)));
+      const auto lines = [&](index_t at) {
+        return std::min(last - first, std::min(sliver_end, at + step) * kernels.sliver) - at * kernels.sliver;
+      };
+      // Of fewer lines more rows are worked on together: a narrow last part may need the most.
+      index_t bytes = 0;
+      for (index_t at = sliver; at < sliver_end; at += step)
+        bytes = std::max(bytes, kernels.multiply_scratch(lines(at)));
+      workspace<std::byte> scratch(bytes);
       for (; sliver < sliver_end; sliver += step)
         kernels.multiply(p, row, row_end - row, first, last, sliver, std::min(sliver_end, sliver + step), panels.data(),
                          scratch.data());

@@ -1,6 +1,7 @@
 // Score stages on registers: forward, and the gradient through each.
 
-// Where a register of scores stands: lane l is query i + l against key j, and `count` lanes are queries.
+// Where a register of scores stands: lane l is query i + l against key j, and `count` lanes are queries: none where
+// that is not positive, and the last query is lane count - 1 still.
 struct score_run {
   index_t b, h, i, j;
   int count;
@@ -74,7 +75,8 @@ MLKIT_ALWAYS_INLINE V score(set_tag, const M& stage, V s, const attention::detai
     if (!stage.at(at.b, at.h, at.i + l, at.j)) lanes[l] = -math_table<A>::infinity;
   return V::load(lanes);
 }
-// The user's stages are asked about queries alone: lanes beyond the last one see its position.
+// The user's stages are asked about queries alone: lanes beyond the last one see its position, and keep their scores,
+// which are finite, whatever a stage would make of them: backward multiplies what comes of them by zero.
 template <class V, attention::detail::user_stage F>
 MLKIT_ALWAYS_INLINE V score(set_tag, const F& f, V s, const attention::detail::score_shape&,
                             const score_run& at) noexcept {
@@ -88,7 +90,8 @@ MLKIT_ALWAYS_INLINE V score(set_tag, const F& f, V s, const attention::detail::s
     else
       lanes[l] = static_cast<A>(f(lanes[l]));
   }
-  return V::load(lanes);
+  const V changed = V::load(lanes);
+  return at.count < V::width ? V::select(first_lanes<V>(at.count), changed, s) : changed;
 }
 // What is of the softmax changes no score.
 template <class V, class S>
