@@ -3,10 +3,23 @@
 // Enough independent chains to hide the latency of the FMA on both ports, within the registers of the set.
 inline constexpr int fma_chains = MLKIT_SET_AVX512 ? 24 : 12;
 
-// x = x * m + c in every chain; bf16 is pairs of products summed in f32 where the set has that, else what f32 is.
+// x = x * m + c in every chain; bf16 is pairs of products summed in f32, or products of matrices, where the set has
+// them, else what f32 is.
 template <class T>
 double peak_loop(index_t rounds) noexcept {
   using A = accumulator_t<T>;
+#if MLKIT_SET_AMX
+  if constexpr (std::is_same_v<T, bf16>) {
+    const matrix_registers<bf16> registers;
+    asm volatile("tilezero %tmm4\n\ttilezero %tmm5\n\ttilezero %tmm6\n\ttilezero %tmm7");
+    asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
+    for (index_t r = 0; r < rounds; ++r)
+      asm volatile(
+          "tdpbf16ps %tmm6, %tmm4, %tmm0\n\ttdpbf16ps %tmm7, %tmm4, %tmm1\n\t"
+          "tdpbf16ps %tmm6, %tmm5, %tmm2\n\ttdpbf16ps %tmm7, %tmm5, %tmm3");
+    return 0;
+  }
+#endif
   vec<A> x[fma_chains];
   MLKIT_UNROLL
   for (int i = 0; i < fma_chains; ++i) x[i] = vec<A>(static_cast<A>(i));
@@ -32,6 +45,7 @@ double peak_loop(index_t rounds) noexcept {
 }
 template <class T>
 double peak_flop(index_t rounds) noexcept {
+  if (MLKIT_SET_AMX && std::is_same_v<T, bf16>) return 4 * 2.0 * 16 * 16 * 32 * static_cast<double>(rounds);
   constexpr int pairs = MLKIT_SET_BF16 && std::is_same_v<T, bf16> ? 2 : 1;
   return 2.0 * pairs * fma_chains * vec<accumulator_t<T>>::width * static_cast<double>(rounds);
 }

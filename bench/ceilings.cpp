@@ -2,6 +2,7 @@
 #include <benchmark/benchmark.h>
 
 #include <mlkit/core/cpu.hpp>
+#include <mlkit/matmul/run.hpp>
 #include <mlkit/simd/vec.hpp>
 
 #include "harness.hpp"
@@ -29,8 +30,8 @@ template <class T>
 void add_peak(int threads, const std::string& by, mlkit::isa set) {
   const mlkit::isa chosen = mlkit::active_isa();
   mlkit::set_isa(set);
-  const double flop = MLKIT_SELECT(peak_flop<T>)(rounds) * threads;
-  const auto loop = MLKIT_SELECT(peak_loop<T>);
+  const double flop = MLKIT_SELECT_PRODUCT(peak_flop<T>)(rounds) * threads;
+  const auto loop = MLKIT_SELECT_PRODUCT(peak_loop<T>);
   mlkit::set_isa(chosen);
   add({"peak", mlkit::dtype_name<T>(), "registers", threads, by}, {.flop = flop}, [=] {
     return [=] {

@@ -23,7 +23,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 FIELDS = ["case", "dtype", "shape", "threads", "by", "best_ns", "median_ns", "samples", "flop", "bytes", "workspace", "memory",
           "weights", "written"]
 BYTES = {"f32": 4, "f64": 8, "bf16": 2}
-SETS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+SETS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 PEERS = {"torch": "PyTorch", "peft": "PEFT", "bitsandbytes": "bitsandbytes", "onednn": "oneDNN", "openblas": "OpenBLAS",
          "eigen": "Eigen", "torchrl": "TorchRL loop", "torchrl_vec": "TorchRL vectorised", "numpy": "NumPy loop"}
 SMALL = "small_gemm"  # shown in a table of its own
@@ -531,7 +531,7 @@ def compile_table(table, targets, score):
 
 COLORS = {"mlkit": "#0b6e4f", "torch": "#ee6c4d", "peft": "#ee6c4d", "bitsandbytes": "#ee6c4d", "onednn": "#3d7dca",
           "openblas": "#9a9a9a", "eigen": "#c9b458"}
-SHADES = {"baseline": "#cfe8dd", "avx2": "#8fcfb3", "avx512": "#3f9f7a", "avx512_bf16": "#0b6e4f"}
+SHADES = {"baseline": "#cfe8dd", "avx2": "#8fcfb3", "avx512": "#3f9f7a", "avx512_bf16": "#0b6e4f", "amx": "#063d2c"}
 
 
 def bars(path, heading, xlabel, keys, series, form, line=None, log=False, marks=(), terminal="svg"):
@@ -718,7 +718,7 @@ def page(out, tables, targets):
         if family == "rl":
             text += ["### Memory\n", "The most scratch memory that one call holds, over all threads.\n", head_table(table)]
         text += ["### Ceilings in this run\n",
-                 "GFLOP/s of independent FMA chains in registers (for bf16 its dot instruction, where the set has it); GB/s of loops over memory (a footprint that fits the cache is read from "
+                 "GFLOP/s of independent FMA chains in registers (for bf16 its dot instruction, or products of matrix registers, where the set has them); GB/s of loops over memory (a footprint that fits the cache is read from "
                  "there; triad counts its three streams, the Adam-shaped loop its seven).\n", ceiling_table(table)]
         sections += text
     if tables.get("compile"):
@@ -743,8 +743,8 @@ def page(out, tables, targets):
               f"files, was {100 * statistics.median(spread) if spread else 0:.0f} % above it in the middle case. Cases and peers run in random "
               "order, and the processes of mlkit and of the Python peers take turns, so ratios hold within the run.",
               "- **Of ceiling**: the time that the case would take at the FMA peak, or at the read bandwidth of a footprint of its size, "
-              "whichever is longer, over the time that it took. Both are measured in the same run. For bf16 the peak is the better one of "
-              "the bf16 dot instruction and of f32 FMA.",
+              "whichever is longer, over the time that it took. Both are measured in the same run. For bf16 the peak is the best one of "
+              "products of matrix registers, the bf16 dot instruction and f32 FMA.",
               "- In brackets after a peer's time: how many times faster mlkit is. `T` is tokens (rows of x), `in→out` the layer, `r` the rank.",
               "- **Packed**: the weight was packed once, beforehand.",
               "- Attention is called `batch×heads`, or `batch×heads/kv heads`, then `queries×keys` and the width of a head, `d`; its flops are those "

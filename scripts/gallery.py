@@ -349,7 +349,8 @@ def machine():
                 break
     except OSError:
         pass
-    sets = [name for name, flag in (("AVX2", " avx2 "), ("AVX-512", " avx512f "), ("AVX-512 BF16", " avx512_bf16 "))
+    sets = [name for name, flag in (("AVX2", " avx2 "), ("AVX-512", " avx512f "), ("AVX-512 BF16", " avx512_bf16 "),
+                                ("AMX", " amx_bf16 "))
             if flag in flags + " "]
     return f"{model}, {os.cpu_count()} threads" + (f", {sets[-1]}" if sets else "")
 

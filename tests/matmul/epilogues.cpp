@@ -2,6 +2,7 @@
 #include "reference.hpp"
 
 using namespace reference;
+using mlkit::bf16;
 using mlkit::cpu;
 using mlkit::epilogue;
 
@@ -194,5 +195,23 @@ TEST_CASE("epilogue: functors are called once for each element of the output, an
                     }});
       REQUIRE(std::count(calls.begin(), calls.end(), 1) == s.m * s.n);
     }
+  });
+}
+
+TEST_CASE("epilogue: a functor may multiply matrices itself") {
+  for_each_isa([] {
+    const auto ones = [](index_t rows, index_t cols) {
+      mlkit::matrix<bf16> m({rows, cols});
+      std::fill(m.begin(), m.end(), bf16(1.0f));
+      return m;
+    };
+    const auto a = ones(70, 90), b = ones(90, 80), inner_a = ones(40, 33), inner_b = ones(33, 50);
+    mlkit::matrix<float> c({70, 80});
+    mlkit::matmul(cpu{.threads = 1}, a, b, c, epilogue{[&](float x) {
+                    mlkit::matrix<float> inner({40, 50});
+                    mlkit::matmul(cpu{.threads = 1}, inner_a, inner_b, inner);
+                    return x + inner(39, 49);
+                  }});
+    CHECK(std::all_of(c.begin(), c.end(), [](float x) { return x == 90 + 33; }));
   });
 }

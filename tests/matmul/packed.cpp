@@ -65,8 +65,10 @@ TEST_CASE("packed weights hold their padded size, and nothing else") {
     const mlkit::matrix<float> w({301, 77});
     CHECK(mlkit::pack(cpu{}, w).bytes() == 301 * ((77 + width - 1) / width * width) * 4);
     const mlkit::matrix<bf16> h({301, 77});
-    const bool pairs = mlkit::active_isa() == mlkit::isa::avx512_bf16;
-    CHECK(mlkit::pack(cpu{}, h).bytes() == (pairs ? 151 : 301) * ((77 + width - 1) / width * width) * 4);
+    const index_t words = mlkit::active_isa() == mlkit::isa::amx           ? 160
+                          : mlkit::active_isa() == mlkit::isa::avx512_bf16 ? 151
+                                                                           : 301;
+    CHECK(mlkit::pack(cpu{}, h).bytes() == words * ((77 + width - 1) / width * width) * 4);
     CHECK(mlkit::pack(cpu{}, mlkit::matrix<float>({0, 5})).bytes() == 0);
   });
 }

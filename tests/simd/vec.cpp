@@ -207,8 +207,9 @@ TEST_CASE("MLKIT_FORCE_ISA lowers the choice, and is refused if it names no set"
   };
   CHECK(initial("baseline") == mlkit::isa::baseline);
   CHECK(initial("") == mlkit::detail::best_isa());
-  CHECK_THROWS_WITH(initial("avx1024"),
-                    "mlkit::value_error: MLKIT_FORCE_ISA = avx1024 is none of baseline, avx2, avx512, avx512_bf16");
+  CHECK_THROWS_WITH(
+      initial("avx1024"),
+      "mlkit::value_error: MLKIT_FORCE_ISA = avx1024 is none of baseline, avx2, avx512, avx512_bf16, amx");
   CHECK_THROWS_AS(initial("AVX2"), mlkit::value_error);
   CHECK_THROWS_AS(initial(" baseline"), mlkit::value_error);
   for (int i = 0; i < mlkit::isa_count; ++i) {

@@ -93,7 +93,7 @@ namespace detail {
 template <class T, class Problem>
 backward_kernels<Problem> select_backward() {
   if constexpr (std::is_same_v<T, bf16>)
-    return MLKIT_SELECT(backward_entry<T, Problem>)();
+    return MLKIT_SELECT_PRODUCT(backward_entry<T, Problem>)();
   else
     return MLKIT_SELECT_WITHOUT_BF16(backward_entry<T, Problem>)();
 }

@@ -23,7 +23,7 @@ namespace detail {
 template <class T, class Problem>
 forward_kernels<Problem> select_forward() {
   if constexpr (std::is_same_v<T, bf16>)
-    return MLKIT_SELECT(forward_entry<T, Problem>)();
+    return MLKIT_SELECT_PRODUCT(forward_entry<T, Problem>)();
   else
     return MLKIT_SELECT_WITHOUT_BF16(forward_entry<T, Problem>)();
 }

@@ -24,14 +24,14 @@ namespace detail {
 template <class E, class Source>
 pack_kernel<Source> select_pack() {
   if constexpr (std::is_same_v<E, bf16>)
-    return MLKIT_SELECT(pack_entry<E, Source>)();
+    return MLKIT_SELECT_PRODUCT(pack_entry<E, Source>)();
   else
     return MLKIT_SELECT_WITHOUT_BF16(pack_entry<E, Source>)();
 }
 
 template <class E>
 panel_layout active_layout() {
-  return MLKIT_SELECT(packed_layout<E>)();
+  return MLKIT_SELECT_PRODUCT(packed_layout<E>)();
 }
 
 }  // namespace detail
@@ -61,7 +61,7 @@ class packed_matrix {
   index_t cols() const noexcept { return cols_; }  ///< n
 
   /// Memory held: k n elements of E, with n rounded up to the lanes of a register. Where the instruction set has no
-  /// products of bf16 they are held as f32; where it has, k is rounded up to even.
+  /// products of bf16 they are held as f32; where it has, k is rounded up to even, under amx to a multiple of 32.
   index_t bytes() const noexcept { return bytes_; }
 
   /// The panels, for kernels.
@@ -71,8 +71,8 @@ class packed_matrix {
   /// Refuses to be read by another instruction set.
   void check(std::string_view function, std::string_view name) const {
     if (bytes_ > 0 && layout_ != detail::active_layout<E>())
-      detail::fail_value(function, ": ", name, " was packed in panels of ", layout_.sliver, " x ", layout_.word_bytes,
-                         " bytes, which ", isa_name(active_isa()), " does not read; pack it again");
+      detail::fail_value(function, ": ", name, " was packed for another instruction set, in panels that ",
+                         isa_name(active_isa()), " does not read; pack it again");
   }
 
   /// The packed form of an operand; see pack().
@@ -85,7 +85,8 @@ class packed_matrix {
     packed.cols_ = op.lines();
     packed.layout_ = layout;
     packed.bytes_ = detail::round_up(op.lines(), layout.width) *
-                    detail::ceil_div(op.depth(), layout.elements_per_word) * layout.word_bytes;
+                    detail::round_up(detail::ceil_div(op.depth(), layout.elements_per_word), layout.words_at_once) *
+                    layout.word_bytes;
     if (packed.bytes_ == 0) return packed;
     packed.panels_ = detail::make_aligned<std::byte>(packed.bytes_);
     const double elements = static_cast<double>(op.lines()) * static_cast<double>(op.depth());

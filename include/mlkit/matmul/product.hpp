@@ -132,6 +132,7 @@ struct panel_layout {
   index_t width = 0;
   index_t word_bytes = 0;
   index_t elements_per_word = 1;
+  index_t words_at_once = 1;  // words of k are a multiple of these
   friend bool operator==(const panel_layout&, const panel_layout&) = default;
 };
 

@@ -173,7 +173,7 @@ bool run_small(const cpu& exec, const Product& p) {
 template <class E, class Product>
 any_product forget_types(const Product& p) {
   if constexpr (std::is_same_v<E, bf16>)
-    return MLKIT_SELECT(forget_product<E, Product>)(p);
+    return MLKIT_SELECT_PRODUCT(forget_product<E, Product>)(p);
   else
     return MLKIT_SELECT_WITHOUT_BF16(forget_product<E, Product>)(p);
 }

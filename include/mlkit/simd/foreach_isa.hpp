@@ -4,7 +4,7 @@
 // The bodies are templates. Code generated from a template keeps the target of the place where it is defined, also when
 // it is instantiated later, and plain functors passed into it are compiled for that target as they are inlined.
 //
-// In a body, MLKIT_SET_BITS is the vector width in bits, and MLKIT_SET_{AVX2,AVX512,BF16,NEON} are 0 or 1.
+// In a body, MLKIT_SET_BITS is the vector width in bits, and MLKIT_SET_{AVX2,AVX512,BF16,AMX,NEON} are 0 or 1.
 // Bodies include nothing: what they need is included before, outside of the region.
 
 #ifndef MLKIT_FOREACH
@@ -14,6 +14,7 @@
 #define MLKIT_SET_AVX2 0
 #define MLKIT_SET_AVX512 0
 #define MLKIT_SET_BF16 0
+#define MLKIT_SET_AMX 0
 #if defined(__aarch64__)
 #define MLKIT_SET_NEON 1
 #else
@@ -85,6 +86,26 @@ namespace MLKIT_NAMESPACE::detail::avx512_bf16 {
 #else
 #pragma GCC pop_options
 #endif
+
+#undef MLKIT_SET_AMX
+#define MLKIT_SET_AMX 1
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                          \
+    __attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target( \
+    "avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
+#endif
+namespace MLKIT_NAMESPACE::detail::amx {
+#include MLKIT_FOREACH
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
 #undef MLKIT_SET_BITS
 
 #endif  // MLKIT_X86
@@ -92,5 +113,6 @@ namespace MLKIT_NAMESPACE::detail::avx512_bf16 {
 #undef MLKIT_SET_AVX2
 #undef MLKIT_SET_AVX512
 #undef MLKIT_SET_BF16
+#undef MLKIT_SET_AMX
 #undef MLKIT_SET_NEON
 #undef MLKIT_FOREACH

@@ -8,6 +8,12 @@
 #include "../core/config.hpp"
 #include "../core/error.hpp"
 
+#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
 #define MLKIT_X86 1
 #else
@@ -17,19 +23,41 @@
 namespace MLKIT_NAMESPACE {
 
 /// Instruction sets, each including those before it. `baseline` is what every machine of the architecture has: SSE2 on
-/// x86-64, NEON on AArch64.
-enum class isa : int { baseline, avx2, avx512, avx512_bf16 };
-inline constexpr int isa_count = 4;
+/// x86-64, NEON on AArch64. `amx` has matrices of bf16 in registers.
+enum class isa : int { baseline, avx2, avx512, avx512_bf16, amx };
+inline constexpr int isa_count = 5;
 
 constexpr const char* isa_name(isa set) noexcept {
-  constexpr const char* names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+  constexpr const char* names[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
   return names[static_cast<int>(set)];
 }
+
+namespace detail {
+
+// Whether this machine has matrix registers of bf16, and the operating system lets this process use them. Linux is
+// asked once: from then on it keeps room for them in every thread.
+inline bool amx_available() noexcept {
+#if MLKIT_X86 && defined(__linux__)
+  static const bool available = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned bf16_matrices = 1u << 22, matrices = 1u << 24;
+    if ((d & bf16_matrices) == 0 || (d & matrices) == 0) return false;
+    constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return available;
+#else
+  return false;
+#endif
+}
+
+}  // namespace detail
 
 /// Whether this build has the set and this machine (and operating system) can run it.
 inline bool isa_available(isa set) noexcept {
 #if MLKIT_X86
-  if (MLKIT_TWO_SETS && (set == isa::avx2 || set == isa::avx512)) return false;
+  if (MLKIT_TWO_SETS && (set == isa::avx2 || set == isa::avx512 || set == isa::amx)) return false;
   const auto has_avx2 = [] {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
            __builtin_cpu_supports("bmi2");  // every such machine also has f16c
@@ -43,6 +71,7 @@ inline bool isa_available(isa set) noexcept {
     case isa::avx2: return has_avx2();
     case isa::avx512: return has_avx512();
     case isa::avx512_bf16: return has_avx512() && __builtin_cpu_supports("avx512bf16");
+    case isa::amx: return has_avx512() && __builtin_cpu_supports("avx512bf16") && detail::amx_available();
   }
   return false;
 #else
@@ -80,7 +109,7 @@ inline isa initial_isa() {
     if (!isa_available(set)) fail_value("MLKIT_FORCE_ISA = ", forced, ", which this machine does not have");
     return set;
   }
-  fail_value("MLKIT_FORCE_ISA = ", forced, " is none of baseline, avx2, avx512, avx512_bf16");
+  fail_value("MLKIT_FORCE_ISA = ", forced, " is none of baseline, avx2, avx512, avx512_bf16, amx");
 }
 
 inline std::atomic<int>& chosen_isa() {
@@ -104,16 +133,21 @@ inline void set_isa(isa set) {
 }  // namespace MLKIT_NAMESPACE
 
 // MLKIT_SELECT(f<args>) is a pointer to mlkit::detail::<active set>::f<args>. A macro, since namespaces are no template
-// arguments. Kernels are reached through such a pointer, taken outside the parallel region.
+// arguments. Kernels are reached through such a pointer, taken outside the parallel region. What multiplies no matrices
+// takes avx512's functions on amx; MLKIT_SELECT_PRODUCT is for what does, in bf16.
 #if MLKIT_X86 && MLKIT_TWO_SETS
 #define MLKIT_SELECT(...)                                                                    \
   (::mlkit::active_isa() == ::mlkit::isa::baseline ? &::mlkit::detail::baseline::__VA_ARGS__ \
                                                    : &::mlkit::detail::avx512_bf16::__VA_ARGS__)
+#define MLKIT_SELECT_PRODUCT(...) MLKIT_SELECT(__VA_ARGS__)
 #elif MLKIT_X86
+#define MLKIT_SELECT_PRODUCT(...) \
+  (::mlkit::active_isa() == ::mlkit::isa::amx ? &::mlkit::detail::amx::__VA_ARGS__ : MLKIT_SELECT(__VA_ARGS__))
 #define MLKIT_SELECT(...)                                                                \
   ([]() -> decltype(&::mlkit::detail::baseline::__VA_ARGS__) {                           \
     switch (::mlkit::active_isa()) {                                                     \
       case ::mlkit::isa::avx512_bf16: return &::mlkit::detail::avx512_bf16::__VA_ARGS__; \
+      case ::mlkit::isa::amx:                                                            \
       case ::mlkit::isa::avx512: return &::mlkit::detail::avx512::__VA_ARGS__;           \
       case ::mlkit::isa::avx2: return &::mlkit::detail::avx2::__VA_ARGS__;               \
       default: return &::mlkit::detail::baseline::__VA_ARGS__;                           \
@@ -121,6 +155,7 @@ inline void set_isa(isa set) {
   }())
 #else
 #define MLKIT_SELECT(...) (&::mlkit::detail::baseline::__VA_ARGS__)
+#define MLKIT_SELECT_PRODUCT(...) MLKIT_SELECT(__VA_ARGS__)
 #endif
 
 // MLKIT_SELECT for code that gains nothing from bf16 instructions: on avx512_bf16 it takes avx512's, so that one set
@@ -129,6 +164,7 @@ inline void set_isa(isa set) {
 #define MLKIT_SELECT_WITHOUT_BF16(...)                                         \
   ([]() -> decltype(&::mlkit::detail::baseline::__VA_ARGS__) {                 \
     switch (::mlkit::active_isa()) {                                           \
+      case ::mlkit::isa::amx:                                                  \
       case ::mlkit::isa::avx512_bf16:                                          \
       case ::mlkit::isa::avx512: return &::mlkit::detail::avx512::__VA_ARGS__; \
       case ::mlkit::isa::avx2: return &::mlkit::detail::avx2::__VA_ARGS__;     \

@@ -23,13 +23,19 @@ struct attend {
   static constexpr index_t width = V::width;
   static constexpr index_t sliver = sliver_lines<Element>;  // queries worked on together
   static constexpr index_t stride = panel_stride<Element>;  // words between rows of left panels
-  static constexpr int group = tile_registers;  // keys that are masked together; any tile's height divides it
-  static constexpr int groups_at_once = 144 / group;
+  // Keys that are masked together: any tile's height divides them, and they are whole steps of k.
+  static constexpr int group = in_matrices<Element> ? 32 : tile_registers;
+  // Matrix registers pay more for sums that they load and store than for keys that are not in the nearest cache.
+  static constexpr int groups_at_once = (in_matrices<Element> ? 512 : 144) / group;
   static constexpr index_t keys_at_once = index_t{groups_at_once} * group;
   static constexpr sum log2_e = static_cast<sum>(1.44269504088896340736);
   static constexpr sum infinity = math_table<sum>::infinity;
 
-  static constexpr index_t padded(index_t lines) noexcept { return round_up(lines, width); }
+  // Lines of a sliver, and what makes them whole registers; where lines are depth later, whole steps of it.
+  static constexpr index_t padded(index_t lines) noexcept {
+    return round_up(lines,
+                    std::max(width, index_t{compute<Element>::words_at_once * compute<Element>::elements_per_word}));
+  }
 
   // Hands out pieces of one block of memory; with none, only counts.
   class pieces {
@@ -80,7 +86,7 @@ struct attend {
   static void multiply(index_t depth, const word* left, index_t rows, const word* right, index_t right_stride,
                        index_t lanes, sum* c, index_t c_stride, bool accumulate,
                        const Meanwhile& meanwhile = {}) noexcept {
-    const int vectors = static_cast<int>(lanes / width), height = tile_rows(vectors);
+    const int vectors = static_cast<int>(lanes / width), height = tile_rows<Element>(vectors);
     for (index_t i = 0; i < rows; i += height) {
       sum* largest = nullptr;
       if constexpr (std::is_void_v<decltype(meanwhile(i, i, rows))>)
@@ -156,6 +162,13 @@ struct attend {
     for (int l = 0; l < width; ++l) any |= lanes[l];
     return any != 0;
 #endif
+  }
+
+  // Makes the words of a right panel [words of keys][lanes] zero that fill up the last step of n keys.
+  static MLKIT_ALWAYS_INLINE void pad_keys(index_t n, word* panel, index_t panel_stride, index_t lanes) noexcept {
+    if constexpr (in_matrices<Element>)
+      for (index_t j = ceil_div(n, index_t{2}); j < words<Element>(n); ++j)
+        std::fill_n(panel + j * panel_stride, lanes, word{});
   }
 
 #if MLKIT_SET_BF16

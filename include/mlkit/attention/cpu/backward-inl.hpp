@@ -112,6 +112,7 @@ struct attend_backward : attend<Element> {
     parts s;
     lay_out(p, memory, s);
     s.scale = base::scale_of(*p.forward.scores);
+    const matrix_registers<Element> registers;
     const shape_type shape = p.forward.shape(b);
     const index_t blocks = ceil_div(shape.queries, block_queries);
     sum* dk = sums;
@@ -134,6 +135,7 @@ struct attend_backward : attend<Element> {
     const auto& step = p.dbias.strides;
     const index_t rows = step[2] == 0 ? 1 : last - first, columns = p.dbias.extents[3];
     std::fill_n(totals, rows * columns, sum{});
+    const matrix_registers<Element> registers;
     for (index_t batch = b; batch < b_end; ++batch)
       for (index_t head = h; head < h_end; ++head) {
         std::fill_n(s.packed, s.kept, false);
@@ -248,6 +250,7 @@ struct attend_backward : attend<Element> {
         });
         const sum* bias = base::turn_bias(p.forward, b, h, first + at, m, lanes, j, n, s.bias);
         find_gradients(p, shape, {b, h, first + at, j, 0, bias}, at, m, lanes, n, plan, s);
+        if constexpr (paired) base::pad_keys(n, s.ds_right + at, right_stride, lanes);
         if constexpr (has_bias)
           if (p.dbias.data) turn_bias_gradient(plan, lanes, n, s);
         if constexpr (BiasOnly) add_bias_rows(p, at, m, j, n, totals, s);
@@ -361,7 +364,7 @@ struct attend_backward : attend<Element> {
         s.level[at + i + r] = sees ? lse : infinity;
       }
     }
-    for (index_t i = count; i < round_up(count, width); ++i) {  // lanes that are no queries
+    for (index_t i = count; i < padded(count); ++i) {  // lanes that are no queries
       s.level[at + i] = infinity;
       s.delta[at + i] = 0;
     }
@@ -418,7 +421,7 @@ struct attend_backward : attend<Element> {
                               at.h,
                               at.i + l + lane,
                               at.j + j + r,
-                              static_cast<int>(std::clamp<index_t>(count - l - lane, 0, width)),
+                              static_cast<int>(std::min(width, count - l - lane)),
                               base::bias_at(at.bias, in_sliver)};
           gradients_at<Masked>(pipeline, V::load(x + r * stride + lane), V::load(y + r * stride + lane), level[c],
                                delta[c], scale, shape, run, factor[r] + lane, s.bias + in_sliver, kept[r], ds[r]);

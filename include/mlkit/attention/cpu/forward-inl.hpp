@@ -100,6 +100,7 @@ struct attend_forward : attend<Element> {
   static void run(const Problem& p, index_t b, index_t h, index_t first, index_t rows, std::byte* memory) noexcept {
     parts s;
     lay_out(p, rows, memory, s);
+    const matrix_registers<Element> registers;
     const index_t keys = attention::detail::key_limit(*p.scores, b, p.keys(b));
     const head_place head{b, h, p.shape(b), keys, packs_at_once(p, keys, rows)};
     // Where at most a positive scale happens to scores, it is left to the exponents.
@@ -183,11 +184,13 @@ struct attend_forward : attend<Element> {
     const sum* bias = base::turn_bias(p, b, h, place.first, count, lanes, j, n, s.bias);
     const score_run run{b, h, place.first, j, 0, bias};
     sum* out = s.out + place.home / sliver * out_size(p);
-    const index_t height = tile_rows(static_cast<int>(lanes / width)), found_before = bare ? n / height * height : 0;
+    const index_t height = tile_rows<Element>(static_cast<int>(lanes / width)),
+                  found_before = bare ? n / height * height : 0;
     by_halves<tile_vectors>(lanes / width, [&](auto vectors, index_t column) {
       const index_t l = column * width;
       softmax_columns<vectors>(p, head.shape, run, place.home, l, count, lanes, n, plan, top + l, found_before, out, s);
     });
+    if constexpr (own_probabilities) base::pad_keys(n, s.probabilities, lanes, lanes);
     if constexpr (captures) s.map.keep(p, b, place.home, j, n, lanes, plan, s.scores, s.level + place.home);
     const bool last = head.packed_at_once && j + n == head.keys;
     const auto fetch_out = [&](index_t i, index_t i_end, index_t of) {
@@ -202,7 +205,7 @@ struct attend_forward : attend<Element> {
                      s.probabilities + from / per_word * lanes, lanes, lanes, out, lanes, true, fetch_out);
     };
     plan.each_run(n, [&](index_t from, index_t to) {
-      if constexpr (requires { p.each_valued(from, to, add_values); })
+      if constexpr (requires { p.each_valued(from, to, add_values); } && !in_matrices<Element>)
         p.each_valued(j + from, j + to, [&](index_t begin, index_t end) { add_values(begin - j, end - j); });
       else
         add_values(from, to);

@@ -111,7 +111,7 @@ struct product_entry {
   static constexpr index_t panel_block_bytes = index_t{768} << 10;
   static constexpr product_kernels kernels{sliver_lines<Element>,
                                            vec<word>::width,
-                                           tile_rows(tile_vectors),
+                                           tile_rows<Element>(tile_vectors),
                                            panel_block_bytes / index_t{sizeof(word)} / compute<Element>::depth_block,
                                            index_t{sizeof(word)},
                                            pack_scratch<Element>* index_t{sizeof(word)},
@@ -163,5 +163,6 @@ template <class E>
 panel_layout packed_layout() noexcept {
   using element = panel_element<E>;
   return {sliver_lines<element>, vec<typename compute<element>::word>::width,
-          index_t{sizeof(typename compute<element>::word)}, compute<element>::elements_per_word};
+          index_t{sizeof(typename compute<element>::word)}, compute<element>::elements_per_word,
+          compute<element>::words_at_once};
 }

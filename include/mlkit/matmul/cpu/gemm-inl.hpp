@@ -71,8 +71,8 @@ struct gemm {
   // Scratch of multiply() for `lines` right lines, in bytes.
   static index_t multiply_scratch(index_t lines) noexcept {
     const index_t padded = round_up(lines, width);
-    const index_t rows = row_block(padded, 1) + tile_registers;
-    return 2 * tile_registers * stride * index_t{sizeof(word)} +
+    const index_t rows = row_block(padded, 1) + highest_tile<Element>;
+    return 2 * highest_tile<Element> * stride * index_t{sizeof(word)} +
            (rows * padded + sliver * round_up(rows, V::width)) * index_t{sizeof(sum)} +
            pack_scratch<Element> * index_t{sizeof(Element)};
   }
@@ -83,18 +83,19 @@ struct gemm {
   static void multiply(const any_product& p, index_t row, index_t rows, index_t first, index_t last, index_t begin,
                        index_t end, const word* panels, word* scratch) noexcept {
     const index_t lines = std::min(last - first, end * sliver) - begin * sliver, padded = round_up(lines, width);
-    const index_t height = tile_rows(static_cast<int>(std::min<index_t>(padded / width, tile_vectors)));
+    const index_t height = tile_rows<Element>(static_cast<int>(std::min<index_t>(padded / width, tile_vectors)));
     const index_t most = row_block(padded, height), blocks = ceil_div(rows, most);
     const index_t step = round_up(ceil_div(rows, blocks), height);
     scratch_parts parts;
     parts.left = scratch;
-    parts.next_left = scratch + tile_registers * stride;
-    parts.sums = reinterpret_cast<sum*>(scratch + 2 * tile_registers * stride);
-    parts.sums_rows = step + tile_registers;
+    parts.next_left = scratch + highest_tile<Element> * stride;
+    parts.sums = reinterpret_cast<sum*>(scratch + 2 * highest_tile<Element> * stride);
+    parts.sums_rows = step + highest_tile<Element>;
     parts.turned = parts.sums + parts.sums_rows * padded;
     parts.pack = reinterpret_cast<Element*>(parts.turned + sliver * round_up(parts.sums_rows, V::width));
     index_t depth = 0;
     for (const any_segment& s : p) depth += s.depth();
+    const matrix_registers<Element> registers;
     for (index_t r = 0; r < rows; r += step)
       multiply_rows(p, {row + r, std::min(step, rows - r), height, first, last, begin, end, panels, parts, depth});
   }
@@ -114,7 +115,7 @@ struct gemm {
   // Whether sums can go straight to the output: whole vectors and whole tiles of what it stores.
   static bool direct(const any_product& p, index_t lines, int tall) noexcept {
     return p.takes_sums && !p.flipped && p.col_stride == 1 && lines % width == 0 &&
-           tile_height(static_cast<int>(lines / width), tall) == tall;
+           tile_height<Element>(static_cast<int>(lines / width), tall) == tall;
   }
 
   // What multiply_rows is doing: left lines [row, row + rows) in tiles of `height`, slivers [begin, end) of right lines

@@ -80,13 +80,17 @@ MLKIT_ALWAYS_INLINE void decode_run(set_tag, const S& s, index_t row, index_t co
 // How many words of k a block of elements takes.
 template <class Element>
 constexpr index_t words(index_t elements) noexcept {
-  return (elements + compute<Element>::elements_per_word - 1) / compute<Element>::elements_per_word;
+  using C = compute<Element>;
+  return round_up(ceil_div(elements, index_t{C::elements_per_word}), C::words_at_once);
 }
 
-// The pairs of bf16 that share a word are padded with zero when k is odd.
+// Where elements share words, or words are multiplied many at once, those that are missing are zero.
 template <class Element>
 MLKIT_ALWAYS_INLINE void pad_last_word(Element* row, index_t elements) noexcept {
-  if constexpr (compute<Element>::elements_per_word == 2) {
+  if constexpr (in_matrices<Element>) {
+    const index_t missing = 2 * words<Element>(elements) - elements;
+    __builtin_memset(static_cast<void*>(row + elements), 0, static_cast<std::size_t>(missing) * sizeof(Element));
+  } else if constexpr (compute<Element>::elements_per_word == 2) {
     if (elements % 2) row[elements] = Element::from_bits(0);
   }
 }
@@ -212,5 +216,7 @@ void pack_right(const operand<Source>& op, index_t line, index_t lines, index_t 
       }
       interleave(even, odd, lines, width, panel + (p / 2) * width);
     }
+    const index_t there = ceil_div(depth, index_t{2});
+    std::fill_n(panel + there * width, (words<Element>(depth) - there) * width, word{});
   }
 }
