@@ -219,7 +219,7 @@ struct attend {
       sum *turned = memory, *rows = memory + keys_at_once * sliver;
       const auto& step = v.strides;
       result = turned;
-      if constexpr (std::is_same_v<T, sum>)
+      if constexpr (turns_into<T, sum>)
         if (count == lanes && step[3] == 1)
           return transpose(v.data + b * step[0] + h * step[1] + i * step[2] + j, step[2], count, n, turned, lanes);
       const dense_source<T> source{v.data + b * step[0] + h * step[1] + i * step[2] + j * step[3], count, n, step[2],

@@ -99,37 +99,6 @@ MLKIT_ALWAYS_INLINE void pad_last_word(Element* row, index_t elements) noexcept 
 template <class Element>
 inline constexpr index_t pack_scratch = 16 * panel_stride<Element>* compute<Element>::elements_per_word;
 
-// Left panel: panel[line][word of k], rows `panel_stride` words apart. [lines] x [k, k + depth). The first `done`
-// elements of each line are there already, where lines are runs.
-template <class Element, class Source>
-void pack_left(const operand<Source>& op, index_t line, index_t lines, index_t k, index_t depth, Element* panel,
-               Element* MLKIT_RESTRICT scratch, index_t done) noexcept {
-  constexpr index_t stride = panel_stride<Element> * compute<Element>::elements_per_word;
-  if (op.depth_first) {
-    if (done == depth && compute<Element>::elements_per_word == 1) return;
-    for (index_t l = 0; l < lines; ++l) {
-      decode_run(set_tag{}, op.source, line + l, k + done, depth - done, panel + l * stride + done);
-      pad_last_word(panel + l * stride, depth);
-    }
-    return;
-  }
-  constexpr index_t runs = 16, span = 64;  // a scratch block of runs, each along lines
-  for (index_t p = 0; p < depth; p += runs) {
-    const index_t n = std::min(runs, depth - p);
-    for (index_t l = 0; l < lines; l += span) {
-      const index_t m = std::min(span, lines - l);
-      for (index_t r = 0; r < n; ++r) decode_run(set_tag{}, op.source, k + p + r, line + l, m, scratch + r * span);
-      if constexpr (sizeof(Element) >= 4) {
-        transpose(scratch, span, n, m, panel + l * stride + p, stride);
-      } else {
-        for (index_t i = 0; i < m; ++i)
-          for (index_t r = 0; r < n; ++r) panel[(l + i) * stride + p + r] = scratch[r * span + i];
-      }
-    }
-  }
-  for (index_t l = 0; l < lines; ++l) pad_last_word(panel + l * stride, depth);
-}
-
 // out[l] = the word of even[l] and odd[l], for `width` lines, whole registers; the first `lines` are read, the others
 // zero.
 #if MLKIT_SET_BF16
@@ -146,6 +115,43 @@ inline void interleave(const bf16* even, const bf16* odd, index_t lines, index_t
   }
 }
 #endif
+
+// Left panel: panel[line][word of k], rows `panel_stride` words apart. [lines] x [k, k + depth). The first `done`
+// elements of each line are there already, where lines are runs.
+template <class Element, class Source>
+void pack_left(const operand<Source>& op, index_t line, index_t lines, index_t k, index_t depth, Element* panel,
+               Element* MLKIT_RESTRICT scratch, index_t done) noexcept {
+  constexpr index_t stride = panel_stride<Element> * compute<Element>::elements_per_word;
+  if (op.depth_first) {
+    if (done == depth && compute<Element>::elements_per_word == 1) return;
+    for (index_t l = 0; l < lines; ++l) {
+      decode_run(set_tag{}, op.source, line + l, k + done, depth - done, panel + l * stride + done);
+      pad_last_word(panel + l * stride, depth);
+    }
+    return;
+  }
+  // A scratch block of runs along lines, which become 16 words of each line.
+  constexpr index_t per_word = compute<Element>::elements_per_word, runs = 16 * per_word, span = 64;
+  for (index_t p = 0; p < depth; p += runs) {
+    const index_t n = std::min(runs, depth - p);
+    for (index_t l = 0; l < lines; l += span) {
+      const index_t m = std::min(span, lines - l);
+      for (index_t r = 0; r < n; ++r) decode_run(set_tag{}, op.source, k + p + r, line + l, m, scratch + r * span);
+      Element* const to = panel + l * stride + p;
+      if constexpr (per_word == 1) {
+        transpose(scratch, span, n, m, to, stride);
+      } else {
+        using word = typename compute<Element>::word;
+        word* const pairs = reinterpret_cast<word*>(scratch + runs * span);
+        if (n % 2) std::fill_n(scratch + n * span, m, Element{});
+        for (index_t r = 0; r < n; r += 2)
+          interleave(scratch + r * span, scratch + (r + 1) * span, m, span, pairs + r / 2 * span);
+        transpose(pairs, span, ceil_div(n, index_t{2}), m, reinterpret_cast<word*>(to), stride / per_word);
+      }
+    }
+  }
+  for (index_t l = 0; l < lines; ++l) pad_last_word(panel + l * stride, depth);
+}
 
 // Right panel: panel[word of k][line], `width` words a row; lines beyond the last are zero.
 template <class Element, class Source>

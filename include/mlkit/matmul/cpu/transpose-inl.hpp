@@ -1,13 +1,22 @@
-// Transposes of blocks of 32-bit or 64-bit words.
+// Transposes of blocks of 32-bit or 64-bit words; of f32 also from bf16 or f16 in memory.
 
 // Marks calls with this instruction set, so that argument-dependent lookup finds what the set's bodies define later on.
 struct set_tag {};
 
 // One word, whatever the memory was written as.
-template <class Word>
-MLKIT_ALWAYS_INLINE void move_word(Word* dst, const Word* src) noexcept {
-  __builtin_memcpy(dst, src, sizeof(Word));
+template <class Source, class Word>
+MLKIT_ALWAYS_INLINE void move_word(Word* dst, const Source* src) noexcept {
+  if constexpr (std::is_same_v<Source, Word>)
+    __builtin_memcpy(dst, src, sizeof(Word));
+  else
+    *dst = static_cast<Word>(*src);
 }
+
+// Whether transposes read this type where they write another.
+template <class Source, class Word>
+inline constexpr bool turns_into = std::is_same_v<Source, Word> ||
+                                   (MLKIT_SET_AVX512 && std::is_same_v<Word, float> &&
+                                    (std::is_same_v<Source, bf16> || std::is_same_v<Source, f16>));
 
 #if MLKIT_SET_AVX512
 // Registers i of r become columns i of what they were; store(j, column) is called for each.
@@ -44,15 +53,23 @@ MLKIT_ALWAYS_INLINE void turn_registers(__m512* r, Store&& store) noexcept {
   }
 }
 
+// Words of the type that is written are moved as f32, whatever they are.
+template <class Word, class Source>
+MLKIT_ALWAYS_INLINE auto as_read(const Source* src) noexcept {
+  if constexpr (std::is_same_v<Source, Word>)
+    return reinterpret_cast<const float*>(src);
+  else
+    return src;
+}
+
 // dst[j][i] = src[i][j] for i < rows, j < cols, neither more than 16; nothing else is touched.
-inline void transpose_part(const float* MLKIT_RESTRICT src, index_t src_stride, int rows, int cols,
-                           float* MLKIT_RESTRICT dst, index_t dst_stride) noexcept {
-  const auto along_row = static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(cols)));
+template <class Source>
+void transpose_part(const Source* MLKIT_RESTRICT src, index_t src_stride, int rows, int cols, float* MLKIT_RESTRICT dst,
+                    index_t dst_stride) noexcept {
   const auto along_col = static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(rows)));
   __m512 r[16];
   MLKIT_UNROLL
-  for (int i = 0; i < 16; ++i)
-    r[i] = i < rows ? _mm512_maskz_loadu_ps(along_row, src + i * src_stride) : _mm512_setzero_ps();
+  for (int i = 0; i < 16; ++i) r[i] = i < rows ? vec<float>::load(src + i * src_stride, cols).v : _mm512_setzero_ps();
   turn_registers(r, [&](int j, __m512 column) {
     if (j < cols) _mm512_mask_storeu_ps(dst + j * dst_stride, along_col, column);
   });
@@ -60,14 +77,14 @@ inline void transpose_part(const float* MLKIT_RESTRICT src, index_t src_stride, 
 #endif
 
 // dst[j][i] = src[i][j] for a width x width block; the shuffles stay in registers.
-template <class Word>
-MLKIT_ALWAYS_INLINE void transpose_square(const Word* MLKIT_RESTRICT src, index_t src_stride, Word* MLKIT_RESTRICT dst,
-                                          index_t dst_stride) noexcept {
+template <class Source, class Word>
+MLKIT_ALWAYS_INLINE void transpose_square(const Source* MLKIT_RESTRICT src, index_t src_stride,
+                                          Word* MLKIT_RESTRICT dst, index_t dst_stride) noexcept {
 #if MLKIT_SET_AVX512
   if constexpr (sizeof(Word) == 4) {
     __m512 r[16];
     MLKIT_UNROLL
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(reinterpret_cast<const float*>(src + i * src_stride));
+    for (int i = 0; i < 16; ++i) r[i] = vec<float>::load(as_read<Word>(src + i * src_stride)).v;
     turn_registers(
         r, [&](int j, __m512 column) { _mm512_storeu_ps(reinterpret_cast<float*>(dst + j * dst_stride), column); });
     return;
@@ -113,20 +130,20 @@ MLKIT_ALWAYS_INLINE void transpose_square(const Word* MLKIT_RESTRICT src, index_
 }
 
 // dst[j][i] = src[i][j] for i < rows, j < cols, of any size.
-template <class Word>
-void transpose(const Word* src, index_t src_stride, index_t rows, index_t cols, Word* dst,
+template <class Source, class Word>
+void transpose(const Source* src, index_t src_stride, index_t rows, index_t cols, Word* dst,
                index_t dst_stride) noexcept {
   constexpr index_t width = vec<Word>::width;
   index_t i = 0;
   const auto part = [&](index_t row, index_t height, index_t col, index_t breadth) {
-    const Word* from = src + row * src_stride + col;
+    const Source* from = src + row * src_stride + col;
     Word* to = dst + col * dst_stride + row;
 #if MLKIT_SET_AVX512
     if constexpr (sizeof(Word) == 4) {
       // A few words are as quick one by one.
       if (height * breadth > 2 * width)
-        return transpose_part(reinterpret_cast<const float*>(from), src_stride, static_cast<int>(height),
-                              static_cast<int>(breadth), reinterpret_cast<float*>(to), dst_stride);
+        return transpose_part(as_read<Word>(from), src_stride, static_cast<int>(height), static_cast<int>(breadth),
+                              reinterpret_cast<float*>(to), dst_stride);
     }
 #endif
     for (index_t c = 0; c < breadth; ++c)
