@@ -30,11 +30,10 @@ TEMPLATE_TEST_CASE("the gradient of a bias that caches do not hold", "[attention
   const result want = p.template naive<double, double>(m);
   const errors ours(want, p.written());
   const errors loops(want, p.template naive<float, T>(m));
-  constexpr double rounding = std::is_same_v<T, float> ? 0x1p-24 : 0x1p-8;
   for (std::size_t r = 0; r < 7; ++r) {
     INFO(result::names[r] << " of size " << ours.size[r]);
     // Probabilities come from lse, which is between 8 and 16: its last place is 16 roundings of f32.
-    CHECK(ours.error[r] <= 2 * loops.error[r] + (rounding + 16 * 0x1p-24) * ours.size[r]);
+    CHECK(ours.error[r] <= 2 * loops.error[r] + (rounding<T> + 16 * 0x1p-24) * ours.size[r]);
   }
 
   for (const bool columns_together : {true, false}) {

@@ -8,30 +8,40 @@ namespace {
 
 constexpr index_t batch = 3, heads = 2, group = 2, capacity = 40, page = 8, d = 19, d_v = 6;
 
-// softmax(q k^T / sqrt(d)) v for the first n of given entries, against what decode gives.
+// softmax(q k^T / sqrt(d)) v for the first n of given entries, in loops whose sums are of type Sum.
+template <class Sum, class Q, class K, class V>
+std::vector<double> attended(const Q& q, const K& k, const V& v, const std::vector<index_t>& lengths) {
+  std::vector<double> all;
+  for (index_t b = 0; b < batch; ++b)
+    for (index_t h = 0; h < heads * group; ++h) {
+      std::vector<Sum> o(d_v);
+      Sum total = 0;
+      for (index_t j = 0; j < lengths[static_cast<std::size_t>(b)]; ++j) {
+        Sum x = 0;
+        for (index_t c = 0; c < d; ++c) x += static_cast<Sum>(q(b, h, c)) * static_cast<Sum>(k(b, h / group, j, c));
+        const Sum p = std::exp(x / std::sqrt(static_cast<Sum>(d)));
+        total += p;
+        for (index_t c = 0; c < d_v; ++c) o[static_cast<std::size_t>(c)] += p * static_cast<Sum>(v(b, h / group, j, c));
+      }
+      for (const Sum x : o) all.push_back(total == 0 ? 0 : static_cast<double>(x / total));
+    }
+  return all;
+}
+
+// The error of decode in f32 over given entries is at most twice that of loops in f32.
 template <class Cache, class K, class V>
-double decode_error(const Cache& cache, const K& k, const V& v, const std::vector<index_t>& lengths) {
+void check_decode(const Cache& cache, const K& k, const V& v, const std::vector<index_t>& lengths) {
   mlkit::tensor<float, 3> q({batch, heads * group, d}), out({batch, heads * group, d_v});
   fill<float>(q, 9);
   attention::decode(mlkit::cpu{}, q, cache, out);
-  double worst = 0;
-  for (index_t b = 0; b < batch; ++b)
-    for (index_t h = 0; h < heads * group; ++h) {
-      std::vector<double> o(d_v);
-      double total = 0;
-      for (index_t j = 0; j < lengths[static_cast<std::size_t>(b)]; ++j) {
-        double x = 0;
-        for (index_t c = 0; c < d; ++c) x += static_cast<double>(q(b, h, c)) * k(b, h / group, j, c);
-        const double p = std::exp(x / std::sqrt(static_cast<double>(d)));
-        total += p;
-        for (index_t c = 0; c < d_v; ++c) o[static_cast<std::size_t>(c)] += p * v(b, h / group, j, c);
-      }
-      for (index_t c = 0; c < d_v; ++c) {
-        const double want = total == 0 ? 0 : o[static_cast<std::size_t>(c)] / total;
-        worst = std::max(worst, std::fabs(want - static_cast<double>(out(b, h, c))));
-      }
-    }
-  return worst;
+  const std::vector<double> want = attended<double>(q, k, v, lengths), loops = attended<float>(q, k, v, lengths);
+  double ours = 0, theirs = 0, size = 0;
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    ours = std::max(ours, std::fabs(want[i] - static_cast<double>(out.data()[i])));
+    theirs = std::max(theirs, std::fabs(want[i] - loops[i]));
+    size = std::max(size, std::fabs(want[i]));
+  }
+  CHECK(ours <= 2 * theirs + 0x1p-24 * size);
 }
 
 // Appends 5, then 1, then 9 entries to sequences that begin with 0, 3 and 17; kept[b, h, j] is what they are. `stored`
@@ -69,7 +79,7 @@ void append_and_check(Cache&& cache, Stored&& stored, double tolerance) {
     CHECK(worst <= tolerance);
     for (index_t b = 0; b < batch; ++b) CHECK(cache.length(b) == (lengths[static_cast<std::size_t>(b)] += n));
   }
-  CHECK(decode_error(cache, k, v, lengths) < 3e-6);
+  check_decode(cache, k, v, lengths);
 }
 
 template <class T>
@@ -188,4 +198,78 @@ TEST_CASE("what cannot be appended is refused, and nothing is written", "[attent
       attention::append(mlkit::cpu{}, mlkit::tensor_view<float, 4>(m.k.data(), {batch, heads, 1, d}), y, cache),
       Contains("overlaps"));
   CHECK(m.lengths[0] == 7);
+}
+
+TEST_CASE("scales of int8 that do not fit are refused, and nothing is written", "[attention][cache][bad input]") {
+  memory<std::int8_t> m(batch * heads * capacity);
+  const std::vector<std::int8_t> k_before = m.k, v_before = m.v;
+  const std::vector<std::int32_t> lengths_before = m.lengths;
+  const mlkit::matrix_view<const std::int32_t> table(m.table.data(), {batch, capacity / page});
+  mlkit::tensor<float, 3> q({batch, heads * group, d}), out({batch, heads * group, d_v});
+  mlkit::tensor<float, 4> x({batch, heads, 1, d}), y({batch, heads, 1, d_v});
+  std::fill(out.begin(), out.end(), 12345.0f);
+  using extents = mlkit::extents_t<3>;
+  using scales = mlkit::tensor_view<float, 3>;
+  const auto contiguous = [&](const scales& ks, const scales& vs) {
+    const extents of{batch, heads, capacity};
+    return attention::contiguous(m.tensor(m.k, of, d), m.tensor(m.v, of, d_v), m.lengths, ks, vs);
+  };
+  const auto paged = [&](const scales& ks, const scales& vs) {
+    const extents of{batch * capacity / page, page, heads};
+    return attention::paged(m.tensor(m.k, of, d), m.tensor(m.v, of, d_v), table, m.lengths, ks, vs);
+  };
+  const auto decode_says = [&](const auto& cache, const std::string& words) {
+    CHECK_THROWS_WITH(attention::decode(mlkit::cpu{}, q, cache, out), "mlkit::" + words);
+  };
+  const auto append_says = [&](const auto& cache, const std::string& words) {
+    CHECK_THROWS_WITH(attention::append(mlkit::cpu{}, x, y, cache), "mlkit::" + words);
+  };
+  const auto both_say = [&](const auto& cache, const std::string& kind, const std::string& words) {
+    decode_says(cache, kind + "_error: attention::decode: " + words);
+    append_says(cache, kind + "_error: attention::append: " + words);
+  };
+  const auto of_k = [&](const extents& e) { return scales(m.k_scales.data(), e); };
+  const auto of_v = [&](const extents& e) { return scales(m.v_scales.data(), e); };
+
+  const extents fit{batch, heads, capacity};
+  const auto k_refused = [&](const extents& e, const std::string& words) {
+    both_say(contiguous(of_k(e), of_v(fit)), "shape", "cache.k_scales has " + words);
+  };
+  k_refused({2, heads, capacity}, "2 batches, but cache.k has 3");
+  k_refused({batch, 1, capacity}, "1 heads, but cache.k has 2");
+  k_refused({batch, heads, 39}, "39 entries, but cache.k has 40");
+  k_refused({0, 0, 0}, "0 batches, but cache.k has 3");
+  const auto v_refused = [&](const extents& e, const std::string& words) {
+    both_say(contiguous(of_k(fit), of_v(e)), "shape", "cache.v_scales has " + words);
+  };
+  v_refused({2, heads, capacity}, "2 batches, but cache.k has 3");
+  v_refused({batch, 1, capacity}, "1 heads, but cache.k has 2");
+  v_refused({batch, heads, 39}, "39 entries, but cache.k has 40");
+  both_say(contiguous(scales(nullptr, fit), of_v(fit)), "value", "cache.k_scales is null, but has shape [3, 2, 40]");
+  both_say(contiguous(of_k(fit), scales(nullptr, fit)), "value", "cache.v_scales is null, but has shape [3, 2, 40]");
+
+  const extents pages{batch * capacity / page, page, heads};
+  const auto pages_refused = [&](const extents& e, const std::string& words) {
+    both_say(paged(of_k(e), of_v(pages)), "shape", "cache.k_scales has " + words);
+    both_say(paged(of_k(pages), of_v(e)), "shape", "cache.v_scales has " + words);
+  };
+  pages_refused({14, page, heads}, "14 pages, but cache.k has 15");
+  pages_refused({15, 7, heads}, "7 entries to a page, but cache.k has 8");
+  pages_refused({15, page, 1}, "1 heads, but cache.k has 2");
+
+  const scales on_out(out.data() + 8, {batch, heads, capacity}, {0, 0, 1});
+  decode_says(contiguous(on_out, of_v(fit)),
+              "shape_error: attention::decode: out [3, 4, 6] overlaps cache.k_scales [3, 2, 40]");
+  decode_says(contiguous(of_k(fit), on_out),
+              "shape_error: attention::decode: out [3, 4, 6] overlaps cache.v_scales [3, 2, 40]");
+  append_says(contiguous(of_k(fit), of_k(fit)),
+              "shape_error: attention::append: cache.v_scales [3, 2, 40] overlaps cache.k_scales [3, 2, 40]");
+  append_says(contiguous(scales(x.data(), fit, {38, 19, 0}), of_v(fit)),
+              "shape_error: attention::append: cache.k_scales of shape [3, 2, 40] has overlapping strides [38, 19, 0]");
+  append_says(contiguous(of_k(fit), scales(m.v_scales.data(), fit, {80, 0, 1})),
+              "shape_error: attention::append: cache.v_scales of shape [3, 2, 40] has overlapping strides [80, 0, 1]");
+  CHECK((m.k == k_before && m.v == v_before && m.lengths == lengths_before));
+  CHECK(std::count(m.k_scales.begin(), m.k_scales.end(), 0.01f) == batch * heads * capacity);
+  CHECK(std::count(m.v_scales.begin(), m.v_scales.end(), 0.02f) == batch * heads * capacity);
+  CHECK(std::count(out.begin(), out.end(), 12345.0f) == out.size());
 }

@@ -337,7 +337,6 @@ TEST_CASE("local blend: attention to words, after editing, makes the region", "[
 TEMPLATE_TEST_CASE("the error of an edit is at most twice that of stored maps in the same dtype", "[attention][edit]",
                    float, mlkit::bf16, mlkit::f16) {
   using T = TestType;
-  constexpr double rounding = std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, mlkit::bf16> ? 0x1p-8 : 0x1p-11;
   problem<T> p(4, 4, 2, 150, 77, 40, 48);
   const double scale = 1 / std::sqrt(40.0);
   const auto edits = three_edits(77);
@@ -351,7 +350,7 @@ TEMPLATE_TEST_CASE("the error of an edit is at most twice that of stored maps in
       most = std::max(most, std::fabs(want.out[i] - loops.out[i]));
       size = std::max(size, std::fabs(want.out[i]));
     }
-    CHECK(difference(want.out, p.out) <= 2 * most + rounding * size);
+    CHECK(difference(want.out, p.out) <= 2 * most + rounding<T> * size);
   }
 }
 

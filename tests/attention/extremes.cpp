@@ -31,11 +31,6 @@ struct stages {
   }
 };
 
-template <class T>
-constexpr double rounding = std::is_same_v<T, float>         ? 0x1p-24
-                            : std::is_same_v<T, mlkit::bf16> ? 0x1p-8
-                                                             : 0x1p-11;
-
 // The error is at most twice that of loops whose matrices are of type Stored, and so many roundings to T.
 template <class Stored, class T>
 void check_errors(problem<T>& p, const stages& s, double roundings) {

@@ -167,7 +167,6 @@ TEST_CASE("maps of scores that rise and fall from block to block", "[attention][
 TEMPLATE_TEST_CASE("the error of a map is at most twice that of loops in the same dtype", "[attention][maps]", float,
                    mlkit::bf16, mlkit::f16) {
   using T = TestType;
-  constexpr double rounding = std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, mlkit::bf16> ? 0x1p-8 : 0x1p-11;
   // Over all shapes: errors of single probabilities are those of their scores' sums, which are a matter of luck.
   double ours = 0, wide = 0, loops = 0, size = 0;
   for (const auto& [n, m, d] : std::vector<std::array<index_t, 3>>{{70, 77, 40}, {129, 241, 64}, {33, 700, 80}}) {
@@ -185,7 +184,7 @@ TEMPLATE_TEST_CASE("the error of a map is at most twice that of loops in the sam
     ours = std::max(ours, all_maps<T>(p, pipeline).error(want));
     wide = std::max(wide, all_maps<T, float>(p, pipeline).error(want));
   }
-  CHECK(ours <= 2 * loops + rounding * size);
+  CHECK(ours <= 2 * loops + rounding<T> * size);
   // Maps may be wider than what they are of; then they are not rounded.
   CHECK(wide <= 2 * loops);
   if (!std::is_same_v<T, float>) CHECK(wide < 0.01 * loops);

@@ -13,9 +13,17 @@
 
 namespace attention_reference {
 
+namespace attention = mlkit::attention;
 using mlkit::index_t;
 inline constexpr double inf = INFINITY;
 inline constexpr double tight = 1e-12;
+
+// Half a unit in the last place of one; more for f64, whose loops are what is right.
+template <class T>
+inline constexpr double rounding = std::is_same_v<T, double>        ? tight
+                                   : std::is_same_v<T, float>       ? 0x1p-24
+                                   : std::is_same_v<T, mlkit::bf16> ? 0x1p-8
+                                                                    : 0x1p-11;
 
 template <class T, class Tensor>
 void fill(Tensor& t, std::uint64_t stream, float size = 1) {
@@ -46,6 +54,7 @@ struct result {
 // The largest error of each, and the largest value that it should have.
 struct errors {
   std::array<double, 7> error{}, size{};
+  errors() = default;
   errors(const result& want, const result& have) {
     for (std::size_t r = 0; r < error.size(); ++r) {
       REQUIRE(want.of[r].size() == have.of[r].size());
@@ -55,6 +64,12 @@ struct errors {
         error[r] = std::isfinite(y) ? std::max(error[r], std::fabs(x - y)) : inf;
         size[r] = std::max(size[r], std::fabs(x));
       }
+    }
+  }
+  void add(const errors& other) {
+    for (std::size_t r = 0; r < error.size(); ++r) {
+      error[r] = std::max(error[r], other.error[r]);
+      size[r] = std::max(size[r], other.size[r]);
     }
   }
   double relative(std::size_t r) const { return error[r] / std::max(size[r], 1e-3); }
@@ -264,5 +279,158 @@ meaning masked(double value, Sees sees) {
   m.score = [=](double x, index_t b, index_t h, index_t i, index_t j) { return sees(b, h, i, j) ? value * x : -inf; };
   return m;
 }
+
+// A stage of a user's own that can be switched off.
+struct bent {
+  double size = 0;
+  double operator()(double s, const attention::position& at) const {
+    return s + size * (0.1 * s * s + 0.02 * static_cast<double>(at.j) - 0.03 * static_cast<double>(at.i + at.h));
+  }
+  double derivative(double s, const attention::position&) const { return 1 + size * 0.2 * s; }
+};
+
+// One pipeline is all pairs, so that its kernels are compiled once: every stage stands before every other, the masks
+// stand between them, and each is a no-op until it is switched on.
+template <class T>
+struct everything {
+  using A = mlkit::accumulator_t<T>;
+  static constexpr index_t batch = 2, heads = 2, tokens = 60, far = attention::window::unlimited;
+
+  // Without effect: a cap so large that tanh is linear to the last bit but one.
+  double scales[2] = {1, 1}, caps[2] = {1e9, 1e9}, bends[2] = {0, 0};
+  bool alibis[2] = {false, false};
+  double p = 0;
+  mlkit::vector<A> no_slopes{{heads}}, slopes{{heads}}, sinks{{heads}};
+  mlkit::tensor<T, 4> bias;
+  attention::window window{far, far, attention::align::top_left};
+  std::vector<std::uint8_t> bits = std::vector<std::uint8_t>(batch * tokens * tokens, 1);
+  std::vector<int> ids = std::vector<int>(tokens, 0), lengths = std::vector<int>(batch, tokens);
+  std::vector<std::uint8_t> block_bits = std::vector<std::uint8_t>(heads * 4 * 3, 1);
+
+  explicit everything(const mlkit::extents_t<4>& bias_shape = {1, heads, tokens, tokens}) : bias(bias_shape) {
+    slopes(0) = A(0.05), slopes(1) = A(0.02);
+    std::fill(sinks.begin(), sinks.end(), A(-inf));
+  }
+  mlkit::tensor_view<const std::uint8_t, 4> mask() const { return {bits.data(), {batch, 1, tokens, tokens}}; }
+  mlkit::tensor_view<const std::uint8_t, 3> blocks() const { return {block_bits.data(), {heads, 4, 3}}; }
+
+  // Calls f with the stages that change scores.
+  template <class F>
+  auto with_stages(F&& f) const {
+    const auto& before = alibis[0] ? slopes : no_slopes;
+    const auto& after = alibis[1] ? slopes : no_slopes;
+    return f(attention::scale{scales[0]}, attention::softcap{caps[0]}, attention::alibi{before}, bent{bends[0]},
+             attention::bias{bias}, bent{bends[1]}, attention::alibi{after}, attention::softcap{caps[1]},
+             attention::scale{scales[1]});
+  }
+  template <class Mask>
+  auto pipeline_with(Mask mask_of_runs) const {
+    return with_stages(
+        [&](auto scale, auto cap, auto slope, auto bend, auto b, auto bend_2, auto slope_2, auto cap_2, auto scale_2) {
+          return attention::scores{attention::documents{ids},
+                                   scale,
+                                   cap,
+                                   attention::boolean_mask{mask()},
+                                   slope,
+                                   bend,
+                                   b,
+                                   mask_of_runs,
+                                   bend_2,
+                                   attention::key_lengths{lengths},
+                                   slope_2,
+                                   cap_2,
+                                   scale_2,
+                                   attention::block_sparse{blocks(), 16, 25},
+                                   attention::sinks{sinks},
+                                   attention::dropout{.p = p, .seed = 3, .stream = 9}};
+        });
+  }
+  auto pipeline() const { return pipeline_with(window); }
+
+  bool sees(index_t b, index_t h, index_t i, index_t j) const {
+    const auto at = [](index_t x) { return static_cast<std::size_t>(x); };
+    return ids[at(i)] == ids[at(j)] && mask()(b, 0, i, j) && j >= i - window.left && j <= i + window.right &&
+           j < lengths[at(b)] && blocks()(h, i / 16, j / 25);
+  }
+  // The score with its derivatives by q . k and by the bias.
+  template <class Sum>
+  struct dual {
+    Sum value, by_dot, by_bias;
+    void through(Sum v, Sum slope) { value = v, by_dot *= slope, by_bias *= slope; }
+  };
+  template <class Sum>
+  dual<Sum> score(Sum dot, index_t b, index_t h, index_t i, index_t j) const {
+    dual<Sum> s{dot, 1, 0};
+    const auto scale = [&](Sum c) { s.through(c * s.value, c); };
+    const auto cap = [&](Sum c) {
+      if (c > Sum(1e6)) return;
+      const Sum t = std::tanh(s.value / c);
+      s.through(c * t, 1 - t * t);
+    };
+    const auto slope = [&](bool on) {
+      if (on) s.value -= static_cast<Sum>(slopes(h)) * std::fabs(static_cast<Sum>(i - j));
+    };
+    const auto bend = [&](Sum size) {
+      s.through(s.value + size * (Sum(0.1) * s.value * s.value + Sum(0.02) * static_cast<Sum>(j) -
+                                  Sum(0.03) * static_cast<Sum>(i) - Sum(0.03) * static_cast<Sum>(h)),
+                1 + Sum(0.2) * size * s.value);
+    };
+    scale(Sum(scales[0])), cap(Sum(caps[0])), slope(alibis[0]), bend(Sum(bends[0]));
+    const auto& e = bias.extents();
+    s.value += static_cast<Sum>(bias(b % e[0], h % e[1], i % e[2], j % e[3]));
+    s.by_bias = 1;
+    bend(Sum(bends[1])), slope(alibis[1]), cap(Sum(caps[1])), scale(Sum(scales[1]));
+    return s;
+  }
+  // With stages that compute in Sum.
+  template <class Sum = double>
+  meaning means() const {
+    const auto score_of = [this](double x, index_t b, index_t h, index_t i, index_t j) {
+      return score(static_cast<Sum>(x), b, h, i, j);
+    };
+    meaning m;
+    m.score = [=, this](double x, index_t b, index_t h, index_t i, index_t j) {
+      return sees(b, h, i, j) ? score_of(x, b, h, i, j).value : -inf;
+    };
+    m.derivative = [=](double x, index_t b, index_t h, index_t i, index_t j) { return score_of(x, b, h, i, j).by_dot; };
+    m.bias_derivative = [=](double x, index_t b, index_t h, index_t i, index_t j) {
+      return score_of(x, b, h, i, j).by_bias;
+    };
+    m.sink = [this](index_t h) { return static_cast<double>(sinks(h)); };
+    const mlkit::random_stream random{3, 9};
+    m.factor = [this, random](index_t b, index_t h, index_t i, index_t j) {
+      const auto block =
+          (static_cast<std::uint64_t>(b * heads + h) << 40) + static_cast<std::uint64_t>(i * (tokens / 4) + j / 4);
+      const bool dropped =
+          random.block(block)[static_cast<std::size_t>(j % 4)] < static_cast<std::uint32_t>(p * 0x1p32);
+      return dropped ? 0.0 : 1 / (1 - p);
+    };
+    return m;
+  }
+
+  void switch_on_value(const std::string& name, int place) {
+    if (name == "scale") scales[place] = place == 0 ? 0.6 : -1.3;
+    if (name == "softcap") caps[place] = place == 0 ? 1.5 : 2.5;
+    if (name == "alibi") alibis[place] = true;
+    if (name == "user's") bends[place] = place == 0 ? 0.5 : -0.7;
+    if (name == "bias") fill<T>(bias, 20, 0.5f);
+  }
+  void switch_on_mask(const std::string& name) {
+    const mlkit::random_stream random{5, 6};
+    if (name == "causal") window = {far, 0, attention::align::top_left};
+    if (name == "window") window = {7, 3, attention::align::bottom_right};
+    if (name == "boolean")
+      for (std::size_t i = 0; i < bits.size(); ++i) bits[i] = i / tokens % tokens != 9 && random.bits(i) % 3 != 0;
+    if (name == "documents")
+      for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = i < 25 ? 4 : i < 26 ? 5 : 1;
+    if (name == "blocks")
+      for (std::size_t i = 0; i < block_bits.size(); ++i) block_bits[i] = random.bits(1000 + i) % 2 != 0;
+    if (name == "lengths") lengths = {41, 25};
+  }
+};
+
+inline const std::vector<std::string> value_stages{"scale", "softcap", "alibi", "user's", "bias"};
+inline const std::vector<std::string> mask_stages{"none",      "causal", "window", "boolean",
+                                                  "documents", "blocks", "lengths"};
 
 }  // namespace attention_reference

@@ -1,8 +1,10 @@
 // Gradients of a bias that serves several scores, and sequences packed into one batch, against loops in f64.
+#include <algorithm>
 #include <array>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <mlkit/attention.hpp>
+#include <string>
 #include <vector>
 
 namespace attention = mlkit::attention;
@@ -55,7 +57,8 @@ TEST_CASE("the gradient of a bias sums over the scores that share it", "[attenti
   const bool causal = GENERATE(false, true);
   const auto shape =
       GENERATE(std::array<index_t, 4>{batch, heads, queries, keys}, std::array<index_t, 4>{1, heads, queries, keys},
-               std::array<index_t, 4>{1, 1, queries, keys}, std::array<index_t, 4>{batch, 1, 1, keys},
+               std::array<index_t, 4>{1, 1, queries, keys}, std::array<index_t, 4>{batch, 1, queries, keys},
+               std::array<index_t, 4>{batch, heads, 1, keys}, std::array<index_t, 4>{batch, 1, 1, keys},
                std::array<index_t, 4>{1, 1, 1, keys}, std::array<index_t, 4>{batch, heads, queries, 1},
                std::array<index_t, 4>{1, 1, 1, 1});
   INFO("causal " << causal << ", bias " << mlkit::detail::shape_text<4>(shape));
@@ -155,19 +158,35 @@ TEST_CASE("packed sequences see their own keys alone, forward and backward", "[a
   CHECK(difference(dv, dv_want) < 1e-11);
 }
 
-TEST_CASE("starts of sequences that are none are refused", "[attention][packed][bad input]") {
-  mlkit::tensor<float, 3> q({4, 2, 3}), k({5, 2, 3}), v({5, 2, 3}), out({4, 2, 3});
-  mlkit::matrix<float> lse({2, 4});
-  const auto call = [&](std::vector<std::int32_t> queries, std::vector<std::int32_t> keys) {
-    attention::forward(mlkit::cpu{}, q, k, v, attention::sequences(queries, keys), attention::scores<>{}, out, lse);
-  };
-  using Catch::Matchers::Contains;
-  CHECK_THROWS_WITH(call({0, 3, 2, 4}, {0, 1, 2, 5}),
-                    "mlkit::value_error: attention::forward: sequences.queries[2] = 2 is less than "
-                    "sequences.queries[1] = 3");
-  CHECK_THROWS_WITH(call({1, 4}, {0, 5}), Contains("sequences.queries[0] = 1 is not 0"));
-  CHECK_THROWS_WITH(call({0, 4}, {0, 4}), Contains("sequences.keys ends with 4, but k has 5 rows"));
-  CHECK_THROWS_WITH(call({0, 4}, {0, 2, 5}), Contains("sequences.keys has 3 elements, but sequences.queries has 2"));
-  CHECK_THROWS_WITH(call({}, {0, 5}), Contains("sequences.queries is empty"));
-  CHECK(std::all_of(out.begin(), out.end(), [](float x) { return x == 0; }));
+TEST_CASE("starts of sequences that are none are refused, and nothing is written", "[attention][packed][bad input]") {
+  constexpr double poison = 12345;
+  mlkit::tensor<double, 3> q({4, 2, 3}), k({5, 2, 3}), v(k.extents()), out(q.extents()), dout(q.extents()),
+      dq(q.extents()), dk(k.extents()), dv(k.extents());
+  mlkit::matrix<double> lse({2, 4});
+  const auto all_outputs = [&](auto&& f) { return f(out) && f(lse) && f(dq) && f(dk) && f(dv); };
+  all_outputs([&](auto& t) { return std::fill(t.begin(), t.end(), poison), true; });
+  for (const bool backward : {false, true}) {
+    const auto call = [&](const std::vector<std::int32_t>& queries, const std::vector<std::int32_t>& keys) {
+      const attention::sequences packed(queries, keys);
+      const attention::scores scores{attention::scale{0.5}, attention::causal{attention::align::bottom_right}};
+      if (backward)
+        attention::backward(mlkit::cpu{}, q, k, v, packed, scores, out, lse, dout, dq, dk, dv);
+      else
+        attention::forward(mlkit::cpu{}, q, k, v, packed, scores, out, lse);
+    };
+    const std::string function = backward ? "attention::backward: " : "attention::forward: ";
+    const std::string value = "mlkit::value_error: " + function, shape = "mlkit::shape_error: " + function;
+    CHECK_THROWS_WITH(call({0, 3, 2, 4}, {0, 1, 2, 5}),
+                      value + "sequences.queries[2] = 2 is less than sequences.queries[1] = 3");
+    CHECK_THROWS_WITH(call({0, 2, 4}, {0, 6, 5}), value + "sequences.keys[2] = 5 is less than sequences.keys[1] = 6");
+    CHECK_THROWS_WITH(call({1, 4}, {0, 5}), value + "sequences.queries[0] = 1 is not 0");
+    CHECK_THROWS_WITH(call({0, 4}, {-1, 5}), value + "sequences.keys[0] = -1 is not 0");
+    CHECK_THROWS_WITH(call({0, 5}, {0, 5}), value + "sequences.queries ends with 5, but q has 4 rows");
+    CHECK_THROWS_WITH(call({0, 4}, {0, 4}), value + "sequences.keys ends with 4, but k has 5 rows");
+    CHECK_THROWS_WITH(call({0, 4}, {0, 2, 5}), shape + "sequences.keys has 3 elements, but sequences.queries has 2");
+    CHECK_THROWS_WITH(call({}, {0, 5}),
+                      shape + "sequences.queries is empty; it has one element more than there are sequences");
+  }
+  CHECK(all_outputs(
+      [&](const auto& t) { return std::all_of(t.begin(), t.end(), [&](double x) { return x == poison; }); }));
 }

@@ -138,6 +138,25 @@ TEST_CASE("stages of the user's own", "[attention][stages]") {
   CHECK(p.error(attention::scores{attention::scale{0.3}, sloped{0.02}}, m) < tight);
 }
 
+TEST_CASE("stages of the user's own without a derivative, forward alone", "[attention][stages]") {
+  problem<double> p(2, 4, 2, 70, 130, 5, 7);
+  const auto bend = [](double s) { return s - 0.2 * s * s; };
+  const auto shift = [](double s, const attention::position& at) {
+    return s * (1 + 0.3 * static_cast<double>(at.b)) + 0.1 * static_cast<double>(at.h) * std::sin(at.i + 2 * at.j);
+  };
+  const attention::scores pipeline{attention::scale{0.3}, bend, attention::causal{align::bottom_right}, shift};
+  meaning m = scaled(0);
+  m.score = [&](double x, index_t b, index_t h, index_t i, index_t j) {
+    return j <= i + 60 ? shift(bend(0.3 * x), {b, h, i, j}) : -inf;
+  };
+  attention::forward(mlkit::cpu{}, p.q, p.k, p.v, pipeline, p.out, p.lse);
+  const errors e(p.naive<double, double>(m), p.written());
+  for (const std::size_t r : {0, 1}) {
+    INFO(result::names[r]);
+    CHECK(e.relative(r) < tight);
+  }
+}
+
 TEST_CASE("scores of +-10,000, minus infinity and NaN", "[attention][stages]") {
   problem<double> p(1, 1, 1, 20, 50, 4, 3);
   for (index_t i = 0; i < p.q.size(); ++i) p.q.data()[i] *= 100;

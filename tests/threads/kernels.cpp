@@ -1,11 +1,9 @@
-// Products, adapted layers and attention.
-#include <mlkit/attention.hpp>
+// Products and adapted layers.
 #include <mlkit/lora.hpp>
 #include <mlkit/matmul.hpp>
 
 #include "calls.hpp"
 
-namespace attention = mlkit::attention;
 namespace lora = mlkit::lora;
 
 namespace {
@@ -89,72 +87,6 @@ TEST_CASE("many adapters, quantised weights, merging", "[threads]") {
     append(all, y);
     lora::merge(exec, merged, l.adapter());
     append(all, merged);
-    return all;
-  });
-}
-
-TEST_CASE("attention, forward and backward, a batch and one head, and packed", "[threads]") {
-  struct shape {
-    index_t batch, heads, queries;
-  };
-  for (const shape& s : {shape{3, 2, 130}, shape{1, 1, 2100}}) {
-    const index_t keys = 100, d = 20;
-    const auto q = noise(std::array{s.batch, s.heads, s.queries, d}, 1), dout = noise(q.extents(), 4),
-               k = noise(std::array{s.batch, index_t{1}, keys, d}, 2), v = noise(k.extents(), 3),
-               bias = noise(std::array{index_t{1}, s.heads, index_t{1}, keys}, 5);
-    const auto logits = noise(std::array{s.heads}, 6);
-    check([&](const cpu& exec) {
-      const attention::scores pipeline{attention::bias{bias}, attention::causal{attention::align::top_left},
-                                       attention::sinks{logits}, attention::dropout{.p = 0.1}};
-      mlkit::tensor<float, 4> out(q.extents()), dq(q.extents()), dk(k.extents()), dv(v.extents()), db(bias.extents());
-      mlkit::tensor<float, 3> lse({s.batch, s.heads, s.queries});
-      mlkit::vector<float> ds({s.heads});
-      attention::forward(exec, q, k, v, pipeline, out, lse);
-      attention::gradients gradients{dq, dk, dv, db};
-      gradients.dsinks = ds.view();
-      attention::backward(exec, q, k, v, pipeline, out, lse, dout, gradients);
-      outputs all;
-      for (const auto* t : {&out, &dq, &dk, &dv, &db}) append(all, *t);
-      append(all, lse), append(all, ds);
-      return all;
-    });
-  }
-  const auto q = noise(std::array<index_t, 3>{500, 2, 20}, 1), k = noise(std::array<index_t, 3>{500, 1, 20}, 2);
-  const std::vector<std::int32_t> starts{0, 300, 301, 500};
-  check([&](const cpu& exec) {
-    mlkit::tensor<float, 3> out(q.extents()), dq(q.extents()), dk(k.extents()), dv(k.extents());
-    matrix<float> lse({2, 500});
-    const attention::sequences packed(starts);
-    const attention::scores<> pipeline;
-    attention::forward(exec, q, k, k, packed, pipeline, out, lse);
-    attention::backward(exec, q, k, k, packed, pipeline, out, lse, q, dq, dk, dv);
-    outputs all;
-    for (const auto* t : {&out, &dq, &dk, &dv}) append(all, *t);
-    return all;
-  });
-}
-
-TEST_CASE("rotary embedding, appending to caches, decoding, merging", "[threads]") {
-  const index_t batch = 2, kv = 2, capacity = 1300, d = 40;
-  const auto x = noise(std::array{batch, kv, index_t{1200}, d}, 1);
-  const auto q = noise(std::array{batch, 2 * kv, d}, 2);
-  const attention::rotary_table<float> table({.positions = 1200, .d = d});
-  check([&](const cpu& exec) {
-    mlkit::tensor<float, 4> k({batch, kv, capacity, d}), v({batch, kv, capacity, d}), turned(x.extents());
-    mlkit::tensor<float, 3> out({batch, 2 * kv, d});
-    matrix<float> lse({batch, 2 * kv});
-    std::vector<int> lengths{0, 100};
-    const attention::contiguous cache(k, v, lengths);
-    attention::rotate(exec, x, table, turned);
-    attention::append(exec, turned, x, cache);
-    attention::decode(exec, q, cache, out, {}, lse);
-    mlkit::tensor<float, 4> merged({batch, 2 * kv, 1, d});
-    mlkit::tensor<float, 3> merged_lse({batch, 2 * kv, 1});
-    attention::merge(exec, merged, merged_lse, mlkit::tensor_view<float, 4>(out.data(), merged.extents()),
-                     mlkit::tensor_view<float, 3>(lse.data(), merged_lse.extents()));
-    outputs all;
-    for (const auto* t : {&k, &v, &merged}) append(all, *t);
-    append(all, merged_lse);
     return all;
   });
 }

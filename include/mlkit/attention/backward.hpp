@@ -3,6 +3,7 @@
 
 #include <numeric>
 
+#include "cache.hpp"
 #include "problem.hpp"
 
 namespace MLKIT_NAMESPACE::attention {
@@ -393,6 +394,13 @@ template <executor Executor, viewable<3> Q, viewable<3> K, viewable<3> V, class.
 void backward(const Executor& exec, const Q& q, const K& k, const V& v, const sequences& packed,
               const scores<Stages...>& s, const Out& out, const Lse& lse, const D& dout, Dq&& dq, Dk&& dk, Dv&& dv) {
   backward(exec, q, k, v, packed, s, out, lse, dout, gradients{dq, dk, dv});
+}
+
+/// Caches are for decode.
+template <executor Executor, viewable<4> Q, key_value_cache Cache, class... More>
+void backward(const Executor&, const Q&, const Cache&, const More&...) {
+  static_assert(!key_value_cache<Cache>,
+                "attention: a cache has no backward; copy its keys and values into contiguous tensors");
 }
 
 }  // namespace MLKIT_NAMESPACE::attention

@@ -23,7 +23,8 @@ struct cache_run {
 };
 
 /// Keys and values that decode reads: `length(b)` of them for sequence b, in runs that start where they are asked for.
-/// A cache of the user's own (other layouts, other page tables) needs these members and elements that run along d.
+/// A cache of the user's own (other layouts, other page tables) needs these members and elements that run along d. Sums
+/// are cut where runs end, so that caches of the same entries in other runs may differ in the last bits.
 template <class C>
 concept key_value_cache = requires(const C& c, index_t i) {
   typename C::value_type;
