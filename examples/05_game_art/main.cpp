@@ -8,6 +8,7 @@
 #include <mlkit/nn/files.hpp>
 
 #include <algorithm>
+#include <map>
 
 using namespace examples;
 
@@ -56,46 +57,51 @@ std::vector<std::string> some(const std::vector<sprite>& wanted) {
   return captions;
 }
 
+// By guidance, strength or name: a value for each seed.
+template <class Knob>
+using values_by = std::map<Knob, std::vector<double>>;
+
 // Unseen combinations at growing guidance; 0 is the model without a caption.
 void guidance(const studio& s, report& report) {
-  std::vector<curve> curves;
-  for (const char* what : {"shape", "colour", "pattern", "size", "all four"}) curves.push_back({what, {}, {}});
-  std::map<double, std::vector<double>> shares;
-  std::vector<double> shuffled(5);
+  constexpr std::size_t attributes = sprite::attributes;
+  values_by<double> shares[attributes + 1];
+  std::vector<double> shuffled[attributes];
   sprite_rows strip("Unseen combinations, by guidance", some(s.unseen));
-  const auto add = [&](std::vector<double>& to, const std::vector<double>& from) {
-    to.resize(from.size());
-    for (std::size_t i = 0; i < to.size(); ++i) to[i] += from[i] / s.chosen.runs;
-  };
-  for (const double g : {0.0, 1.0, 2.0, s.chosen.guidance, 6.0, 12.0}) {
-    for (int run = 0; run < s.chosen.runs; ++run) {
+  progress bar("samples by guidance", 6 * s.chosen.runs);
+  for (const double g : {0.0, 1.0, 2.0, s.chosen.guidance, 6.0, 12.0})
+    for (int run = 0; run < s.chosen.runs; ++run, bar.next()) {
       const image_set images = s.paint(s.unseen, s.options(run, g));
-      add(shares[g], s.judge(images, s.unseen));
+      const std::vector<double> right = s.judge(images, s.unseen);
+      for (std::size_t a = 0; a <= attributes; ++a) shares[a][g].push_back(right[a]);
       if (run == 0) strip.add(number(g, 3), some(images));
       if (g != s.chosen.guidance) continue;
       std::vector<sprite> others = s.unseen;  // captions of other images: what is right by accident
       std::rotate(others.begin(), others.begin() + 13 + run, others.end());
-      add(shuffled, s.judge(images, others));
+      const std::vector<double> by_accident = s.judge(images, others);
+      for (std::size_t a = 0; a < attributes; ++a) shuffled[a].push_back(by_accident[a]);
       if (run == 0)
         write_captioned(s.out / "contact_sheet.png", "Combinations that training did not have", images.pixels,
                         captions(s.unseen), 9);
     }
-    for (std::size_t i = 0; i < curves.size(); ++i) curves[i].x.push_back(g), curves[i].y.push_back(shares[g][i]);
-  }
   strip.write(s.out / "guidance.png");
+  std::vector<curve> curves;
+  for (std::size_t a = 0; a < attributes; ++a) curves.push_back(means(sprite_attributes[a], shares[a]));
+  curves.push_back(means("all four", shares[attributes]));
   write_curves(s.out / "guidance",
                {"Unseen combinations: samples that show what the caption says", "guidance", "share"}, curves);
 
   constexpr double required[] = {0.9, 0.85, 0.7, 0.95};
-  for (std::size_t a = 0; a < sprite::attributes; ++a) {
+  const double chosen = s.chosen.guidance;
+  for (std::size_t a = 0; a < attributes; ++a) {
     const std::string name = sprite_attributes[a];
-    report.at_least("unseen combinations: " + name + " as in the caption", shares[s.chosen.guidance][a], required[a]);
-    report.measured("    as in another's caption", shuffled[a]);
-    report.measured("    of samples without a caption", shares[0][a]);
+    report.at_least("unseen combinations: " + name + " as in the caption", over(shares[a][chosen]), required[a]);
+    report.measured("    as in another's caption", over(shuffled[a]));
+    report.measured("    of samples without a caption", over(shares[a][0]));
   }
-  report.at_least("all four as in the caption", shares[s.chosen.guidance][4], 0.6);
-  report.at_most("    of samples without a caption", shares[0][4], 0.05);
-  report.at_least("    more than without guidance by", shares[s.chosen.guidance][4] - shares[1][4], 0.03);
+  values_by<double>& all = shares[attributes];
+  report.at_least("all four as in the caption", over(all[chosen]), 0.6);
+  report.at_most("    of samples without a caption", over(all[0]), 0.05);
+  report.at_least("    more than without guidance by", over(differences(all[chosen], all[1])), 0.03);
 }
 
 // A word in the place of the empty caption is what guidance leads away from.
@@ -103,49 +109,65 @@ void negative_prompts(const studio& s, report& report) {
   std::vector<sprite> wanted;  // the size is left open
   for (int i = 0; i < 36; ++i) wanted.push_back({i % known_shapes, i / known_shapes, i % values_of(2), -1});
   sprite_rows strip("Negative prompts: the same noise without and with", some(wanted));
-  std::vector<double> named, left, kept;
-  for (int size = 0; size < values_of(3); ++size) {
-    const std::string word = sprite_sizes[static_cast<std::size_t>(size)];
-    const std::vector<sprite> unwelcome(wanted.size(), sprite{.size = size});
-    for (int run = 0; run < s.chosen.runs; ++run) {
-      sampling o = s.options(run, s.chosen.guidance);
-      const image_set free = s.paint(wanted, o);
+  values_by<std::string> named, left;
+  std::vector<double> shares, kept;
+  progress bar("samples by negative prompt", s.chosen.runs * (1 + values_of(3)));
+  for (int run = 0; run < s.chosen.runs; ++run) {
+    sampling o = s.options(run, s.chosen.guidance);
+    const image_set free = s.paint(wanted, o);
+    bar.next();
+    if (run == 0) strip.add("none", some(free));
+    double before = 0, after = 0;
+    for (int size = 0; size < values_of(3); ++size, bar.next()) {
+      const std::string word = sprite_sizes[static_cast<std::size_t>(size)];
+      const std::vector<sprite> unwelcome(wanted.size(), sprite{.size = size});
       o.negative = s.art.ids(std::vector<std::string>{word});
       const image_set led = s.paint(wanted, o);
-      named.push_back(s.judge(free, unwelcome)[3]);
-      left.push_back(s.judge(led, unwelcome)[3]);
+      named[word].push_back(s.judge(free, unwelcome)[3]);
+      left[word].push_back(s.judge(led, unwelcome)[3]);
+      before += named[word].back(), after += left[word].back();
       kept.push_back(s.judge(led, wanted)[0]);
-      if (run == 0 && size == 0) strip.add("none", some(free));
       if (run == 0) strip.add("not " + word, some(led));
     }
-    const auto last = [&](const std::vector<double>& v) { return over({v.end() - s.chosen.runs, v.end()}); };
-    report.measured("\"" + word + "\" where the caption leaves it open", last(named));
-    report.measured("    with it as the negative prompt", last(left));
+    shares.push_back(after / before);
   }
   strip.write(s.out / "negative_prompts.png");
-  report.at_most("negative prompts leave, of what they name, the share", over(left).mean / over(named).mean, 0.7);
-  report.at_least("    and the shape as in the caption", over(kept).mean, 0.8);
+  for (const auto& [word, free] : named) {
+    report.measured("\"" + word + "\" where the caption leaves it open", over(free));
+    report.measured("    with it as the negative prompt", over(left[word]));
+  }
+  report.at_most("negative prompts leave, of what they name, the share", over(shares), 0.7);
+  report.at_least("    and the shape as in the caption", over(kept), 0.8);
 }
 
 // The same noise, captions and number of steps for each sampler.
 void samplers(const studio& s, report& report) {
-  sampling o = s.options(0, s.chosen.guidance);
-  o.steps = 100;
-  const image_set exact = s.paint(s.unseen, o, nn::ddim{});  // nearly without error
-  o.steps = s.chosen.steps;
-  sprite_rows strip("The same noise by each sampler, in " + std::to_string(o.steps) + " steps", some(s.unseen));
-  const auto judge = [&](const std::string& name, const auto& sampler) {
-    const image_set images = s.paint(s.unseen, o, sampler);
-    strip.add(name, some(images));
-    report.measured(name + ": all four as in the caption", s.judge(images, s.unseen)[4]);
-    return distance(images.pixels, exact.pixels);
-  };
-  judge("DDPM", nn::ddpm{});
-  const double ddim = judge("DDIM", nn::ddim{}), dpm = judge("DPM-Solver++", nn::dpm_solver{});
-  strip.add("DDIM, 100", some(exact));
+  sprite_rows strip("The same noise by each sampler, in " + std::to_string(s.chosen.steps) + " steps", some(s.unseen));
+  values_by<std::string> followed, apart;
+  progress bar("samples by sampler", 4 * s.chosen.runs);
+  for (int run = 0; run < s.chosen.runs; ++run) {
+    sampling o = s.options(run, s.chosen.guidance);
+    o.steps = 100;
+    const image_set exact = s.paint(s.unseen, o, nn::ddim{});  // nearly without error
+    bar.next();
+    o.steps = s.chosen.steps;
+    const auto judge = [&](const std::string& name, const auto& sampler) {
+      const image_set images = s.paint(s.unseen, o, sampler);
+      if (run == 0) strip.add(name, some(images));
+      followed[name].push_back(s.judge(images, s.unseen)[4]);
+      apart[name].push_back(distance(images.pixels, exact.pixels));
+      bar.next();
+    };
+    judge("DDPM", nn::ddpm{});
+    judge("DDIM", nn::ddim{});
+    judge("DPM-Solver++", nn::dpm_solver{});
+    if (run == 0) strip.add("DDIM, 100", some(exact));
+  }
   strip.write(s.out / "samplers.png");
-  report.measured("    DDIM's distance to its own 100 steps", ddim);
-  report.at_most("    DPM-Solver++'s, in as many steps", dpm, ddim);
+  for (const auto& [name, shares] : followed) report.measured(name + ": all four as in the caption", over(shares));
+  report.measured("    DDIM's distance to its own 100 steps", over(apart["DDIM"]));
+  report.at_most("    DPM-Solver++'s over DDIM's, in as many steps", over(ratios(apart["DPM-Solver++"], apart["DDIM"])),
+                 1);
 }
 
 // Drawings as the start. The strength is the share of the steps that are taken.
@@ -157,27 +179,42 @@ void image_to_image(const studio& s, report& report) {
   }
   const image_set start = draw(from, 1, s.seed + 50).with_attributes();
   const auto ids = s.art.ids(to);
-  curve apart{"distance to the start", {}, {}}, follows{"all four as in the caption", {}, {}};
+  values_by<double> apart, followed;
+  std::vector<double> noise_apart, noise_followed;  // without a start
   sprite_rows strip("Image to image: drawings and new captions, by strength", some(to));
   strip.add("start", some(start));
-  for (const double strength : {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}) {
-    image_set images{mlkit::matrix<float>(start.pixels.extents()), ids};
-    const sampling o = s.options(0, s.chosen.guidance);
-    nn::img2img<float>(s.exec, guided(s.exec, s.art.model, ids, o), nn::dpm_solver{}, s.art.schedule, start.pixels,
-                       strength, images.pixels, {.steps = 20, .predicts = s.art.model.predicts, .seed = o.seed});
-    strip.add(number(strength, 3), some(images));
-    apart.x.push_back(strength), apart.y.push_back(distance(images.pixels, start.pixels));
-    follows.x.push_back(strength), follows.y.push_back(s.judge(images, to)[4]);
+  progress bar("samples by strength", 7 * s.chosen.runs);
+  for (int run = 0; run < s.chosen.runs; ++run) {
+    sampling o = s.options(run, s.chosen.guidance);
+    o.steps = 20;
+    const image_set alone = s.paint(to, o);
+    noise_apart.push_back(distance(alone.pixels, start.pixels)), noise_followed.push_back(s.judge(alone, to)[4]);
+    bar.next();
+    for (const double strength : {0.0, 0.2, 0.4, 0.6, 0.8, 1.0}) {
+      image_set images{mlkit::matrix<float>(start.pixels.extents()), ids};
+      nn::img2img<float>(s.exec, guided(s.exec, s.art.model, ids, o), nn::dpm_solver{}, s.art.schedule, start.pixels,
+                         strength, images.pixels, {.steps = o.steps, .predicts = s.art.model.predicts, .seed = o.seed});
+      apart[strength].push_back(distance(images.pixels, start.pixels));
+      followed[strength].push_back(s.judge(images, to)[4]);
+      if (run == 0) strip.add(number(strength, 3), some(images));
+      bar.next();
+    }
   }
   strip.write(s.out / "img2img.png");
-  write_curves(s.out / "img2img", {"Image to image", "strength", "root mean square, share"}, {apart, follows});
-  report.at_most("img2img: distance to the input at strength 0", apart.y.front(), 0);
-  report.measured("    at strength 0.4", apart.y[2]);
-  report.measured("    at strength 1", apart.y.back());
-  report.holds("    it grows with every strength",
-               std::adjacent_find(apart.y.begin(), apart.y.end(), std::greater_equal<>()) == apart.y.end());
-  report.measured("    the new caption is followed at strength 0", follows.y.front());
-  report.at_least("    at strength 1", follows.y.back(), 0.6);
+  write_curves(s.out / "img2img", {"Image to image", "strength", "root mean square, share"},
+               {means("distance to the start", apart), means("all four as in the caption", followed)});
+  bool grows = true;
+  for (auto at = std::next(apart.begin()); at != apart.end(); ++at)
+    for (const double more : differences(at->second, std::prev(at)->second)) grows = grows && more > 0;
+  report.at_most("img2img: distance to the input at strength 0", over(apart[0]), 0);
+  report.holds("    it grows with every strength, on every seed", grows);
+  report.measured("    at strength 1", over(apart[1]));
+  report.measured("    of samples from noise alone", over(noise_apart));
+  report.at_most("    at strength 0.4, over that of samples from noise alone", over(ratios(apart[0.4], noise_apart)),
+                 0.8);
+  report.measured("    the new caption is followed at strength 0", over(followed[0]));
+  report.at_least("    at strength 1", over(followed[1]), 0.6);
+  report.measured("    by samples from noise alone", over(noise_followed));
 }
 
 int demonstrate(const app& app, const settings& chosen) {

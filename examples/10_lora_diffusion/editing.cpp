@@ -80,19 +80,28 @@ edits edit_all(const mlkit::cpu& exec, const crowns& subject, const crowns::mode
 
 }  // namespace
 
-void crowns::edit_prompts(const mlkit::cpu& exec, const model& taught, std::uint64_t seed, report& report,
+void crowns::edit_prompts(const mlkit::cpu& exec, const model& taught, std::uint64_t seed, int runs, report& report,
                           const std::filesystem::path& out) const {
-  // Edits the prompts of `before` to those of `wanted`, which differ in one attribute. Returns how far images are from
-  // their sources, over how far they are without Prompt-to-Prompt.
+  progress bar("Prompt-to-Prompt", 2 * runs);
+  // Edits the prompts of `before` to those of `wanted`, which differ in one attribute.
   const auto edit = [&](const std::string& name, const std::string& file, const std::vector<sprite>& before,
-                        const std::vector<sprite>& wanted, std::size_t attribute, const auto& align) {
-    const edits all = edit_all(exec, *this, taught, rare_captions(before), rare_captions(wanted), align, seed);
-    report.at_least("Prompt-to-Prompt, " + name + ": as asked",
-                    recognised(exec, *probe_, all.edited, wanted)[attribute], 0.7);
-    report.measured("    by the edited prompt alone", recognised(exec, *probe_, all.alone, wanted)[attribute]);
-    write_some(out / file, "Prompt-to-Prompt, " + name + ": from the same noise", rare_captions(wanted),
-               {{"source", all.sources.pixels}, {"alone", all.alone.pixels}, {"edited", all.edited.pixels}});
-    return distance(all.edited.pixels, all.sources.pixels) / distance(all.alone.pixels, all.sources.pixels);
+                        const std::vector<sprite>& wanted, std::size_t attribute, const auto& align,
+                        double most_change) {
+    std::vector<double> followed, alone, changed;
+    for (int run = 0; run < runs; ++run, bar.next()) {
+      const edits all = edit_all(exec, *this, taught, rare_captions(before), rare_captions(wanted), align,
+                                 seed + static_cast<std::uint64_t>(run));
+      followed.push_back(recognised(exec, *probe_, all.edited, wanted)[attribute]);
+      alone.push_back(recognised(exec, *probe_, all.alone, wanted)[attribute]);
+      changed.push_back(distance(all.edited.pixels, all.sources.pixels) /
+                        distance(all.alone.pixels, all.sources.pixels));
+      if (run == 0)
+        write_some(out / file, "Prompt-to-Prompt, " + name + ": from the same noise", rare_captions(wanted),
+                   {{"source", all.sources.pixels}, {"alone", all.alone.pixels}, {"edited", all.edited.pixels}});
+    }
+    report.at_least("Prompt-to-Prompt, " + name + ": as asked", over(followed), 0.7);
+    report.measured("    by the edited prompt alone", over(alone));
+    report.at_most("    distance to the source, over that of the edited prompt alone", over(changed), most_change);
   };
 
   std::vector<sprite> others = fresh_, open = fresh_, patterned = fresh_;
@@ -101,12 +110,9 @@ void crowns::edit_prompts(const mlkit::cpu& exec, const model& taught, std::uint
     open[i].pattern = -1;
     patterned[i].pattern = 1 + static_cast<int>(i) % 2;
   }
-  // Most of this distance is the colour itself.
-  report.measured("    distance to the source, over that of the edited prompt alone",
-                  edit("another colour", "edited_colours.png", fresh_, others, 1,
-                       [](const token_ids& from, const token_ids& to, index_t length) {
-                         return attention::align_replaced({from}, {to}, length);
-                       }));
-  report.at_most("    distance to the source, over that of the edited prompt alone",
-                 edit("a new word", "edited_patterns.png", open, patterned, 2, attention::align_refined), 0.95);
+  const auto replaced = [](const token_ids& from, const token_ids& to, index_t length) {
+    return attention::align_replaced({from}, {to}, length);
+  };
+  edit("another colour", "edited_colours.png", fresh_, others, 1, replaced, 1);  // most of it is the colour itself
+  edit("a new word", "edited_patterns.png", open, patterned, 2, attention::align_refined, 0.95);
 }

@@ -190,27 +190,37 @@ int demonstrate(const app& app, laboratory<Subject>& lab) {
     outcomes.push_back(std::move(o));
   }
 
-  const outcome &lora = outcomes[0], &alone = outcomes.back();
-  const double before = over(untouched.recognised).mean, drift = over(lora.old_loss).mean / untouched.old_loss[0],
-               alone_drift = over(alone.old_loss).mean / untouched.old_loss[0];
-  report.at_least("concept probe: samples of a " + subject.kind + " recognised, LoRA", over(lora.recognised).mean, 0.7);
-  report.at_least("    more than without the adapter by", over(lora.recognised).mean - before, 0.5);
-  if (!lora.composed.empty()) {
-    report.at_least("    in colours that its pictures did not have: all as asked", over(lora.composed).mean, 0.4);
-    report.measured("    recognised of textual inversion", over(outcomes[3].recognised));
+  const outcome &lora = outcomes[0], &full = outcomes[2], &alone = outcomes.back();
+  const auto drift = [&](const outcome& o) { return ratios(o.old_loss, untouched.old_loss); };
+  report.at_least("concept probe: samples of a " + subject.kind + " recognised, LoRA", over(lora.recognised), 0.7);
+  report.at_least("    more than without the adapter by", over(differences(lora.recognised, untouched.recognised)),
+                  0.5);
+  report.measured("    of full fine-tuning", over(full.recognised));
+  if constexpr (laboratory<Subject>::has_words) {
+    const outcome& word = outcomes[3];
+    report.at_least("    more than textual inversion's by", over(differences(lora.recognised, word.recognised)), 0.5);
+    report.at_least("    in colours that its pictures did not have: all as asked", over(lora.composed), 0.4);
+    report.measured("    the base", over(untouched.composed));
+    report.measured("    of full fine-tuning", over(full.composed));
+    report.measured("    of textual inversion", over(word.composed));
   }
-  report.at_least("    of the old kinds recognised, LoRA", over(lora.old_recognised).mean, 0.85);
-  report.at_most("drift: denoising loss on unseen old images, LoRA / base", drift, subject.most_drift);
-  report.at_least("    the same without prior images", alone_drift, drift);
+  report.at_least("old kinds recognised, LoRA", over(lora.old_recognised), 0.85);
+  report.measured("    the base", over(untouched.old_recognised));
+  report.measured("    of full fine-tuning", over(full.old_recognised));
+  report.at_most("drift: denoising loss on unseen old images, LoRA / base", over(drift(lora)), subject.most_drift);
+  report.measured("    of full fine-tuning", over(drift(full)));
+  report.at_least("    without prior images, over that with them", over(ratios(alone.old_loss, lora.old_loss)), 1);
   report.holds("the base's file is what it was, to the byte", bytes_of(lab.base_file) == base_bytes);
   report.holds("scale 0 gives the base's samples, to the bit", zero_is_base);
   report.holds("a fresh process on one thread gives the same samples, to the bit", process_agrees);
   report.at_most("merged and unmerged predictions differ by", merge_difference, 1e-3);
+  report.at_least("parameters that full fine-tuning trains / LoRA",
+                  static_cast<double>(full.trained) / static_cast<double>(lora.trained), 8);
   report.at_least("base file / adapter file", static_cast<double>(untouched.bytes) / static_cast<double>(lora.bytes),
                   8);
   if constexpr (laboratory<Subject>::has_words)
-    subject.edit_prompts(exec, taught(lab, lab.base_file, app.out / methods[0].folder).model, lab.noise_seed(0), report,
-                         app.out);
+    subject.edit_prompts(exec, taught(lab, lab.base_file, app.out / methods[0].folder).model, lab.noise_seed(0), s.runs,
+                         report, app.out);
   real_sizes(exec, app.out, app.device == "cuda", report);
   outcomes.insert(outcomes.begin(), std::move(untouched));
   tell(app.out, outcomes);

@@ -58,8 +58,9 @@ class crowns : public teaching {
   double old(const mlkit::cpu& exec, const examples::image_set& images) const;
   void sheet(const std::filesystem::path& path, const std::string& title, const std::vector<examples::sheet_row>& rows,
              bool of_fresh) const;
-  /// Edits the prompts of crowns, as the model that was taught draws them, by Prompt-to-Prompt (editing.cpp).
-  void edit_prompts(const mlkit::cpu& exec, const model& taught, std::uint64_t seed, examples::report& report,
+  /// Edits the prompts of crowns, as the model that was taught draws them, by Prompt-to-Prompt (editing.cpp), from the
+  /// noise of `runs` seeds.
+  void edit_prompts(const mlkit::cpu& exec, const model& taught, std::uint64_t seed, int runs, examples::report& report,
                     const std::filesystem::path& out) const;
   /// What this subject adds to the command line of a process of its own.
   std::string arguments() const { return {}; }

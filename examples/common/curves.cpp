@@ -1,5 +1,7 @@
 #include "curves.hpp"
 
+#include "report.hpp"
+
 #include <mlkit/core/error.hpp>
 
 #include <algorithm>
@@ -56,6 +58,12 @@ bool write_curves(const std::filesystem::path& stem, const axes& axes, const std
   if (!gnuplot) return false;
   const std::string text = script.str();
   return std::fwrite(text.data(), 1, text.size(), gnuplot.get()) == text.size();
+}
+
+curve means(std::string name, const std::map<double, std::vector<double>>& values) {
+  curve c{std::move(name), {}, {}};
+  for (const auto& [x, at] : values) c.x.push_back(x), c.y.push_back(over(at).mean);
+  return c;
 }
 
 curve smoothed(std::string name, const std::vector<double>& y, std::size_t width) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,8 @@ struct axes {
 /// Writes <stem>.csv (series, x, y) and, with gnuplot, <stem>.svg. Returns whether the picture was drawn.
 bool write_curves(const std::filesystem::path& stem, const axes& axes, const std::vector<curve>& curves);
 
+/// The mean of the values at each x.
+curve means(std::string name, const std::map<double, std::vector<double>>& values);
 /// Means over windows of `width` values, at the windows' ends: noisy losses made readable.
 curve smoothed(std::string name, const std::vector<double>& y, std::size_t width);
 

@@ -15,6 +15,8 @@ class progress {
 
   /// Says that `done` of the total are done; `note` stands beside the bar, such as a loss.
   void at(std::int64_t done, const std::string& note = {});
+  /// One more is done.
+  void next() { at(done_ + 1); }
 
  private:
   void draw();

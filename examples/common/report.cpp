@@ -6,15 +6,29 @@
 #include <cmath>
 #include <cstdio>
 #include <fstream>
+#include <functional>
 
 namespace examples {
 
 statistics over(const std::vector<double>& values) {
+  if (values.empty()) return {};
   statistics s;
-  for (const double v : values) s.mean += v / static_cast<double>(values.size());
+  for (const double v : values) s.mean += v;
+  s.mean /= static_cast<double>(values.size());
   for (const double v : values) s.deviation += (v - s.mean) * (v - s.mean);
   s.deviation = values.size() > 1 ? std::sqrt(s.deviation / static_cast<double>(values.size() - 1)) : 0;
   return s;
+}
+
+std::vector<double> differences(const std::vector<double>& a, const std::vector<double>& b) {
+  std::vector<double> all(a.size());
+  std::transform(a.begin(), a.end(), b.begin(), all.begin(), std::minus<>());
+  return all;
+}
+std::vector<double> ratios(const std::vector<double>& a, const std::vector<double>& b) {
+  std::vector<double> all(a.size());
+  std::transform(a.begin(), a.end(), b.begin(), all.begin(), std::divides<>());
+  return all;
 }
 
 std::string number(double value) {
@@ -41,6 +55,8 @@ std::string with_unit(const std::string& text, const std::string& unit) {
   return unit.empty() ? text : text + " " + unit;
 }
 
+std::string spread(const statistics& s) { return number(s.mean) + " +- " + number(s.deviation); }
+
 std::string quoted(const std::string& s) {
   std::string q = "\"";
   for (const char c : s) q += c == '"' ? std::string("\"\"") : std::string(1, c);
@@ -53,13 +69,19 @@ void report::measured(const std::string& what, double value, const std::string& 
   rows_.push_back({what, with_unit(number(value), unit), "", -1});
 }
 void report::measured(const std::string& what, const statistics& s, const std::string& unit) {
-  rows_.push_back({what, with_unit(number(s.mean) + " +- " + number(s.deviation), unit), "", -1});
+  rows_.push_back({what, with_unit(spread(s), unit), "", -1});
 }
 void report::at_least(const std::string& claim, double value, double required, const std::string& unit) {
   rows_.push_back({claim, with_unit(number(value), unit), ">= " + number(required), value >= required});
 }
 void report::at_most(const std::string& claim, double value, double required, const std::string& unit) {
   rows_.push_back({claim, with_unit(number(value), unit), "<= " + number(required), value <= required});
+}
+void report::at_least(const std::string& claim, const statistics& s, double required) {
+  rows_.push_back({claim, spread(s), ">= " + number(required), s.mean - s.deviation >= required});
+}
+void report::at_most(const std::string& claim, const statistics& s, double required) {
+  rows_.push_back({claim, spread(s), "<= " + number(required), s.mean + s.deviation <= required});
 }
 void report::holds(const std::string& claim, bool truth) {
   rows_.push_back({claim, truth ? "yes" : "no", "yes", truth});

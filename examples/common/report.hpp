@@ -12,6 +12,9 @@ struct statistics {
   double mean = 0, deviation = 0;
 };
 statistics over(const std::vector<double>& values);
+/// a[i] - b[i], and a[i] / b[i]: what a seed gives to both cancels.
+std::vector<double> differences(const std::vector<double>& a, const std::vector<double>& b);
+std::vector<double> ratios(const std::vector<double>& a, const std::vector<double>& b);
 
 /// A number in words: as many digits as it needs, no more.
 std::string number(double value);
@@ -26,6 +29,9 @@ class report {
   /// A number that must be at least, or at most, another.
   void at_least(const std::string& claim, double value, double required, const std::string& unit = {});
   void at_most(const std::string& claim, double value, double required, const std::string& unit = {});
+  /// A mean that must be so with a standard deviation to spare.
+  void at_least(const std::string& claim, const statistics& s, double required);
+  void at_most(const std::string& claim, const statistics& s, double required);
   /// A statement that must be true.
   void holds(const std::string& claim, bool truth);
 
