@@ -1,7 +1,9 @@
 // The score pipeline: what happens to each q . k on its way into the softmax, as types in declared order.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <ranges>
 #include <tuple>
@@ -202,11 +204,12 @@ struct boolean_mask {
   }
   block classify(const detail::score_shape&, index_t b, index_t h, index_t i, index_t i_end, index_t j,
                  index_t j_end) const noexcept {
-    const bool one_row = values.strides[2] == 0, one_column = values.strides[3] == 0;
-    index_t kept = 0, seen = 0;
-    for (index_t r = i; r < (one_row ? i + 1 : i_end); ++r)
-      for (index_t c = j; c < (one_column ? j + 1 : j_end); ++c, ++seen) kept += at(b, h, r, c) ? 1 : 0;
-    return kept == 0 ? block::empty : kept == seen ? block::full : block::partial;
+    if (values.strides[2] == 0) i_end = i + 1;
+    if (values.strides[3] == 0) j_end = j + 1;
+    const bool first = at(b, h, i, j);
+    for (; i < i_end; ++i)
+      if (!all_are(first, b, h, i, j, j_end)) return block::partial;
+    return first ? block::full : block::empty;
   }
   bool at(index_t b, index_t h, index_t i, index_t j) const noexcept {
     const auto& s = values.strides;
@@ -215,6 +218,19 @@ struct boolean_mask {
   template <class F>
   void each_view(F&& f) const {
     f("boolean_mask", values);
+  }
+
+ private:
+  bool all_are(bool wanted, index_t b, index_t h, index_t i, index_t j, index_t j_end) const noexcept {
+    if (values.strides[3] == 1) {
+      const auto& s = values.strides;
+      const T* const row = values.data + b * s[0] + h * s[1] + i * s[2] + j;
+      const auto n = static_cast<std::size_t>(j_end - j);
+      if (wanted) return !std::memchr(row, 0, n);
+      return !row[0] && std::memcmp(row, row + 1, n - 1) == 0;
+    }
+    while (j < j_end && at(b, h, i, j) == wanted) ++j;
+    return j == j_end;
   }
 };
 template <class U, int Rank>
@@ -235,10 +251,13 @@ struct documents {
   bool at(index_t, index_t, index_t i, index_t j) const noexcept { return ids.data[i] == ids.data[j]; }
   block classify(const detail::score_shape&, index_t, index_t, index_t i, index_t i_end, index_t j,
                  index_t j_end) const noexcept {
-    bool all = true, some = false;
-    for (index_t r = i; r < i_end; ++r)
-      for (index_t c = j; c < j_end; ++c) (at(0, 0, r, c) ? some : all) = at(0, 0, r, c);
-    return all ? block::full : some ? block::partial : block::empty;
+    const auto [least_i, most_i] = std::minmax_element(ids.data + i, ids.data + i_end);
+    const auto [least_j, most_j] = std::minmax_element(ids.data + j, ids.data + j_end);
+    if (*most_i < *least_j || *most_j < *least_i) return block::empty;
+    if (*least_i == *most_i && *least_j == *most_j) return block::full;
+    const bool some =
+        std::find_first_of(ids.data + i, ids.data + i_end, ids.data + j, ids.data + j_end) != ids.data + i_end;
+    return some ? block::partial : block::empty;
   }
 };
 template <std::ranges::contiguous_range R>

@@ -142,6 +142,13 @@ struct attend {
   static block_plan plan_block(const Problem& p, const attention::detail::score_shape& shape, index_t b, index_t h,
                                index_t i, index_t i_end, index_t j, index_t j_end) noexcept {
     block_plan plan;
+    // Most blocks are all full or all empty.
+    const attention::block all = attention::detail::classify(*p.scores, shape, b, h, i, i_end, j, j_end);
+    if (all != attention::block::partial) {
+      std::fill_n(plan.groups, groups_at_once, all);
+      plan.any = all == attention::block::full;
+      return plan;
+    }
     for (index_t g = 0; g < groups_at_once && j < j_end; ++g, j += group) {
       plan.groups[g] =
           attention::detail::classify(*p.scores, shape, b, h, i, i_end, j, std::min<index_t>(j_end, j + group));
