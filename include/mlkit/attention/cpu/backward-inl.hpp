@@ -112,7 +112,7 @@ struct attend_backward : attend<Element> {
     parts s;
     lay_out(p, memory, s);
     s.scale = base::scale_of(*p.forward.scores);
-    const matrix_registers<Element> registers;
+    [[maybe_unused]] const matrix_registers<Element> registers;
     const shape_type shape = p.forward.shape(b);
     const index_t blocks = ceil_div(shape.queries, block_queries);
     sum* dk = sums;
@@ -135,7 +135,7 @@ struct attend_backward : attend<Element> {
     const auto& step = p.dbias.strides;
     const index_t rows = step[2] == 0 ? 1 : last - first, columns = p.dbias.extents[3];
     std::fill_n(totals, rows * columns, sum{});
-    const matrix_registers<Element> registers;
+    [[maybe_unused]] const matrix_registers<Element> registers;
     for (index_t batch = b; batch < b_end; ++batch)
       for (index_t head = h; head < h_end; ++head) {
         std::fill_n(s.packed, s.kept, false);

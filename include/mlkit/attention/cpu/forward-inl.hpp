@@ -100,7 +100,7 @@ struct attend_forward : attend<Element> {
   static void run(const Problem& p, index_t b, index_t h, index_t first, index_t rows, std::byte* memory) noexcept {
     parts s;
     lay_out(p, rows, memory, s);
-    const matrix_registers<Element> registers;
+    [[maybe_unused]] const matrix_registers<Element> registers;
     const index_t keys = attention::detail::key_limit(*p.scores, b, p.keys(b));
     const head_place head{b, h, p.shape(b), keys, packs_at_once(p, keys, rows)};
     // Where at most a positive scale happens to scores, it is left to the exponents.

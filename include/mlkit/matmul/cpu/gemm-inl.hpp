@@ -95,7 +95,7 @@ struct gemm {
     parts.pack = reinterpret_cast<Element*>(parts.turned + sliver * round_up(parts.sums_rows, V::width));
     index_t depth = 0;
     for (const any_segment& s : p) depth += s.depth();
-    const matrix_registers<Element> registers;
+    [[maybe_unused]] const matrix_registers<Element> registers;
     for (index_t r = 0; r < rows; r += step)
       multiply_rows(p, {row + r, std::min(step, rows - r), height, first, last, begin, end, panels, parts, depth});
   }

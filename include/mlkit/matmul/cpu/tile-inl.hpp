@@ -318,9 +318,7 @@ void matrix_tile(index_t depth, const float* a, const float* b, index_t b_stride
 #undef MLKIT_MATRIX_MULTIPLY
 #else
 template <class Element>
-struct matrix_registers {
-  matrix_registers() noexcept {}
-};
+struct matrix_registers {};
 #endif
 
 template <class Element, int Vectors>
