@@ -8,16 +8,16 @@
 #include "../core/config.hpp"
 #include "../core/error.hpp"
 
-#if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
 #define MLKIT_X86 1
 #else
 #define MLKIT_X86 0
+#endif
+
+#if MLKIT_X86 && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace MLKIT_NAMESPACE {
@@ -71,7 +71,7 @@ inline bool isa_available(isa set) noexcept {
     case isa::avx2: return has_avx2();
     case isa::avx512: return has_avx512();
     case isa::avx512_bf16: return has_avx512() && __builtin_cpu_supports("avx512bf16");
-    case isa::amx: return has_avx512() && __builtin_cpu_supports("avx512bf16") && detail::amx_available();
+    case isa::amx: return isa_available(isa::avx512_bf16) && detail::amx_available();
   }
   return false;
 #else
