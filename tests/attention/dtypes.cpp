@@ -27,16 +27,6 @@ const std::vector<shape> shapes{
     {1, 1, 1, 129, 25, 300, 256, far, 0},  {1, 8, 1, 1, 500, 128, 64, far, 0},   {2, 2, 2, 63, 241, 64, 1, 30, 5},
     {1, 3, 1, 64, 1, 80, 3, far, far},     {1, 1, 1, 77, 77, 40, 40, 2, 2}};
 
-template <class T>
-void check_errors(const errors& loops, const errors& ours) {
-  for (std::size_t r = 0; r < ours.error.size(); ++r) {
-    INFO(result::names[r] << " of size " << ours.size[r]);
-    // lse is an f32 whatever T is.
-    const double least = result::names[r] == std::string("lse") ? rounding<float> : rounding<T>;
-    CHECK(ours.error[r] <= 2 * loops.error[r] + least * ours.size[r]);
-  }
-}
-
 }  // namespace
 
 TEMPLATE_TEST_CASE("the error is at most twice that of loops in the same dtype", "[attention][dtypes]", float,

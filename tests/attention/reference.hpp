@@ -75,6 +75,19 @@ struct errors {
   double relative(std::size_t r) const { return error[r] / std::max(size[r], 1e-3); }
 };
 
+// The first `count` of what is written err at most twice as much as loops in the same dtype, and so many roundings.
+template <class T>
+void check_errors(const errors& loops, const errors& ours, double roundings = 1, std::size_t count = 7) {
+  for (std::size_t r = 0; r < count; ++r) {
+    INFO(result::names[r] << " of size " << ours.size[r]);
+    // lse is what sums are, whatever T is.
+    const bool lse = result::names[r] == std::string("lse");
+    const double least = roundings * (lse ? rounding<mlkit::accumulator_t<T>> : rounding<T>);
+    CHECK(std::isfinite(loops.error[r]));
+    CHECK(ours.error[r] <= 2 * loops.error[r] + least * ours.size[r]);
+  }
+}
+
 template <class T>
 struct problem {
   using A = mlkit::accumulator_t<T>;
