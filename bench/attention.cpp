@@ -70,7 +70,7 @@ struct causal : every_key {
   static double pairs(const problem& p) { return static_cast<double>(p.queries * (p.queries + 1) / 2); }
   template <class T>
   static auto scores(const problem&) {
-    return attention::scores{attention::causal{}};
+    return attention::scores{attention::causal{attention::align::top_left}};
   }
 };
 struct window : every_key {
@@ -80,6 +80,27 @@ struct window : every_key {
   template <class T>
   static auto scores(const problem&) {
     return attention::scores{attention::window{.left = size - 1}};
+  }
+};
+// Masks that leave every pair: whether whole blocks pay for being asked about.
+struct full_ranges : every_key {
+  static constexpr auto name = "attention_full_ranges";
+  template <class T>
+  static auto scores(const problem& p) {
+    static const std::vector<std::int32_t> lengths(static_cast<std::size_t>(p.batch),
+                                                   static_cast<std::int32_t>(p.keys)),
+        one_document(static_cast<std::size_t>(p.keys));
+    return attention::scores{attention::window{.left = p.keys, .right = p.keys}, attention::key_lengths{lengths},
+                             attention::documents{one_document}};
+  }
+};
+struct full_mask : every_key {
+  static constexpr auto name = "attention_full_mask";
+  template <class T>
+  static auto scores(const problem& p) {
+    static const std::vector<std::uint8_t> ones(static_cast<std::size_t>(p.queries * p.keys), 1);
+    return attention::scores{
+        attention::boolean_mask{mlkit::matrix_view<const std::uint8_t>(ones.data(), {p.queries, p.keys})}};
   }
 };
 struct bias : every_key {
@@ -377,9 +398,9 @@ int main(int argc, char** argv) {
   bench::add_ceilings({8 * mib, 64 * mib, 128 * mib});
   const problem self{1, 8, 8, 1024, 1024, 64, true}, long_self{1, 8, 8, 2048, 2048, 64, true},
       cross_40{2, 8, 8, 4096, 77, 40}, cross_80{2, 8, 8, 1024, 77, 80}, grouped{1, 8, 2, 1024, 1024, 128},
-      one_head{1, 1, 1, 4096, 4096, 64}, odd{3, 5, 5, 333, 777, 48, true};
+      one_head{1, 1, 1, 4096, 4096, 64}, odd{3, 5, 5, 333, 777, 48, true}, odd_grouped{3, 5, 1, 333, 777, 48};
   for (const problem& p : {self, cross_40, cross_80, one_head, odd}) add_all<plain>(p);
-  for (const problem& p : {long_self, grouped}) add_all<causal>(p);
+  for (const problem& p : {long_self, grouped, odd_grouped}) add_all<causal>(p);
   for (const problem& p : {self, odd}) {
     add_all<bias>(p);
     add_training_forward<bias, float>(p);
@@ -405,14 +426,18 @@ int main(int argc, char** argv) {
   }
   add_edit<float>("attention_edit_blend", cross_40, true);
 
-  // What masks save, and what a stage of the user's costs.
+  // What masks save, and cost where they hide nothing, and what a stage of the user's costs.
   const problem long_head{1, 1, 1, 8192, 8192, 64};
   add_forward<causal>(one_head);
   add_backward<causal>(one_head);
   add_forward<plain>(long_head);
   add_forward<window>(long_head);
+  add_forward<full_ranges>(self);
+  add_forward<full_mask>(self);
   add_forward<alibi>(self);
   add_forward<alibi_functor>(self);
+  add_backward<alibi>(self);
+  add_backward<alibi_functor>(self);
   for (const index_t keys : {1024, 32768}) add_forward_memory<plain>({1, 1, 1, 1024, keys, 64});
   return bench::run(argc, argv);
 }

@@ -32,7 +32,10 @@ NAMES = {"gemm": "GEMM", SMALL: "GEMM", "linear": "linear", "plain": "plain line
          "lora_training": "LoRA forward + backward", "dora_training": "DoRA forward + backward",
          "adapters32": "32 adapters, rows in turn", "nf4": "NF4 linear", "nf4_lora": "LoRA on NF4",
          "attention": "attention", "attention_causal": "causal attention", "attention_window256": "window-256 attention",
+         "attention_full_ranges": "attention, all in window, lengths and document,",
+         "attention_full_mask": "attention, mask of ones,",
          "attention_alibi": "ALiBi attention", "attention_alibi_functor": "ALiBi functor attention",
+         "attention_alibi_backward": "ALiBi backward", "attention_alibi_functor_backward": "ALiBi functor backward",
          "attention_bias": "biased attention", "attention_bias_training": "trained bias attention",
          "attention_backward": "attention backward", "attention_causal_backward": "causal backward",
          "attention_map": "attention with averaged map", "attention_words": "attention with map of 3 words",
@@ -233,7 +236,7 @@ def measured(table, row, measure):
     elif measure == "attention":
         other = table.time("attention", *key[1:], "mlkit")
     elif measure == "builtin":
-        other = table.time(key[0].removesuffix("_functor"), *key[1:], "mlkit")
+        other = table.time(key[0].replace("_functor", ""), *key[1:], "mlkit")
     elif measure == "gemm":
         other = table.time(key[0] + "_gemm", *key[1:], "mlkit")
     elif measure == "best":

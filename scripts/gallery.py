@@ -174,8 +174,9 @@ def table(head, rows, render=escape):
     return ('<div class="scroll"><table>' + row(head, "th") + "".join(row(r, "td") for r in rows) + "</table></div>")
 
 
-def csv_part(path):
+def csv_part(path, folder):
     """results.csv and other short files are shown whole; long ones, which are curves, fold and show their two ends."""
+    name = words(path.relative_to(folder).with_suffix("").as_posix())
     with open(path, newline="", encoding="utf-8") as file:
         rows = [r for r in csv.reader(file) if r]
     if len(rows) < 2:
@@ -184,9 +185,8 @@ def csv_part(path):
     head, rows = spread_joined([words(cell) for cell in head], rows)
     if path.stem != "results" and len(rows) > MAX_TABLE_ROWS / 2:
         shown = rows[:5] + [["..."] * len(head)] + rows[-5:]
-        return (f"<details><summary>{escape(words(path.stem))}: {len(rows)} rows</summary>{table(head, shown)}"
-                "</details>")
-    return f"<h3>{escape(words(path.stem).capitalize())}</h3>" + table(head, rows[:MAX_TABLE_ROWS])
+        return f"<details><summary>{escape(name)}: {len(rows)} rows</summary>{table(head, shown)}</details>"
+    return f"<h3>{escape(name.capitalize())}</h3>" + table(head, rows[:MAX_TABLE_ROWS])
 
 
 def png_size(path):
@@ -205,8 +205,9 @@ def captions_of(text):
     return captions
 
 
-def picture(path, out, captions):
+def picture(path, folder, out, captions):
     css, figure = "", ""
+    part = "" if path.parent == folder else words(path.parent.relative_to(folder).as_posix()) + ": "
     if path.suffix == ".png":
         width, height = png_size(path)
         css = ' class="pixels"' if width < PIXEL_ART_WIDTH else ""
@@ -214,13 +215,12 @@ def picture(path, out, captions):
     source = path.relative_to(out).as_posix()
     name = escape(words(path.stem))
     return (f'<figure{figure}><a href="{escape(source)}"><img{css} src="{escape(source)}" alt="{name}" loading="lazy"></a>'
-            f"<figcaption>{inline(captions.get(path.name, words(path.stem)))}</figcaption></figure>")
+            f"<figcaption>{inline(part + captions.get(path.name, words(path.stem)))}</figcaption></figure>")
 
 
-def command_of(log, name):
-    """The first line of an example's log is the command that made it."""
-    first = log.splitlines()[0] if log else ""
-    return first[2:] if first.startswith("$ ") else f"build/demo/examples/{name}"
+def commands_of(log, name):
+    """An example's log has the commands that made it."""
+    return re.findall(r"^\$ (.+)$", log, re.MULTILINE) or [f"build/demo/examples/{name}"]
 
 
 def plain_log(text):
@@ -238,17 +238,17 @@ def example_part(folder, out):
         title, text = match.group(1), text[match.end():]
     lead, _, rest = text.strip().partition("\n## ")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    pictures = sorted((p for p in files if p.suffix in (".png", ".svg")), key=lambda p: (p.suffix, p.name))
-    tables = sorted((p for p in files if p.suffix == ".csv"), key=lambda p: (p.stem != "results", p.name))
+    pictures = sorted((p for p in files if p.suffix in (".png", ".svg")), key=lambda p: (p.parent, p.suffix, p.name))
+    tables = sorted((p for p in files if p.suffix == ".csv"), key=lambda p: (p.parent, p.stem != "results", p.name))
     others = [p for p in files if p not in pictures and p not in tables and p.name != "log.txt"]
     log_path = folder / "log.txt"
     log = plain_log(log_path.read_text(encoding="utf-8", errors="replace")) if log_path.exists() else ""
 
     parts = [f'<section id="{escape(name)}"><h2>{inline(title)}</h2>', f'<div class="said">{markdown(lead)}</div>']
     if pictures:
-        parts.append('<div class="pictures">' + "".join(picture(p, out, captions_of(text)) for p in pictures) + "</div>")
-    parts += [csv_part(p) for p in tables]
-    parts.append(f"<h3>Run it again</h3><pre><code>{escape(command_of(log, name))}</code></pre>")
+        parts.append('<div class="pictures">' + "".join(picture(p, folder, out, captions_of(text)) for p in pictures) + "</div>")
+    parts += [csv_part(p, folder) for p in tables]
+    parts.append(f"<h3>Run it again</h3><pre><code>{escape(chr(10).join(commands_of(log, name)))}</code></pre>")
     if rest:
         parts.append(f'<details><summary>What it does, and what it does not claim</summary><div class="said">'
                      f"{markdown('## ' + rest)}</div></details>")

@@ -104,7 +104,7 @@ def main():
     cases = Cases()
     self_attention, long_self, odd = (1, 8, 8, 1024, 1024, 64), (1, 8, 8, 2048, 2048, 64), (3, 5, 5, 333, 777, 48)
     cross_40, cross_80 = (2, 8, 8, 4096, 77, 40), (2, 8, 8, 1024, 77, 80)
-    grouped, one_head = (1, 8, 2, 1024, 1024, 128), (1, 1, 1, 4096, 4096, 64)
+    grouped, odd_grouped, one_head = (1, 8, 2, 1024, 1024, 128), (3, 5, 1, 333, 777, 48), (1, 1, 1, 4096, 4096, 64)
     decoding, odd_decoding = (8, 32, 8, 1, 2048, 128), (3, 5, 5, 1, 777, 48)
     on_one_thread = (self_attention, long_self, odd, decoding)
 
@@ -119,7 +119,7 @@ def main():
     for shape in (self_attention, cross_40, cross_80, one_head, odd):
         add("attention", shape, forward)
         add("attention_backward", shape, backward)
-    for shape in (long_self, grouped):
+    for shape in (long_self, grouped, odd_grouped):
         add("attention_causal", shape, forward, causal=True)
         add("attention_causal_backward", shape, backward, causal=True)
     for shape in (self_attention, odd):

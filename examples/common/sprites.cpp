@@ -174,6 +174,12 @@ sprite draw(sprite s, mlkit::random_stream random, float* pixels) {
   return s;
 }
 
+bool is_ground(const float* pixel) {
+  for (std::size_t i = 0; i < 3; ++i)
+    if (std::abs((pixel[i] + 1) / 2 - ground[i]) > 0.2f) return false;
+  return true;
+}
+
 image_set sprite_set::with_attributes() const {
   image_set images{mlkit::matrix<float>(pixels.extents()), {}};
   std::copy(pixels.begin(), pixels.end(), images.pixels.begin());

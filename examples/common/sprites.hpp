@@ -46,6 +46,9 @@ std::vector<sprite> combinations(bool that_are_held_out);
 /// RGB in [-1, 1], row by row. Returns what was drawn.
 sprite draw(sprite s, mlkit::random_stream random, float* pixels);
 
+/// Whether a pixel, RGB in [-1, 1], looks like the ground.
+bool is_ground(const float* pixel);
+
 /// Sprites and what they show.
 struct sprite_set {
   mlkit::matrix<float> pixels;  // [sprites, sprite_pixels]

@@ -130,6 +130,47 @@ TEST_CASE("image to image takes int(n strength) steps", "[nn]") {
   }
 }
 
+TEST_CASE("what is called after a step sees what the model is asked next, and may change it", "[nn]") {
+  const mlkit::cpu exec;
+  const auto schedule = nn::noise_schedule::cosine(100);
+  const auto start = [](mlkit::matrix<double>& x) {
+    for (index_t i = 0; i < x.size(); ++i) x.data()[i] = 0.3 * static_cast<double>(i % 7) - 0.8;
+  };
+  linear_model model;
+  const auto run = [&](const auto& from, bool image) {
+    std::vector<double> asked, seen;
+    std::vector<index_t> steps;
+    mlkit::matrix<double> x({2, 5}), original({2, 5});
+    start(x), start(original);
+    const auto after = [&](index_t i, mlkit::matrix_view<double> now) {
+      steps.push_back(i);
+      if (i == from) std::fill(now.data, now.data + now.size(), 0.25);
+      seen.insert(seen.end(), now.data, now.data + now.size());
+    };
+    const nn::sampling_options o{.steps = 5, .clip = 0};
+    if (image)
+      nn::img2img<double>(exec, watched(model, asked), nn::ddim{}, schedule, original, 1, x.view(), o, after);
+    else
+      nn::sample<double>(exec, watched(model, asked), nn::ddim{}, schedule, x.view(), o, after);
+    CHECK(steps == std::vector<index_t>{0, 1, 2, 3, 4});
+    asked.erase(asked.begin(), asked.begin() + 10);
+    asked.insert(asked.end(), x.begin(), x.end());
+    CHECK(asked == seen);
+    return asked;
+  };
+  const bool image = GENERATE(false, true);
+  const std::vector<double> left = run(-1, image), changed = run(2, image);
+  CHECK(std::equal(left.begin(), left.begin() + 20, changed.begin()));
+  CHECK(changed[20] == 0.25);
+
+  // DDIM forgets the past: what follows is a run of the last steps from what was put there.
+  mlkit::matrix<double> x({2, 5});
+  std::fill(x.begin(), x.end(), 0.25);
+  const std::vector<index_t> times = schedule.trailing(5);
+  nn::sample<double>(exec, model, nn::ddim{}, schedule, x.view(), {.times = {times[3], times[4]}, .clip = 0});
+  CHECK(std::equal(x.begin(), x.end(), changed.end() - 10));
+}
+
 TEST_CASE("guidance is diffusers', from one call of the model", "[nn]") {
   std::vector<index_t> rows;
   const auto model = [&](mlkit::matrix_view<const double> x, index_t t, mlkit::matrix_view<const double> context,

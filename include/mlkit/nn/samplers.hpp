@@ -91,6 +91,10 @@ struct sampling_options {
 template <class M, class T>
 concept denoising_model = std::invocable<M&, matrix_view<const T>, index_t, matrix_view<T>>;
 
+/// What may look at samples between steps, or change them: `after(i, x)` when step i = 0, 1, ... is made.
+template <class F, class T>
+concept between_steps = std::invocable<F&, index_t, matrix_view<T>>;
+
 namespace detail {
 
 struct planned_step {
@@ -129,11 +133,17 @@ std::vector<planned_step> plan_sampling(std::string_view function, const S& samp
   return plan;
 }
 
-template <real T, denoising_model<T> Model>
+struct nothing_between {
+  template <class T>
+  void operator()(index_t, const matrix_view<T>&) const noexcept {}
+};
+
+template <real T, denoising_model<T> Model, between_steps<T> After>
 void run_sampling(const cpu& exec, Model& model, const std::vector<planned_step>& plan, const sampling_options& o,
-                  matrix_view<T> x) {
+                  matrix_view<T> x, After& after) {
   const index_t rows = x.extent(0), columns = x.extent(1);
   matrix<T> predicted({rows, columns}), previous({rows, columns});
+  index_t made = 0;
   for (const planned_step& step : plan) {
     model(matrix_view<const T>(x), step.t, predicted.view());
     const T of_x = static_cast<T>(step.x0.first), of_prediction = static_cast<T>(step.x0.second);
@@ -154,6 +164,7 @@ void run_sampling(const cpu& exec, Model& model, const std::vector<planned_step>
       }
     });
     std::swap(predicted, previous);
+    after(made++, x);
   }
 }
 
@@ -163,24 +174,26 @@ void run_sampling(const cpu& exec, Model& model, const std::vector<planned_step>
 ///
 ///     nn::sample<float>(exec, model, nn::dpm_solver{}, schedule, x, {.steps = 20});
 ///
-/// `model(x, t, out)` is called once a step. What is drawn for a sample depends on the seed and on its place in the
-/// batch. Throws before the model is called: value_error for options or a sampler that mean nothing, shape_error for an
-/// x that cannot be written.
-template <real T, denoising_model<T> Model, sampler S>
+/// `model(x, t, out)` is called once a step, and `after(i, x)` when it is made, which may change x: a local blend, a
+/// region that is kept (inpainting). What is drawn for a sample depends on the seed and on its place in the batch.
+/// Throws before the model is called: value_error for options or a sampler that mean nothing, shape_error for an x that
+/// cannot be written.
+template <real T, denoising_model<T> Model, sampler S, between_steps<T> After = detail::nothing_between>
 void sample(const cpu& exec, Model&& model, const S& sampler, const noise_schedule& schedule, matrix_view<T> x,
-            const sampling_options& o = {}) {
+            const sampling_options& o = {}, After&& after = {}) {
   const auto plan = detail::plan_sampling("nn::sample", sampler, schedule, 1, o);
   detail::check_output("nn::sample", "x", x);
-  detail::run_sampling<T>(exec, model, plan, o, x);
+  detail::run_sampling<T>(exec, model, plan, o, x, after);
 }
 
 /// Samples from images: of n steps only the last int(n strength) are taken, from x_t of the image at the first of them,
 /// so that the less of it stays the greater the strength in [0, 1] is; 0 gives the image itself. image, out [n, d],
 /// apart. The noise in x_t depends on the seed and the place in the batch. Errors as of sample. Meng et al.: "SDEdit",
 /// 2022; the image-to-image pipelines of diffusers.
-template <real T, denoising_model<T> Model, sampler S>
+template <real T, denoising_model<T> Model, sampler S, between_steps<T> After = detail::nothing_between>
 void img2img(const cpu& exec, Model&& model, const S& sampler, const noise_schedule& schedule,
-             matrix_view<const T> image, double strength, matrix_view<T> out, const sampling_options& o = {}) {
+             matrix_view<const T> image, double strength, matrix_view<T> out, const sampling_options& o = {},
+             After&& after = {}) {
   constexpr std::string_view name = "nn::img2img";
   if (!(strength >= 0 && strength <= 1)) detail::fail_value(name, ": strength = ", strength, " is outside [0, 1]");
   const auto plan = detail::plan_sampling(name, sampler, schedule, strength, o);
@@ -197,7 +210,7 @@ void img2img(const cpu& exec, Model&& model, const S& sampler, const noise_sched
     for (index_t c = 0; c < columns; ++c)
       out(r, c) = signal * image(r, c) + noise * T{stream.normal(static_cast<std::uint64_t>(r * columns + c))};
   });
-  detail::run_sampling<T>(exec, model, plan, o, out);
+  detail::run_sampling<T>(exec, model, plan, o, out, after);
 }
 
 }  // namespace MLKIT_NAMESPACE::nn
