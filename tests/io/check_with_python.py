@@ -9,6 +9,7 @@ make the checks complete where they are installed.
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -115,6 +116,18 @@ def check_diffusers(folder):
         torch.testing.assert_close(old[f"{module}.lora_B.weight"] @ old[f"{module}.lora_A.weight"], delta, rtol=1e-5,
                                    atol=1e-6)
     print(f"diffusers {diffusers.__version__} loads mlkit's files under its names, its old names and kohya's")
+
+    # The layers of Stable Diffusion 1.5, without memory for their weights.
+    state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(folder / "sd15.safetensors", return_lora_metadata=True)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, metadata=metadata, low_cpu_mem_usage=True)
+    adapted = {key.replace(".default_0", ""): tuple(value.shape) for key, value in unet.state_dict().items() if ".lora_" in key}
+    halves = {"down": "lora_A", "up": "lora_B"}
+    written = {re.sub(r"^unet\.(.*)\.lora\.(down|up)\.", lambda m: f"{m[1]}.{halves[m[2]]}.", key): tuple(value.shape)
+               for key, value in safetensors.torch.load_file(folder / "sd15.safetensors").items()}
+    assert len(written) == 256 and adapted == written, adapted.items() ^ written.items()
+    print("and finds a place in Stable Diffusion 1.5 for each of its adapters' tensors")
 
 
 with tempfile.TemporaryDirectory() as name:
