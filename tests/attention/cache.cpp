@@ -198,6 +198,14 @@ TEST_CASE("what cannot be appended is refused, and nothing is written", "[attent
       attention::append(mlkit::cpu{}, mlkit::tensor_view<float, 4>(m.k.data(), {batch, heads, 1, d}), y, cache),
       Contains("overlaps"));
   CHECK(m.lengths[0] == 7);
+
+  // More than the lengths' type counts to.
+  mlkit::tensor<float, 4> many_k({1, 1, 300, 2}), many_v({1, 1, 300, 2}), more({1, 1, 10, 2});
+  std::vector<std::uint8_t> narrow{250};
+  CHECK_THROWS_WITH(attention::append(mlkit::cpu{}, more, more, attention::contiguous(many_k, many_v, narrow)),
+                    "mlkit::value_error: attention::append: sequence 0 would have 260 entries, which the type of "
+                    "cache.lengths does not hold");
+  CHECK(narrow[0] == 250);
 }
 
 TEST_CASE("scales of int8 that do not fit are refused, and nothing is written", "[attention][cache][bad input]") {

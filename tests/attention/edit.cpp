@@ -442,8 +442,10 @@ TEST_CASE("plans that are none are refused", "[attention][edit][bad input]") {
   const std::string value = "mlkit::value_error: attention::edit_plan: ",
                     shape = "mlkit::shape_error: attention::edit_plan: ";
   CHECK(plan({}, as_is) == "no error");
-  CHECK(plan({.steps = 0}, as_is) == value + "steps = 0 is not positive");
-  CHECK(plan({.unedited = -1}, as_is) == value + "unedited = -1 is negative");
+  CHECK(plan({.steps = 0}, as_is) == value + "steps = 0 is outside [1, 2147483647]");
+  CHECK(plan({.steps = index_t{1} << 31}, as_is) == value + "steps = 2147483648 is outside [1, 2147483647]");
+  CHECK(plan({.unedited = -1}, as_is) == value + "unedited = -1 is outside [0, 2147483647]");
+  CHECK(plan({.unedited = INT64_MAX}, as_is).find("outside [0, 2147483647]") != std::string::npos);
   CHECK(plan({.self_queries = -1}, as_is) == value + "self_queries = -1 is negative");
   CHECK(plan({.self = {0.5, 0.4}}, as_is) == value + "self = [0.5, 0.4) is no part of [0, 1]");
   CHECK(plan({.self = {0, NAN}}, as_is).rfind(value + "self = [0, ", 0) == 0);
@@ -520,6 +522,20 @@ TEST_CASE("edited attention that does not fit is refused, and nothing is written
   CHECK(blends({}, -7, {{}}) == local + "length = -7 is negative");
   CHECK(blends({}, 7, {}) == local + "there is no prompt");
   CHECK(blends({}, 7, {{1}, {7}}) == local + "tokens[1] has 7, which is outside [0, 7)");
+  const index_t endless = index_t{1} << 32;
+  CHECK(blends({.height = endless, .width = endless}, 7, {{1}}) ==
+        local + "1 maps of 4294967296 x 4294967296 are too large");
+  CHECK(blends({}, index_t{1} << 62, {{0}, {1}, {0}, {1}}) ==
+        local + "4 prompts of 4611686018427387904 tokens are too large");
+  tensor<double, 2> attention({3, 12}), of_two({2, 12}), of_more({3, 13});
+  const auto add = [&](const auto& x) { return refusal([&] { blend.add(x.view()); }); };
+  CHECK(add(attention) == "no error");
+  CHECK(add(of_two) ==
+        "mlkit::shape_error: attention::local_blend::add: attention has 2 rows, but local_blend's prompts has 3");
+  CHECK(add(of_more) ==
+        "mlkit::shape_error: attention::local_blend::add: attention has 13 columns, but local_blend's pixels has 12");
+  CHECK(refusal([&] { (void)blend.region(3); }) ==
+        "mlkit::value_error: attention::local_blend::region: prompt 3 is outside [0, 3)");
   tensor<float, 4> latents({2, 1, 6, 8});
   CHECK(refusal([&] { blend.apply(cpu{}, 0, latents); }) ==
         "mlkit::shape_error: attention::local_blend::apply: latents has 2 batches, but local_blend's prompts has 3");

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <mlkit/attention.hpp>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -291,9 +292,43 @@ TEST_CASE("attention refuses null data, shared memory and strides that name an e
   g.dbias = m.out<4>(at_dbias, {2, 1, 6, 7});
   g.dsinks = m.out<1>(at_dbias + 8, {4});
   CHECK(stages_say_backward(g) == "shape: dsinks [4] overlaps dbias [2, 1, 6, 7]");
+  g.dsinks = vector_view<float>(nullptr, extents_t<1>{4});
+  CHECK(stages_say_backward(g) == "value: dsinks is null, but has shape [4]");
   g.dsinks = {};
+  g.dbias.data = nullptr;
+  CHECK(stages_say_backward(g) == "value: dbias is null, but has shape [2, 1, 6, 7]");
+  g.dbias = m.out<4>(at_dbias, {2, 1, 6, 7});
   g.dbias.strides[0] = 0;
   CHECK(stages_say_backward(g) == "shape: dbias of shape [2, 1, 6, 7] has overlapping strides [0, 42, 7, 1]");
+}
+
+TEST_CASE("attention does not write to what says which keys there are", "[attention][bad input]") {
+  using Catch::Matchers::Contains;
+  // All in one: zeros are lengths, documents and starts as well as elements of q, k, v and results.
+  std::vector<float> zeros(512);
+  const auto view = [&](const auto& e) {
+    return tensor_view<float, static_cast<int>(std::tuple_size_v<std::remove_cvref_t<decltype(e)>>)>(zeros.data(), e);
+  };
+  const std::vector<float> read(512);
+  const tensor_view<const float, 4> q(read.data(), four{2, 4, 4, 8});
+  const std::span<const std::int32_t> ids(reinterpret_cast<const std::int32_t*>(zeros.data()) + 3, 4);
+  const auto refuses = [&](const auto& pipeline, const std::string& name) {
+    CHECK_THROWS_WITH(attention::forward(cpu{}, q, q, q, pipeline, view(four{2, 4, 4, 8})), Contains(name));
+    CHECK(zeros == read);
+  };
+  refuses(attention::scores{attention::key_lengths{ids.first(2)}}, "out [2, 4, 4, 8] overlaps key_lengths [2]");
+  refuses(attention::scores{attention::documents{ids}}, "out [2, 4, 4, 8] overlaps documents [4]");
+  const tensor_view<const float, 3> one(read.data(), three{2, 4, 8});
+  CHECK_THROWS_WITH(attention::decode(cpu{}, one, attention::contiguous(q, q, ids.first(2)), view(three{2, 4, 8})),
+                    Contains("out [2, 4, 8] overlaps cache.lengths [2]"));
+  CHECK(zeros == read);
+  std::vector<std::int32_t> starts{0, 4, 0, 0};
+  const tensor_view<const float, 3> rows(read.data(), three{4, 1, 1});
+  const tensor_view<float, 3> over(reinterpret_cast<float*>(starts.data()), three{4, 1, 1});
+  CHECK_THROWS_WITH(attention::forward(cpu{}, rows, rows, rows, attention::sequences(std::span(starts).first(2)),
+                                       attention::scores<>{}, over, view(extents_t<2>{1, 4})),
+                    Contains("out [1, 1, 4, 1] overlaps sequences.queries [2]"));
+  CHECK(starts == std::vector<std::int32_t>{0, 4, 0, 0});
 }
 
 TEST_CASE("attention refuses options of stages that are out of range", "[attention][bad input]") {
@@ -311,11 +346,15 @@ TEST_CASE("attention refuses options of stages that are out of range", "[attenti
   CHECK(scale_of(nan) == "value: scale = nan is not finite");
   CHECK(scale_of(inf) == "value: scale = inf is not finite");
   CHECK(scale_of(-inf) == "value: scale = -inf is not finite");
+  CHECK(scale_of(-1e39) == "value: scale = -1e+39 is infinite in f32");
   const auto cap_of = [&](double x) { return says([&](all& p) { stage_of<attention::softcap>(p).cap = x; }); };
   CHECK(cap_of(0) == "value: softcap = 0 is not positive");
   CHECK(cap_of(-30) == "value: softcap = -30 is not positive");
   CHECK(cap_of(nan) == "value: softcap = nan is not positive");
   CHECK(cap_of(inf) == "value: softcap = inf is not positive");
+  const std::string range = " is outside [1.1754944e-38, 8.507059e+37], which f32 holds with its inverse";
+  CHECK(cap_of(1e38) == "value: softcap = 1e+38" + range);
+  CHECK(cap_of(1e-39) == "value: softcap = 1e-39" + range);
   const auto dropped = [&](double x) { return says([&](all& p) { stage_of<attention::dropout>(p).p = x; }); };
   CHECK(dropped(1) == "value: dropout = 1 is outside [0, 1)");
   CHECK(dropped(-0.1) == "value: dropout = -0.1 is outside [0, 1)");
@@ -410,9 +449,12 @@ TEST_CASE("decode refuses what does not fit", "[attention][decode][bad input]") 
   CHECK(contiguous((s = {}, s.lse[0] = 3, s)) == "shape: lse has 3 rows, but q has 2");
   CHECK(contiguous((s = {}, s.lse[1] = 2, s)) == "shape: lse has 2 columns, but q has 4");
   CHECK(contiguous((s = {}, s.options.scale = INFINITY, s)) == "value: scale = inf is not finite");
-  CHECK(contiguous((s = {}, s.options.softcap = -1, s)) == "value: softcap = -1 is negative or not finite");
-  CHECK(contiguous((s = {}, s.options.softcap = std::nan(""), s)) == "value: softcap = nan is negative or not finite");
-  CHECK(contiguous((s = {}, s.options.softcap = INFINITY, s)) == "value: softcap = inf is negative or not finite");
+  CHECK(contiguous((s = {}, s.options.softcap = -1, s)) == "value: softcap = -1 is not positive");
+  CHECK(contiguous((s = {}, s.options.softcap = std::nan(""), s)) == "value: softcap = nan is not positive");
+  CHECK(contiguous((s = {}, s.options.softcap = INFINITY, s)) == "value: softcap = inf is not positive");
+  CHECK(contiguous((s = {}, s.options.softcap = 1e39, s)) ==
+        "value: softcap = 1e+39 is outside [1.1754944e-38, 8.507059e+37], which f32 holds with its inverse");
+  CHECK(contiguous((s = {}, s.options.scale = 1e39, s)) == "value: scale = 1e+39 is infinite in f32");
   s = {};
 
   // Views as a test makes them.

@@ -97,6 +97,10 @@ TEST_CASE("rotary embedding refuses what does not fit", "[attention][rotary][bad
   const std::vector<double> three{1, 2, 3};
   CHECK_THROWS_WITH(rotary_table<>({.positions = 4, .d = 4, .frequencies = three}),
                     Contains("frequencies has 3 elements, but half of d has 2"));
+  const std::vector<double> no_number{1, std::nan("")};
+  CHECK_THROWS_WITH(rotary_table<>({.positions = 4, .d = 4, .frequencies = no_number}),
+                    Contains("pair 1 would be turned by nan at position 0"));
+  CHECK(rotary_table<>({.positions = mlkit::index_t{1} << 50, .d = 0}).d() == 0);
   const rotary_table<> table({.positions = 8, .d = 6});
   mlkit::tensor<float, 4> x({1, 2, 3, 6}), out({1, 2, 3, 6}), narrow({1, 2, 3, 4}), wide({1, 2, 4, 6});
   CHECK_THROWS_WITH(attention::rotate(mlkit::cpu{}, x, table, out, {.first = 6}),
@@ -110,6 +114,8 @@ TEST_CASE("rotary embedding refuses what does not fit", "[attention][rotary][bad
                     Contains("positions[0, 1] = 8 is outside [0, 8)"));
   CHECK_THROWS_WITH(attention::rotate(mlkit::cpu{}, x, table, out, {.positions = {at.data(), {1, 2}}}),
                     Contains("positions has 2 columns, but x has 3"));
+  CHECK_THROWS_WITH(attention::rotate(mlkit::cpu{}, x, table, out, {.positions = {nullptr, {1, 3}}}),
+                    Contains("positions is null, but has shape [1, 3]"));
   mlkit::tensor_view<float, 4> shifted(x.data(), {1, 1, 3, 6}, {36, 18, 6, 1}),
       on(x.data() + 6, {1, 1, 3, 6}, {36, 18, 6, 1});
   CHECK_THROWS_WITH(attention::rotate(mlkit::cpu{}, shifted, table, on), Contains("overlaps"));

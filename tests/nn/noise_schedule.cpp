@@ -130,6 +130,7 @@ TEST_CASE("schedules refuse what has no meaning", "[nn]") {
   CHECK_THROWS_WITH(nn::noise_schedule::scaled_linear(2, -1), Contains("nan is outside (0, 1)"));
   CHECK_THROWS_WITH(nn::noise_schedule::from_betas({}), Contains("from_betas: steps = 0"));
   CHECK_THROWS_WITH(nn::noise_schedule::from_betas(std::vector<double>{0.1, 0}), Contains("beta = 0"));
+  CHECK_THROWS_WITH(nn::noise_schedule::from_betas(std::vector<double>{1e-17}), Contains("1e-17 is nothing beside 1"));
   CHECK_THROWS_WITH(s.add_noise<float>({}, x, t, x, narrow), Contains("out has 2 columns"));
   CHECK_THROWS_WITH(s.add_noise<float>({}, x, t, x, x), Contains("t = 11"));
   CHECK_THROWS_WITH(s.target<float>({}, nn::prediction::v, x, t, x, x), Contains("schedule::target: t = 11"));

@@ -169,6 +169,22 @@ TEST_CASE("what is called after a step sees what the model is asked next, and ma
   const std::vector<index_t> times = schedule.trailing(5);
   nn::sample<double>(exec, model, nn::ddim{}, schedule, x.view(), {.times = {times[3], times[4]}, .clip = 0});
   CHECK(std::equal(x.begin(), x.end(), changed.end() - 10));
+
+  // Copies of what it is given may be changed, or refer elsewhere.
+  mlkit::matrix<double> elsewhere({2, 5}), y({2, 5});
+  start(x), start(y);
+  nn::sample<double>(exec, model, nn::ddim{}, schedule, x.view(), {.steps = 5});
+  nn::sample<double>(exec, model, nn::ddim{}, schedule, y.view(), {.steps = 5},
+                     [&](index_t, auto&& now) { now = elsewhere.view(); });
+  CHECK(std::equal(x.begin(), x.end(), y.begin()));
+}
+
+TEST_CASE("x_0 is kept within bounds that the type of samples knows as zero", "[nn]") {
+  mlkit::matrix<float> x({1, 3});
+  std::fill(x.begin(), x.end(), 5.0f);
+  nn::sample<float>({}, [](auto, index_t, mlkit::matrix_view<float> out) { std::fill(out.data, out.data + 3, 0.0f); },
+                    nn::ddim{}, nn::noise_schedule::linear(1000), x, {.steps = 1, .clip = 1e-60});
+  CHECK(std::all_of(x.begin(), x.end(), [](float v) { return std::abs(v) < 1e-30f; }));
 }
 
 TEST_CASE("guidance is diffusers', from one call of the model", "[nn]") {
@@ -325,6 +341,14 @@ TEST_CASE("sampling refuses what has no meaning, before the model is asked", "[n
   const nn::prediction useless{[](nn::noise_level l) { return std::pair(l.signal, l.noise); }};
   CHECK_THROWS_WITH(sample(nn::ddim{}, options{.steps = 5, .predicts = useless}),
                     Contains("at time 10 x_0 does not follow"));
+  // Numbers that f64 has and f32 has not.
+  const auto steep = nn::noise_schedule::linear(1000, 1e-4, 0.5);
+  CHECK_THROWS_WITH(nn::sample<float>({}, model, nn::ddim{}, steep, x, {.steps = 10}), Contains("x_0 does not follow"));
+  struct endless {
+    nn::step_weights weights(const nn::sampling_step&) const { return {.x = 1e39}; }
+  };
+  CHECK_THROWS_WITH(sample(endless{}, options{.steps = 10}),
+                    Contains("at time 10 the sampler's weights are not finite"));
   CHECK_THROWS_WITH(nn::sample<float>({}, model, nn::ddim{}, s, none, {.steps = 5}), Contains("nn::sample: x is null"));
   CHECK_THROWS_WITH(nn::sample<float>({}, model, nn::ddim{}, s, crossed, {.steps = 5}), Contains("overlapping"));
 

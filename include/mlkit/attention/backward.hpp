@@ -290,24 +290,25 @@ void backward(const cpu& exec, const tensor_view<const T, 4>& q, const tensor_vi
   call.reads("lse", lse);
   call.reads("dout", dout);
   if (with_dlse) call.reads("dlse", dlse);
-  name_scores(call, pipeline);
+  name_scores(call, pipeline, packed);
   call.writes("dq", g.dq);
   call.writes("dk", g.dk);
   call.writes("dv", g.dv);
+  const bool with_dbias = g.dbias.data || !g.dbias.empty(), with_dsinks = g.dsinks.data || !g.dsinks.empty();
   bool has_bias = false, has_sinks = false;
   each_stage(pipeline, [&](const auto& stage) {
     using S = std::remove_cvref_t<decltype(stage)>;
     if constexpr (is_bias<S>) {
       has_bias = true;
-      if (g.dbias.data) check_same(function, "dbias", g.dbias, "bias", stage.values.extents);
+      if (with_dbias) check_same(function, "dbias", g.dbias, "bias", stage.values.extents);
     }
     if constexpr (is_sinks<S>) {
       has_sinks = true;
-      if (g.dsinks.data) check_same(function, "dsinks", g.dsinks, "sinks", stage.logits.extents);
+      if (with_dsinks) check_same(function, "dsinks", g.dsinks, "sinks", stage.logits.extents);
     }
   });
-  if (g.dbias.data && !has_bias) fail_value(function, ": dbias is given, but scores have no bias");
-  if (g.dsinks.data && !has_sinks) fail_value(function, ": dsinks is given, but scores have no sinks");
+  if (with_dbias && !has_bias) fail_value(function, ": dbias is given, but scores have no bias");
+  if (with_dsinks && !has_sinks) fail_value(function, ": dsinks is given, but scores have no sinks");
   if (g.dbias.data) call.writes("dbias", g.dbias);
   if (g.dsinks.data) call.writes("dsinks", g.dsinks);
 

@@ -81,6 +81,7 @@ struct cache_tensors {
   void each_view(F&& f) const {
     f("cache.k", k);
     f("cache.v", v);
+    f("cache.lengths", lengths);
     if constexpr (is_int8<T>) {
       f("cache.k_scales", k_scales);
       f("cache.v_scales", v_scales);
@@ -273,6 +274,10 @@ void append(const Executor& exec, const K& keys, const V& values, Cache&& cache)
     if (n > room)
       detail::fail_value(function, ": k has ", n, " entries, but sequence ", b, " has room for ", room, " more after ",
                          length);
+    using count = std::remove_cvref_t<decltype(cache.lengths(b))>;
+    if (!std::in_range<count>(length + n))
+      detail::fail_value(function, ": sequence ", b, " would have ", length + n,
+                         " entries, which the type of cache.lengths does not hold");
     cache.check_entries(function, b, length, length + n);
   }
   call.reads("k", k);

@@ -69,9 +69,8 @@ void decode(const Executor& exec, const Q& query, const Cache& cache, Out&& outp
   detail::check_extent(function, "out", "batches", out.extent(0), "q", q.extent(0));
   detail::check_extent(function, "out", "heads", out.extent(1), "q", q.extent(1));
   detail::check_extent(function, "out", "columns", out.extent(2), "cache.v", cache.d_v());
-  if (!std::isfinite(o.scale)) detail::fail_value(function, ": scale = ", o.scale, " is not finite");
-  if (!(std::isfinite(o.softcap) && o.softcap >= 0))
-    detail::fail_value(function, ": softcap = ", o.softcap, " is negative or not finite");
+  detail::check_scale_of<A>(function, o.scale);
+  if (o.softcap != 0) detail::check_softcap_of<A>(function, o.softcap);  // 0 is none
   call.reads("q", q);
   if constexpr (requires { cache.each_view([](std::string_view, const auto&) {}); })
     cache.each_view([&](std::string_view name, const auto& v) { call.reads(name, v); });

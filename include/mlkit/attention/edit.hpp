@@ -70,8 +70,11 @@ class edit_plan {
  public:
   edit_plan(const edit_options& o, std::vector<prompt_edit> edits) : options_(o), edits_(std::move(edits)) {
     constexpr std::string_view function = "attention::edit_plan";
-    if (o.steps < 1) detail::fail_value(function, ": steps = ", o.steps, " is not positive");
-    if (o.unedited < 0) detail::fail_value(function, ": unedited = ", o.unedited, " is negative");
+    constexpr index_t most = std::numeric_limits<std::int32_t>::max();
+    if (o.steps < 1 || o.steps > most)
+      detail::fail_value(function, ": steps = ", o.steps, " is outside [1, ", most, "]");
+    if (o.unedited < 0 || o.unedited > most)
+      detail::fail_value(function, ": unedited = ", o.unedited, " is outside [0, ", most, "]");
     if (o.self_queries < 0) detail::fail_value(function, ": self_queries = ", o.self_queries, " is negative");
     detail::check_steps(function, "self", o.self);
     if (edits_.empty()) detail::fail_value(function, ": there is no edit");
@@ -180,6 +183,11 @@ class local_blend {
     if (o.pool < 0) detail::fail_value(function, ": pool = ", o.pool, " is negative");
     if (length < 0) detail::fail_value(function, ": length = ", length, " is negative");
     if (tokens.empty()) detail::fail_value(function, ": there is no prompt");
+    constexpr index_t most = index_t{1} << 40;  // elements, far beyond any memory
+    if (o.height > most / o.width || o.height * o.width > most / prompts_)
+      detail::fail_value(function, ": ", prompts_, " maps of ", o.height, " x ", o.width, " are too large");
+    if (length > most / prompts_)
+      detail::fail_value(function, ": ", prompts_, " prompts of ", length, " tokens are too large");
     weights_.resize(static_cast<std::size_t>(prompts_ * length));
     for (std::size_t b = 0; b < tokens.size(); ++b)
       for (const std::int32_t t : tokens[b]) {
@@ -199,9 +207,14 @@ class local_blend {
   tensor_view<const double, 3> sums() const noexcept {
     return {sums_.data(), {prompts_, options_.height, options_.width}};
   }
-  /// Adds attention of a layer, [prompts, height * width].
+  /// Adds attention of a layer, [prompts, height * width]. Throws shape_error for another shape.
   template <class A>
-  void add(const matrix_view<const A>& attention) noexcept {
+  void add(const matrix_view<const A>& attention) {
+    constexpr std::string_view function = "attention::local_blend::add";
+    detail::check_view(function, "attention", attention);
+    detail::check_extent(function, "attention", "rows", attention.extent(0), "local_blend's prompts", prompts_);
+    detail::check_extent(function, "attention", "columns", attention.extent(1), "local_blend's pixels",
+                         options_.height * options_.width);
     for (index_t b = 0; b < attention.extent(0); ++b)
       for (index_t i = 0; i < attention.extent(1); ++i)
         sums_[static_cast<std::size_t>(b * attention.extent(1) + i)] += static_cast<double>(attention(b, i));
@@ -209,17 +222,20 @@ class local_blend {
   /// Forgets the attention, for another generation.
   void clear() { sums_.assign(static_cast<std::size_t>(prompts_ * options_.height * options_.width), 0.0); }
 
-  /// Where prompt b pays attention to its words: 1, else 0; [height, width].
+  /// Where prompt b pays attention to its words: 1, else 0; [height, width]. Throws value_error for a prompt that there
+  /// is not.
   std::vector<std::uint8_t> region(index_t b) const {
-    const index_t h = options_.height, w = options_.width;
+    if (b < 0 || b >= prompts_)
+      detail::fail_value("attention::local_blend::region: prompt ", b, " is outside [0, ", prompts_, ")");
+    const index_t h = options_.height, w = options_.width, pool = std::min(options_.pool, std::max(h, w));
     const double* sums = sums_.data() + b * h * w;
     const double top = *std::max_element(sums, sums + h * w);
     std::vector<std::uint8_t> inside(static_cast<std::size_t>(h * w));
     for (index_t y = 0; y < h; ++y)
       for (index_t x = 0; x < w; ++x) {
         double most = 0;
-        for (index_t r = std::max<index_t>(0, y - options_.pool); r < std::min(h, y + options_.pool + 1); ++r)
-          for (index_t c = std::max<index_t>(0, x - options_.pool); c < std::min(w, x + options_.pool + 1); ++c)
+        for (index_t r = std::max<index_t>(0, y - pool); r < std::min(h, y + pool + 1); ++r)
+          for (index_t c = std::max<index_t>(0, x - pool); c < std::min(w, x + pool + 1); ++c)
             most = std::max(most, sums[r * w + c]);
         inside[static_cast<std::size_t>(y * w + x)] = top > 0 && most / top > options_.threshold;
       }

@@ -119,7 +119,7 @@ void forward(std::string_view function, const cpu& exec, const tensor_view<const
   call.reads("q", q);
   call.reads("k", k);
   call.reads("v", v);
-  name_scores(call, pipeline);
+  name_scores(call, pipeline, packed);
   call.writes("out", out);
   if (with_lse) call.writes("lse", lse);
   run(call, exec, p);

@@ -190,7 +190,7 @@ layer_sizes check_layer(arguments& call, std::string_view function, const Layer&
     check("q", layer.rotary.queries, s.queries);
     check("k", layer.rotary.keys, s.keys);
   }
-  check_scores(function, given, s.scores());
+  check_scores<accumulator_t<T>>(function, given, s.scores());
   name_scores(call, given);
   return s;
 }

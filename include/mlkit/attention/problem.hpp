@@ -146,7 +146,11 @@ constexpr void check_packable() {
 }
 
 template <class... Stages>
-void name_scores(arguments& call, const scores<Stages...>& s) {
+void name_scores(arguments& call, const scores<Stages...>& s, const sequences* packed = nullptr) {
+  if (packed) {
+    call.reads("sequences.queries", packed->queries);
+    call.reads("sequences.keys", packed->keys);
+  }
   each_stage(s, [&](const auto& stage) {
     if constexpr (requires { stage.each_view([](std::string_view, const auto&) {}); })
       stage.each_view([&](std::string_view name, const auto& v) { call.reads(name, v); });
@@ -170,9 +174,9 @@ auto make_problem(std::string_view function, const tensor_view<const T, 4>& q, c
     p.sequences = packed->queries.extent(0) - 1;
     p.query_starts = packed->queries.data;
     p.key_starts = packed->keys.data;
-    for (index_t b = 0; b < p.sequences; ++b) check_scores(function, pipeline, p.shape(b));
+    for (index_t b = 0; b < p.sequences; ++b) check_scores<std::remove_const_t<A>>(function, pipeline, p.shape(b));
   } else {
-    check_scores(function, pipeline, p.shape(0));
+    check_scores<std::remove_const_t<A>>(function, pipeline, p.shape(0));
   }
   return p;
 }

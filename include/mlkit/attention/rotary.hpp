@@ -47,12 +47,14 @@ class rotary_table {
                    o.d / 2);
     table_ = matrix<A>({o.positions, o.d});
     A* at = table_.data();
-    for (index_t i = 0; i < o.positions; ++i, at += o.d)
+    for (index_t i = 0; o.d > 0 && i < o.positions; ++i, at += o.d)
       for (index_t c = 0; c < o.d / 2; ++c) {
         const double frequency = o.frequencies.empty()
                                      ? std::pow(o.base, -2 * static_cast<double>(c) / static_cast<double>(o.d))
                                      : o.frequencies[static_cast<std::size_t>(c)];
         const double angle = static_cast<double>(i) * o.position_scale * frequency;
+        if (!std::isfinite(angle))
+          fail_value(function, ": pair ", c, " would be turned by ", angle, " at position ", i);
         at[c] = static_cast<A>(std::cos(angle));
         at[o.d / 2 + c] = static_cast<A>(std::sin(angle));
       }
@@ -88,7 +90,7 @@ void check_rotation(std::string_view function, std::string_view name, const rota
                     index_t batch, index_t n, index_t d) {
   if (table.d() > d) fail_shape(function, ": table turns ", table.d(), " elements, but ", name, " has ", d, " columns");
   const auto& at = how.positions;
-  if (at.data) {
+  if (at.data || !at.empty()) {
     check_view(function, "positions", at);
     if (at.extent(0) != 1) check_extent(function, "positions", "rows", at.extent(0), message(name, "'s batch"), batch);
     check_extent(function, "positions", "columns", at.extent(1), name, n);

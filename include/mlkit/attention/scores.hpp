@@ -82,17 +82,12 @@ void check_broadcast(std::string_view function, std::string_view name, const ten
 /// value * s. Where a pipeline has no scale, scores start as q . k / sqrt(d); scale{1} is none.
 struct scale {
   double value = 1;
-  void check(std::string_view function, const detail::score_shape&) const {
-    if (!std::isfinite(value)) detail::fail_value(function, ": scale = ", value, " is not finite");
-  }
 };
 
-/// cap tanh(s / cap): scores stay in (-cap, cap). Gemma 2 (2024).
+/// cap tanh(s / cap): scores stay in (-cap, cap). cap and 1 / cap are normal numbers of the type that scores are
+/// computed in. Gemma 2 (2024).
 struct softcap {
   double cap = 30;
-  void check(std::string_view function, const detail::score_shape&) const {
-    if (!(std::isfinite(cap) && cap > 0)) detail::fail_value(function, ": softcap = ", cap, " is not positive");
-  }
 };
 
 /// s - slopes[h] |i + keys - queries - j|: the farther the key, the lower its score; slopes [heads]. Press et al.:
@@ -187,6 +182,10 @@ struct key_lengths {
         detail::fail_value(function, ": key_lengths[", b, "] = ", lengths(b), " is outside [0, ", s.keys, "]");
   }
   index_t limit(index_t b) const noexcept { return static_cast<index_t>(lengths(b)); }
+  template <class F>
+  void each_view(F&& f) const {
+    f("key_lengths", lengths);
+  }
 };
 template <std::ranges::contiguous_range R>
 key_lengths(const R&) -> key_lengths<std::ranges::range_value_t<R>>;
@@ -259,6 +258,10 @@ struct documents {
         std::find_first_of(ids.data + i, ids.data + i_end, ids.data + j, ids.data + j_end) != ids.data + i_end;
     return some ? block::partial : block::empty;
   }
+  template <class F>
+  void each_view(F&& f) const {
+    f("documents", ids);
+  }
 };
 template <std::ranges::contiguous_range R>
 documents(const R&) -> documents<std::ranges::range_value_t<R>>;
@@ -277,10 +280,11 @@ struct block_sparse {
     if (query_block < 1) detail::fail_value(function, ": block_sparse.query_block = ", query_block, " is not positive");
     if (key_block < 1) detail::fail_value(function, ": block_sparse.key_block = ", key_block, " is not positive");
     if (blocks.extent(0) != 1) detail::check_extent(function, "block_sparse", "heads", blocks.extent(0), "q", s.heads);
+    const auto count = [](index_t n, index_t size) { return n / size + (n % size > 0); };  // of any size
     detail::check_extent(function, "block_sparse", "rows", blocks.extent(1), "q in blocks",
-                         detail::ceil_div(s.queries, query_block));
+                         count(s.queries, query_block));
     detail::check_extent(function, "block_sparse", "columns", blocks.extent(2), "k in blocks",
-                         detail::ceil_div(s.keys, key_block));
+                         count(s.keys, key_block));
   }
   bool at(index_t, index_t h, index_t i, index_t j) const noexcept {
     return static_cast<bool>(blocks(blocks.extents[0] == 1 ? 0 : h, i / query_block, j / key_block));
@@ -509,8 +513,29 @@ block classify(const scores<Stages...>& s, const score_shape& shape, index_t b, 
   return all;
 }
 
-template <class... Stages>
+// Scales and caps are given as f64, and met by scores of A.
+template <class A>
+void check_scale_of(std::string_view function, double scale) {
+  if (!std::isfinite(scale)) fail_value(function, ": scale = ", scale, " is not finite");
+  if (std::fabs(scale) > std::numeric_limits<A>::max())
+    fail_value(function, ": scale = ", scale, " is infinite in ", dtype_name<A>());
+}
+template <class A>
+void check_softcap_of(std::string_view function, double cap) {
+  if (!(std::isfinite(cap) && cap > 0)) fail_value(function, ": softcap = ", cap, " is not positive");
+  constexpr double least = std::numeric_limits<A>::min(), most = 1 / least;
+  if (!(cap >= least && cap <= most))
+    fail_value(function, ": softcap = ", cap, " is outside [", least, ", ", most, "], which ", dtype_name<A>(),
+               " holds with its inverse");
+}
+
+template <class A, class... Stages>
 void check_scores(std::string_view function, const scores<Stages...>& s, const score_shape& shape) {
+  each_stage(s, [&](const auto& stage) {
+    using S = std::remove_cvref_t<decltype(stage)>;
+    if constexpr (is_scale<S>) check_scale_of<A>(function, stage.value);
+    if constexpr (std::is_same_v<S, softcap>) check_softcap_of<A>(function, stage.cap);
+  });
   each_stage(s, [&](const auto& stage) {
     if constexpr (requires { stage.check(function, shape); }) stage.check(function, shape);
   });

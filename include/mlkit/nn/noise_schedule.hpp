@@ -144,6 +144,7 @@ class noise_schedule {
   }
   void push(double beta) {
     if (!(beta > 0 && beta < 1)) detail::fail_value("nn::noise_schedule: beta = ", beta, " is outside (0, 1)");
+    if (1 - beta == 1) detail::fail_value("nn::noise_schedule: beta = ", beta, " is nothing beside 1");
     beta_.push_back(beta);
     alpha_bar_.push_back(alpha_bar_.back() * (1 - beta));
   }

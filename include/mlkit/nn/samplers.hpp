@@ -104,7 +104,7 @@ struct planned_step {
 };
 
 // The last int(steps * strength) steps, as diffusers counts them; a sampler that looks back starts anew with them.
-template <sampler S>
+template <real T, sampler S>
 std::vector<planned_step> plan_sampling(std::string_view function, const S& sampler, const noise_schedule& schedule,
                                         double strength, const sampling_options& o) {
   if (!(o.clip >= 0) || !std::isfinite(o.clip)) fail_value(function, ": clip = ", o.clip, " is outside [0, inf)");
@@ -124,10 +124,14 @@ std::vector<planned_step> plan_sampling(std::string_view function, const S& samp
   noise_level before{};
   for (std::size_t i = 0; i < times.size(); ++i) {
     const noise_level from = schedule.level(times[i]), to = schedule.level(i + 1 < times.size() ? times[i + 1] : 0);
+    const auto finite = [](double x) { return std::fabs(x) <= std::numeric_limits<T>::max(); };
     const auto x0 = o.predicts.recovered(from);
-    if (!std::isfinite(x0.first) || !std::isfinite(x0.second))
+    if (!finite(x0.first) || !finite(x0.second))
       fail_value(function, ": at time ", times[i], " x_0 does not follow from what the model predicts");
-    plan.push_back({times[i], x0, sampler.weights({from, to, i ? &before : nullptr})});
+    const step_weights w = sampler.weights({from, to, i ? &before : nullptr});
+    if (!finite(w.x) || !finite(w.x0) || !finite(w.previous_x0) || !finite(w.noise))
+      fail_value(function, ": at time ", times[i], " the sampler's weights are not finite");
+    plan.push_back({times[i], x0, w});
     before = from;
   }
   return plan;
@@ -149,13 +153,14 @@ void run_sampling(const cpu& exec, Model& model, const std::vector<planned_step>
     const T of_x = static_cast<T>(step.x0.first), of_prediction = static_cast<T>(step.x0.second);
     const T clip = static_cast<T>(o.clip), wx = static_cast<T>(step.w.x), w0 = static_cast<T>(step.w.x0),
             wp = static_cast<T>(step.w.previous_x0), wz = static_cast<T>(step.w.noise);
+    const bool clipped = o.clip > 0;  // also where T knows the number as zero
     const random_stream stream{o.seed, static_cast<std::uint64_t>(step.t)};
     T *pm = predicted.data(), *pp = previous.data();
     for_rows(exec, rows, columns, [=](index_t r) {
       for (index_t c = 0; c < columns; ++c) {
         const index_t k = r * columns + c;
         T x0 = of_x * x(r, c) + of_prediction * pm[k];
-        if (clip > 0) x0 = std::clamp(x0, -clip, clip);
+        if (clipped) x0 = std::clamp(x0, -clip, clip);
         T next = wx * x(r, c) + w0 * x0;
         if (wp != 0) next += wp * pp[k];
         if (wz > 0) next += wz * T{stream.normal(static_cast<std::uint64_t>(k))};
@@ -164,7 +169,7 @@ void run_sampling(const cpu& exec, Model& model, const std::vector<planned_step>
       }
     });
     std::swap(predicted, previous);
-    after(made++, x);
+    after(made++, matrix_view<T>(x));
   }
 }
 
@@ -181,7 +186,7 @@ void run_sampling(const cpu& exec, Model& model, const std::vector<planned_step>
 template <real T, denoising_model<T> Model, sampler S, between_steps<T> After = detail::nothing_between>
 void sample(const cpu& exec, Model&& model, const S& sampler, const noise_schedule& schedule, matrix_view<T> x,
             const sampling_options& o = {}, After&& after = {}) {
-  const auto plan = detail::plan_sampling("nn::sample", sampler, schedule, 1, o);
+  const auto plan = detail::plan_sampling<T>("nn::sample", sampler, schedule, 1, o);
   detail::check_output("nn::sample", "x", x);
   detail::run_sampling<T>(exec, model, plan, o, x, after);
 }
@@ -196,7 +201,7 @@ void img2img(const cpu& exec, Model&& model, const S& sampler, const noise_sched
              After&& after = {}) {
   constexpr std::string_view name = "nn::img2img";
   if (!(strength >= 0 && strength <= 1)) detail::fail_value(name, ": strength = ", strength, " is outside [0, 1]");
-  const auto plan = detail::plan_sampling(name, sampler, schedule, strength, o);
+  const auto plan = detail::plan_sampling<T>(name, sampler, schedule, strength, o);
   for (int d = 0; d < 2; ++d)
     detail::check_extent(name, "out", d ? "columns" : "rows", out.extent(d), "image", image.extent(d));
   detail::check_view(name, "image", image);
