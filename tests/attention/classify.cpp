@@ -26,7 +26,7 @@ void check_blocks(const attention::scores<Stages...>& s, index_t queries, index_
                   const std::array<index_t, batch>& lengths) {
   const score_shape shape{batch, heads, queries, keys};
   INFO(queries << " queries, " << keys << " keys");
-  attention::detail::check_scores("test", s, shape);
+  attention::detail::check_scores<float>("test", s, shape);
   for (index_t b = 0; b < batch; ++b) {
     const index_t limit = attention::detail::key_limit(s, b, keys);
     REQUIRE(limit == lengths[static_cast<std::size_t>(b)]);
